@@ -1,0 +1,65 @@
+# Every target works from a fresh clone: `setup` makes .venv from requirements.lock and is a no-op while the lock is unchanged.
+SHELL := /bin/sh
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+DEMO := $(BIN)/python -m pgconductor.demo
+BENCH := $(BIN)/python -m benchmarks
+PYTEST_ARGS ?= -n 2
+SOURCES := $(wildcard src tests benchmarks examples)
+MIGRATIONS := $(wildcard src/pgconductor/sql/migrations/*.sql)
+
+# The first interpreter that is new enough and can make environments; a name on PATH proves neither.
+FIND_PYTHON = for name in $(PYTHON) python3 python3.13 python3.14 python3.12 python3.11 python; do \
+  "$$name" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { command -v "$$name"; break; }; done
+
+.PHONY: setup demo test check bench clean lock
+
+setup: $(STAMP)
+
+# The build backend is in the lock, so no step resolves or downloads anything that is not pinned by hash.
+$(STAMP): requirements.lock pyproject.toml
+	@python=$$($(FIND_PYTHON)); \
+	[ -n "$$python" ] || { echo "pgconductor needs Python 3.11 or newer with the venv module (or: make PYTHON=/path/to/python)" >&2; exit 1; }; \
+	[ -w "$${HOME:-/nonexistent}" ] || export UV_NO_CACHE=1 PIP_NO_CACHE_DIR=1; \
+	set -e; \
+	if command -v uv >/dev/null 2>&1 && uv --version >/dev/null 2>&1; then \
+	  [ -x $(BIN)/python ] || uv venv --quiet --python "$$python" $(VENV); \
+	  uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements.lock; \
+	  uv pip install --quiet --python $(BIN)/python --no-build-isolation --no-deps -e .; \
+	else \
+	  [ -x $(BIN)/pip ] || "$$python" -m venv --clear $(VENV); \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock; \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .; \
+	fi
+	@touch $(STAMP)
+
+demo: setup
+	@$(DEMO)
+
+test: setup
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+ifneq ($(MIGRATIONS),)
+	$(BIN)/squawk $(MIGRATIONS)
+endif
+	$(BIN)/python -m pytest $(wildcard tests/test_style.py tests/test_surface.py)
+
+bench: setup
+	@$(BENCH)
+
+# Needs uv, and the network; commit what it writes.
+lock:
+	uv pip compile pyproject.toml --all-extras --group develop --universal --python-version 3.11 \
+	  --generate-hashes --no-emit-index-url --no-header --quiet --output-file requirements.lock
+
+clean:
+	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
