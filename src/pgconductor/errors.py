@@ -39,10 +39,8 @@ such a report into the class registered for its code. Every error can be copied 
 import json
 from collections.abc import Mapping
 from datetime import timedelta
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, Self, TypeVar, cast
 from uuid import UUID
-
-from typing_extensions import Self
 
 from pgconductor.durations import Duration, format_duration, parse_duration
 
@@ -223,7 +221,7 @@ class Expired(ConductorError):
         self.expires = parse_duration(expires)
         self.execution_id = execution_id
         super().__init__(
-            f"task {task!r} was not started within {format_duration(expires)}; add workers to its queue or raise expires="
+            f"task {task!r} was not started within {format_duration(expires)}; add workers or raise expires="
         )
 
 
@@ -494,11 +492,11 @@ class Crash(BaseException):
     """Internal: drop the run as if its process had died. Thrown by the testing kit at a named point."""
 
 
-class Fail(Exception):  # noqa: N818  (a verb: what the handler asks for)
+class Fail(Exception):
     """Raise it in a handler to fail the execution for good, whatever attempts are left."""
 
 
-class Retry(Exception):  # noqa: N818  (a verb: what the handler asks for)
+class Retry(Exception):
     """Raise it in a handler to end this attempt and try again after a while. Counts as an attempt.
 
     Args:
