@@ -1,0 +1,76 @@
+-- The instant, ids and locks that every operation shares.
+--
+-- Lock order, the same in every function, so that no two of them deadlock:
+--   1. the caller's orchestrator row, for key share (the sweep alone takes it for update: a process that was declared
+--      dead can no longer settle, and one that is settling cannot be declared dead)
+--   2. tree locks, by bucket: shared for whoever creates children, exclusive for whoever cancels descendants, so that
+--      no child appears under a cancelled ancestor
+--   3. execution rows by (depth descending, id): child before parent
+--   4. everything else, which is only touched under its execution's lock or is removed by one winner
+
+-- The database's clock, unless a test moves it.
+create or replace function instant(p_now timestamptz) returns timestamptz
+language sql volatile parallel safe return coalesce(p_now, clock_timestamp());
+
+-- A time-ordered id for executions that are created in SQL.
+create or replace function uuid7() returns uuid
+language sql volatile parallel safe
+return encode(
+  set_bit(set_bit(overlay(
+    uuid_send(gen_random_uuid())
+    placing substring(int8send((extract(epoch from clock_timestamp()) * 1000)::bigint) from 3)
+    from 1 for 6), 52, 1), 53, 1), 'hex')::uuid;
+
+create or replace function merge(p_left effects, p_right effects) returns effects
+language sql immutable parallel safe
+return row(p_left.lane_ids || p_right.lane_ids, p_left.watchers || p_right.watchers)::effects;
+
+create or replace function queues_of(p_lanes int[]) returns json
+language sql stable set search_path from current
+return (select coalesce(json_agg(distinct queue_id), '[]') from lane where id = any(p_lanes));
+
+-- Returns false when the process was declared dead; else holds it alive until the transaction ends.
+create or replace function hold_alive(p_orchestrator uuid) returns boolean
+language plpgsql volatile set search_path from current as $$
+begin
+  perform from orchestrator where id = p_orchestrator for key share;
+  return found;
+end $$;
+
+create or replace function lock_trees(p_creating uuid[], p_cancelling uuid[]) returns void
+language plpgsql volatile set search_path from current as $$
+declare
+  v_tree record;
+begin
+  for v_tree in
+    select uuid_hash(root) & 63 as bucket, bool_or(cancelling) as cancelling
+    from (select unnest(p_creating) as root, false as cancelling
+          union all select unnest(p_cancelling), true) t
+    group by bucket order by bucket
+  loop
+    if v_tree.cancelling then
+      perform pg_advisory_xact_lock(hashtext(current_schema()), v_tree.bucket);
+    else
+      perform pg_advisory_xact_lock_shared(hashtext(current_schema()), v_tree.bucket);
+    end if;
+  end loop;
+end $$;
+
+create or replace function lock_executions(p_ids uuid[]) returns void
+language plpgsql volatile set search_path from current set enable_seqscan = off as $$
+begin
+  perform from execution where id = any(p_ids) order by depth desc, id for no key update;
+end $$;
+
+-- Unfinished attached children, at any depth. Stable while the tree lock is held exclusively.
+create or replace function open_descendants(p_ids uuid[]) returns setof uuid
+language sql stable set search_path from current set enable_seqscan = off as $$
+  with recursive tree (id) as (
+    select child_id from step
+    where execution_id = any(p_ids) and status = 'pending' and child_id is not null
+    union
+    select s.child_id from tree t join step s on s.execution_id = t.id
+    where s.status = 'pending' and s.child_id is not null
+  )
+  select id from tree
+$$;

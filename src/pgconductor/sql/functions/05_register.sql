@@ -1,0 +1,52 @@
+-- register: what code and processes tell the database of themselves.
+-- Called at start. Locks: the task rows named. Errors: none of its own.
+
+-- Writes the options of tasks; the last code to register wins. p_tasks: [{name, queue, max_attempts, max_crashes}]
+-- Returns [{name, id}]. Ready work that was enqueued for a task before its first registration moves to its queue.
+create or replace function register_tasks(p_deployment text, p_tasks json, p_now timestamptz default null)
+returns json
+language plpgsql volatile set search_path from current as $$
+declare
+  v_now timestamptz := instant(p_now);
+begin
+  insert into queue (name)
+  select distinct t.queue from json_to_recordset(p_tasks) as t(queue text) order by 1 on conflict do nothing;
+  insert into task as k (name, queue_id, deployment, max_attempts, max_crashes, registered_at)
+  select t.name, q.id, p_deployment, t.max_attempts, t.max_crashes, v_now
+  from json_to_recordset(p_tasks) as t(name text, queue text, max_attempts smallint, max_crashes smallint)
+  join queue q on q.name = t.queue order by t.name
+  on conflict (name) do update
+  set queue_id = excluded.queue_id, deployment = excluded.deployment, max_attempts = excluded.max_attempts,
+      max_crashes = excluded.max_crashes, registered_at = v_now
+  where (k.queue_id, k.deployment, k.max_attempts, k.max_crashes, k.registered_at is null)
+    is distinct from (excluded.queue_id, excluded.deployment, excluded.max_attempts, excluded.max_crashes, false);
+  insert into lane (queue_id, task_id)
+  select k.queue_id, k.id from task k
+  where k.name in (select t.name from json_to_recordset(p_tasks) as t(name text))
+    and not exists (select from lane l where l.queue_id = k.queue_id and l.task_id = k.id)
+  order by 1, 2 on conflict do nothing;
+  return (select json_agg(json_build_object('name', k.name, 'id', k.id)) from task k
+          where k.name in (select t.name from json_to_recordset(p_tasks) as t(name text)));
+end $$;
+
+-- Makes queues that do not exist yet; returns [{name, id}].
+create or replace function register_queues(p_names text[]) returns json
+language plpgsql volatile set search_path from current as $$
+begin
+  insert into queue (name)
+  select n from unnest(p_names) n where not exists (select from queue q where q.name = n) order by 1
+  on conflict do nothing;
+  return (select json_agg(json_build_object('name', name, 'id', id)) from queue where name = any(p_names));
+end $$;
+
+create or replace function register_orchestrator(
+  p_id uuid, p_name text, p_version text, p_host text, p_pid int, p_queues text[], p_now timestamptz default null
+) returns void
+language plpgsql volatile set search_path from current as $$
+declare
+  v_now timestamptz := instant(p_now);
+begin
+  insert into orchestrator (id, name, version, host, pid, queues, started_at, beat_at)
+  values (p_id, p_name, p_version, p_host, p_pid, p_queues, v_now, v_now)
+  on conflict (id) do nothing;
+end $$;

@@ -1,0 +1,181 @@
+-- enqueue: create executions, from anywhere. Called by the client (its own connection or the caller's), and by SQL.
+-- States: none → ready, or scheduled when a time is given. Locks: dedupe keys; the execution that a replace changes.
+-- Returns a JSON array of ids in the order of the calls. A repeated id (a reply was lost) is accepted once.
+-- Errors: PC002 replace of an execution that has started is not an error, the earlier id is returned.
+
+-- Finds the lanes of (task, queue) pairs and makes what is missing. A null queue is the task's own.
+create or replace function ensure_lanes(p_tasks text[], p_queues text[]) returns void
+language plpgsql volatile set search_path from current as $$
+begin
+  insert into queue (name)
+  select distinct x.name from (select coalesce(q, 'default') as name from unnest(p_queues) q) x
+  where not exists (select from queue where queue.name = x.name)
+  on conflict do nothing;
+  insert into task (name, queue_id)
+  select distinct on (x.name) x.name, q.id
+  from (select unnest(p_tasks) as name, unnest(p_queues) as queue) x
+  join queue q on q.name = coalesce(x.queue, 'default')
+  where not exists (select from task where task.name = x.name)
+  on conflict do nothing;
+  insert into lane (queue_id, task_id)
+  select distinct coalesce(q.id, t.queue_id), t.id
+  from (select unnest(p_tasks) as name, unnest(p_queues) as queue) x
+  join task t on t.name = x.name
+  left join queue q on q.name = x.queue
+  on conflict do nothing;
+end $$;
+
+-- The lanes of the pairs, one a pair, in their order.
+create or replace function lanes_of(p_tasks text[], p_queues text[]) returns int[]
+language plpgsql volatile set search_path from current as $$
+declare
+  v_lanes int[];
+begin
+  for v_try in 1..2 loop
+    select array_agg(l.id order by x.place) into v_lanes
+    from unnest(p_tasks, p_queues) with ordinality as x(task, queue, place)
+    left join task t on t.name = x.task
+    left join queue q on q.name = x.queue
+    left join lane l on l.task_id = t.id and l.queue_id = case when x.queue is null then t.queue_id else q.id end;
+    exit when array_position(v_lanes, null) is null;
+    perform ensure_lanes(p_tasks, p_queues);
+  end loop;
+  return v_lanes;
+end $$;
+
+-- Writes executions and the row that makes each of them ready or scheduled. Returns the lanes that have new work.
+create or replace function insert_executions(p_new new_execution[], p_now timestamptz) returns int[]
+language plpgsql volatile set search_path from current as $$
+begin
+  insert into execution (id, ord, created_at, lane_id, priority, depth, parent_id, parent_step, parent_round,
+                         parent_index, root_id, dedupe_key, trigger, payload, run_at)
+  select n.id, n.ord, p_now, n.lane_id, n.priority, n.depth, n.parent_id, n.parent_step, n.parent_round,
+         n.parent_index, n.root_id, n.dedupe_key, n.trigger, n.payload, nullif(n.due_at, 'infinity')
+  from unnest(p_new) n;
+  insert into ready (lane_id, priority, ord, execution_id)
+  select n.lane_id, n.priority, n.ord, n.id from unnest(p_new) n
+  where n.due_at is null or n.due_at <= p_now;
+  insert into timer (execution_id, due_at)
+  select n.id, n.due_at from unnest(p_new) n where n.due_at > p_now;
+  return array(select distinct lane_id from unnest(p_new) n where n.due_at is null or n.due_at <= p_now);
+end $$;
+
+-- Keeps the first execution of each (task, key); returns (new id, kept id) for the calls that lost.
+create or replace function claim_keys(p_new new_execution[]) returns table (new_id uuid, kept_id uuid)
+language plpgsql volatile set search_path from current as $$
+begin
+  insert into dedupe (task_id, key, execution_id)
+  select l.task_id, n.dedupe_key, n.id
+  from unnest(p_new) with ordinality as n join lane l on l.id = n.lane_id
+  where n.dedupe_key is not null
+  order by l.task_id, n.dedupe_key, n.ordinality
+  on conflict do nothing;
+  return query
+    select n.id, d.execution_id
+    from unnest(p_new) n join lane l on l.id = n.lane_id
+    join dedupe d on d.task_id = l.task_id and d.key = n.dedupe_key
+    where n.dedupe_key is not null and d.execution_id <> n.id;
+end $$;
+
+-- Gives an execution that has not started the payload, priority and time of a later call with the same key.
+create or replace function replace_unstarted(p_id uuid, p_with new_execution, p_now timestamptz) returns void
+language plpgsql volatile set search_path from current as $$
+declare
+  v_old execution;
+  v_found boolean;
+begin
+  select * into v_old from execution where id = p_id for no key update;
+  if v_old.outcome is not null or v_old.started_at is not null or v_old.failures + v_old.crashes > 0 then
+    return;
+  end if;
+  delete from timer where execution_id = p_id;
+  v_found := found;
+  delete from ready where lane_id = v_old.lane_id and priority = v_old.priority and ord = v_old.ord
+    and execution_id = p_id;
+  if not (v_found or found) then
+    return;
+  end if;
+  update execution
+  set payload = p_with.payload, priority = p_with.priority, run_at = p_with.due_at where id = p_id;
+  if p_with.due_at > p_now then
+    insert into timer values (p_id, p_with.due_at);
+  else
+    insert into ready values (v_old.lane_id, p_with.priority, v_old.ord, p_id);
+  end if;
+end $$;
+
+-- p_calls: [{id, task, queue?, payload, priority?, run_at?, delay? (seconds), dedupe_key?, replace?, trigger?}]
+-- p_again: the call is a repetition after a lost reply; executions that exist already are left alone.
+create or replace function enqueue(
+  p_calls json, p_notify boolean default false, p_again boolean default false, p_now timestamptz default null
+) returns json
+language plpgsql volatile set search_path from current as $$
+declare
+  v_now timestamptz := instant(p_now);
+  v_tasks text[];
+  v_queues text[];
+  v_lanes int[];
+  v_new new_execution[];
+  v_ids json;
+  v_kept record;
+begin
+  select array_agg(x.task), array_agg(x.queue) into v_tasks, v_queues
+  from (select distinct c.task, c.queue from json_to_recordset(p_calls) as c(task text, queue text)) x;
+  v_lanes := lanes_of(v_tasks, v_queues);
+
+  select array_agg(row(c.id, c.lane, nextval('execution_ord'), coalesce(c.priority, 0), 0, null, null, null, null,
+                       null, c.dedupe_key, c.trigger, c.payload,
+                       coalesce(c.run_at, v_now + make_interval(secs => c.delay)))::new_execution)
+  into v_new
+  from (select c.*, x.lane
+        from rows from (json_to_recordset(p_calls) as (id uuid, task text, queue text, payload json,
+          priority smallint, run_at timestamptz, delay float8, dedupe_key text, trigger text)) with ordinality as c
+        join unnest(v_tasks, v_queues, v_lanes) as x(task, queue, lane)
+          on x.task = c.task and x.queue is not distinct from c.queue
+        where not p_again or not exists (select from execution e where e.id = c.id)
+        order by c.ordinality) c;
+
+  if exists (select from unnest(v_new) n where n.dedupe_key is not null) then
+    select json_agg(c.value ->> 'id') into v_ids from json_array_elements(p_calls) c;
+    for v_kept in select k.new_id, k.kept_id, n as call, coalesce((c.value ->> 'replace')::boolean, false) as replacing
+      from claim_keys(v_new) k
+      join unnest(v_new) n on n.id = k.new_id
+      join json_array_elements(p_calls) c on (c.value ->> 'id')::uuid = k.new_id
+    loop
+      if v_kept.replacing then
+        perform replace_unstarted(v_kept.kept_id, v_kept.call, v_now);
+      end if;
+      v_ids := replace(v_ids::text, v_kept.new_id::text, v_kept.kept_id::text)::json;
+      v_new := array(select n from unnest(v_new) n where n.id <> v_kept.new_id);
+    end loop;
+  end if;
+
+  v_lanes := insert_executions(v_new, v_now);
+  if p_notify and cardinality(v_lanes) > 0 then
+    perform pg_notify(current_schema(), 'ready ' || (select string_agg(distinct queue_id::text, ' ') from lane
+                                                     where id = any(v_lanes)));
+  end if;
+  return json_build_object('queues', queues_of(v_lanes), 'ids', v_ids);
+end $$;
+
+-- For psql, triggers and other languages: one execution, in the caller's transaction.
+create or replace function invoke(
+  task text, payload jsonb default '{}', queue text default null, priority int default 0,
+  run_at timestamptz default null, delay interval default null, dedupe_key text default null,
+  on_duplicate text default 'keep'
+) returns uuid
+language plpgsql volatile set search_path from current as $$
+declare
+  v_id uuid := uuid7();
+begin
+  if on_duplicate not in ('keep', 'replace') then
+    raise exception 'on_duplicate must be keep or replace, not %', on_duplicate using errcode = 'PC003';
+  end if;
+  if jsonb_typeof(payload) is distinct from 'object' then
+    raise exception 'the payload of % must be a JSON object with one entry a parameter', task using errcode = 'PC003';
+  end if;
+  return coalesce((enqueue(json_build_array(json_build_object(
+    'id', v_id, 'task', task, 'queue', queue, 'payload', payload, 'priority', priority, 'run_at', run_at,
+    'delay', extract(epoch from delay), 'dedupe_key', dedupe_key, 'replace', on_duplicate = 'replace')),
+    p_notify => true) -> 'ids' ->> 0)::uuid, v_id);
+end $$;

@@ -1,0 +1,94 @@
+-- claim: take what may run now, for all the free slots of one process, in one round trip.
+-- Called by the claimer of a worker process. States: ready → running. Locks: the caller's orchestrator row, the ready
+-- rows it takes (skipping those that another process is taking). The commit is asynchronous: a claim that is lost in
+-- a crash of the server is simply claimed again.
+-- Returns null when the process was declared dead, else {next_due, claimed: [[...]]}.
+
+-- Splits a limit over lanes so that the best rows of all of them are taken, in (priority, order).
+create or replace function share_limit(p_lanes int[], p_limit int) returns table (lane_id int, take int)
+language sql stable set search_path from current set enable_seqscan = off as $$
+  select n.lane_id, count(*)::int
+  from (select r.lane_id from unnest(p_lanes) l
+        cross join lateral (select * from ready r where r.lane_id = l order by r.priority desc, r.ord limit p_limit) r
+        order by r.priority desc, r.ord limit p_limit) n
+  group by n.lane_id
+$$;
+
+-- Removes and returns the first ready rows of one lane.
+create or replace function take_ready(p_lane int, p_take int) returns ready[]
+language plpgsql volatile set search_path from current set enable_seqscan = off as $$
+declare
+  v_taken ready[];
+begin
+  with next as (
+    select lane_id, priority, ord from ready where lane_id = p_lane
+    order by priority desc, ord limit p_take for update skip locked
+  ), taken as (
+    delete from ready r using next n
+    where r.lane_id = n.lane_id and r.priority = n.priority and r.ord = n.ord
+    returning row(r.lane_id, r.priority, r.ord, r.execution_id, r.cached_by, r.cached_seq)::ready as row
+  )
+  select array_agg(row) into v_taken from taken;
+  return v_taken;
+end $$;
+
+-- The recorded operations of a resumed execution, newest rounds included, as arrays; only those after p_since.
+create or replace function recorded_steps(p_execution uuid, p_since bigint default 0) returns json
+language sql stable set search_path from current set enable_seqscan = off as $$
+  select json_agg(json_build_array(name, round, index, kind, status, value, error, child_id, dropped)
+                  order by name, round, index)
+  from step where execution_id = p_execution and seq > p_since
+$$;
+
+-- p_wants: [{queue, limit}]; p_tasks: the task ids that this process knows.
+-- p_token: the process' own number of this claim, part of every lease it makes.
+create or replace function claim(
+  p_orchestrator uuid, p_token bigint, p_wants json, p_tasks int[], p_fire boolean default false,
+  p_now timestamptz default null
+) returns json
+language plpgsql volatile set search_path from current set enable_seqscan = off as $$
+declare
+  v_now timestamptz := instant(p_now);
+  v_want record;
+  v_share record;
+  v_taken ready[] := '{}'::ready[];
+begin
+  if not hold_alive(p_orchestrator) then
+    return null;
+  end if;
+  perform set_config('synchronous_commit', 'off', true);
+  if p_fire then
+    perform fire_timers(v_now);
+  end if;
+
+  for v_want in
+    select w.queue, w."limit", array_agg(l.id) as lanes
+    from json_to_recordset(p_wants) as w(queue int, "limit" int)
+    join queue q on q.id = w.queue and q.paused_at is null
+    join lane l on l.queue_id = q.id and l.task_id = any(p_tasks)
+    where exists (select from ready r where r.lane_id = l.id)
+    group by w.queue, w."limit"
+  loop
+    if cardinality(v_want.lanes) = 1 then
+      v_taken := v_taken || take_ready(v_want.lanes[1], v_want."limit");
+    else
+      for v_share in select * from share_limit(v_want.lanes, v_want."limit") loop
+        v_taken := v_taken || take_ready(v_share.lane_id, v_share.take);
+      end loop;
+    end if;
+  end loop;
+
+  insert into lease (execution_id, orchestrator_id, token, claimed_at)
+  select t.execution_id, p_orchestrator, p_token, v_now from unnest(v_taken) t;
+  return json_build_object(
+    'next_due', (select extract(epoch from t.due_at - v_now) from timer t where t.due_at < 'infinity'
+                 order by t.due_at limit 1),
+    'claimed', (
+      select json_agg(json_build_array(
+        e.id, l.task_id, l.queue_id, e.payload, e.failures, e.crashes, e.depth, e.parent_id, e.root_id, e.trigger,
+        t.cached_by = p_orchestrator,
+        case when t.ord < 0 or e.failures + e.crashes > 0 then
+          recorded_steps(e.id, case when t.cached_by = p_orchestrator then t.cached_seq else 0 end) end)
+        order by t.priority desc, t.ord)
+      from unnest(v_taken) t join execution e on e.id = t.execution_id join lane l on l.id = e.lane_id));
+end $$;

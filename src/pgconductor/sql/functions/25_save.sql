@@ -1,0 +1,146 @@
+-- save: record finished steps and open waits of running executions, many executions at once (group commit).
+-- Called by a worker while handlers run. States: none change; children that are started become ready.
+-- Locks: the caller's orchestrator row; when children are created, their trees (shared) and parents.
+-- A repetition after a lost reply changes nothing: a step is inserted once.
+-- Returns {lost: [execution ids whose lease is gone], queues: [queue ids with new work]}.
+
+-- Opens operations: a pending step each, and the children it asks for. Only operations that were not there yet
+-- create children. The caller holds the tree locks and the rows of the parents.
+-- p_ops: [{id (execution), name, round, kind, due_at?, due_in? (seconds), keep, timeout_error?, window?, detached?,
+--          children: [{id, task, queue, payload, priority, delay, run_at}]}]
+create or replace function open_operations(p_ops json, p_now timestamptz) returns int[]
+language plpgsql volatile set search_path from current set enable_seqscan = off as $$
+declare
+  v_opened uuid[];
+  v_new new_execution[];
+begin
+  -- headers of fan-outs, sleeps and waits
+  insert into step (execution_id, name, round, index, kind, status, keep_on_timeout, created_at, due_at, error)
+  select o.id, o.name, o.round, 0, o.kind, 'pending', coalesce(o.keep, false), p_now,
+         coalesce(o.due_at, p_now + make_interval(secs => o.due_in)), o.timeout_error
+  from json_to_recordset(p_ops) as o(id uuid, name text, round smallint, kind step_kind, due_at timestamptz,
+    due_in float8, keep boolean, timeout_error json)
+  where o.kind not in ('invoke', 'start')
+  on conflict do nothing;
+
+  -- one row a child
+  with opened as (
+    insert into step (execution_id, name, round, index, kind, status, keep_on_timeout, created_at, finished_at, due_at,
+                      child_id, error)
+    select o.id, o.name, o.round, case when o.kind = 'invoke_all' then c.ordinality else 0 end, o.kind,
+           case when o.detached then 'completed' else 'pending' end::step_status, coalesce(o.keep, false), p_now,
+           case when o.detached then p_now end,
+           case when o.kind <> 'invoke_all' then coalesce(o.due_at, p_now + make_interval(secs => o.due_in)) end,
+           (c.value ->> 'id')::uuid, o.timeout_error
+    from json_to_recordset(p_ops) as o(id uuid, name text, round smallint, kind step_kind, due_at timestamptz,
+      due_in float8, keep boolean, detached boolean, timeout_error json, children json)
+    cross join lateral json_array_elements(o.children) with ordinality c
+    where o.children is not null
+    on conflict do nothing
+    returning child_id
+  )
+  select array_agg(child_id) into v_opened from opened;
+  if v_opened is null then
+    return '{}'::int[];
+  end if;
+
+  insert into wait_item (execution_id, name, round, kind, left_count, next_index)
+  select o.id, o.name, o.round, o.kind, json_array_length(o.children), o."window" + 1
+  from json_to_recordset(p_ops) as o(id uuid, name text, round smallint, kind step_kind, "window" int, children json)
+  where o.kind = 'invoke_all' and json_array_length(o.children) > 0
+  on conflict do nothing;
+
+  v_new := child_executions(p_ops, v_opened, p_now);
+  return insert_executions(v_new, p_now);
+end $$;
+
+-- The rows of new children. Those beyond a fan-out's window are due at infinity until one before them ends.
+create or replace function child_executions(p_ops json, p_opened uuid[], p_now timestamptz) returns new_execution[]
+language plpgsql volatile set search_path from current set enable_seqscan = off as $$
+declare
+  v_tasks text[];
+  v_queues text[];
+  v_lanes int[];
+begin
+  select array_agg(x.task), array_agg(x.queue) into v_tasks, v_queues
+  from (select distinct c.task, c.queue
+        from json_array_elements(p_ops) o
+        cross join lateral json_to_recordset(o -> 'children') as c(id uuid, task text, queue text)
+        where o -> 'children' is not null) x;
+  v_lanes := lanes_of(v_tasks, v_queues);
+  return (
+    select array_agg(row(
+      c.id, c.lane, nextval('execution_ord'), coalesce(c.priority, 0),
+      case when c.detached then 0 else p.depth + 1 end,
+      case when not c.detached then p.id end, case when not c.detached then c.name end,
+      case when not c.detached then c.round end, case when not c.detached then c.index end,
+      case when not c.detached then coalesce(p.root_id, p.id) end,
+      null, null, c.payload, c.due_at)::new_execution)
+    from (
+      select o.id as parent, o.name, o.round, coalesce(o.detached, false) as detached, c.id, c.payload, c.priority,
+             x.lane, case when o.kind = 'invoke_all' then c.ordinality else 0 end as index,
+             case when c.ordinality > o."window" then 'infinity'
+                  else coalesce(c.run_at, p_now + make_interval(secs => c.delay)) end as due_at
+      from rows from (json_to_recordset(p_ops) as (id uuid, name text, round smallint, kind step_kind,
+        detached boolean, "window" int, children json)) with ordinality
+        as o(id, name, round, kind, detached, "window", children, place)
+      cross join lateral rows from (json_to_recordset(o.children) as (id uuid, task text, queue text, payload json,
+        priority smallint, delay float8, run_at timestamptz)) with ordinality as c
+      join unnest(v_tasks, v_queues, v_lanes) as x(task, queue, lane)
+        on x.task = c.task and x.queue is not distinct from c.queue
+      where o.children is not null
+      order by o.place, c.ordinality
+    ) c
+    join execution p on p.id = c.parent
+    where c.id = any(p_opened));
+end $$;
+
+-- p_steps: [{id, token, name, round, kind, value}]; p_ops: as open_operations takes them, with token.
+create or replace function save(p_orchestrator uuid, p_steps json, p_ops json, p_now timestamptz default null)
+returns json
+language plpgsql volatile set search_path from current set enable_seqscan = off as $$
+declare
+  v_now timestamptz := instant(p_now);
+  v_lost uuid[];
+  v_lanes int[] := '{}'::int[];
+begin
+  if not hold_alive(p_orchestrator) then
+    return null;
+  end if;
+  select array_agg(g.id) into v_lost
+  from (select * from json_to_recordset(p_steps) as s(id uuid, token bigint)
+        union select * from json_to_recordset(p_ops) as o(id uuid, token bigint)) g
+  where not exists (select from lease l where l.execution_id = g.id and l.token = g.token
+                    and l.orchestrator_id = p_orchestrator);
+
+  insert into step (execution_id, name, round, kind, status, value, created_at, finished_at)
+  select s.id, s.name, s.round, s.kind, 'completed', s.value, v_now, v_now
+  from json_to_recordset(p_steps) as s(id uuid, name text, round smallint, kind step_kind, value json)
+  where v_lost is null or s.id <> all(v_lost)
+  on conflict do nothing;
+
+  if json_array_length(p_ops) > 0 then
+    v_lanes := start_children(p_ops, v_lost, v_now);
+  end if;
+  return json_build_object('lost', to_json(v_lost), 'queues', queues_of(v_lanes));
+end $$;
+
+-- Opens operations of executions that go on running. A parent with a cancel request creates nothing: its worker is
+-- told by signal.
+create or replace function start_children(p_ops json, p_lost uuid[], p_now timestamptz) returns int[]
+language plpgsql volatile set search_path from current set enable_seqscan = off as $$
+declare
+  v_parents uuid[];
+  v_roots uuid[];
+begin
+  select array_agg(e.id), array_agg(coalesce(e.root_id, e.id)) into v_parents, v_roots
+  from (select distinct o.id from json_to_recordset(p_ops) as o(id uuid)) o join execution e on e.id = o.id
+  where p_lost is null or o.id <> all(p_lost);
+  perform lock_trees(v_roots, '{}');
+  perform lock_executions(v_parents);
+  return open_operations((
+    select json_agg(o) from json_array_elements(p_ops) o
+    where (o ->> 'id')::uuid = any(v_parents)
+      and not exists (select from execution e where e.id = (o ->> 'id')::uuid and e.cancel_requested_at is not null)),
+    p_now);
+end $$;

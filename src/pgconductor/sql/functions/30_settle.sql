@@ -1,0 +1,240 @@
+-- settle: give up leases, each with an outcome. One call for everything that finished since the last one.
+-- Called by a worker's settler. States: running → completed, failed, cancelled; ready (released, retried at once);
+-- scheduled (retried later); waiting (parked), or ready again when what it waits for has already been answered.
+-- Locks, in the order of 00_locks.sql: the caller's orchestrator row, trees, executions with their parents and open
+-- descendants. A plain completion (no parent, no child) locks its own row only, by updating it.
+-- Fence: an outcome counts only while the lease (execution, orchestrator, token) exists; else its id is returned in
+-- lost and nothing of it happens. A repetition after a lost reply is therefore harmless.
+-- A cancel request wins: whatever the outcome says, the execution ends cancelled.
+-- Returns {lost, queues: [queue ids with new work], watchers: [who is to be told], next_due: seconds}.
+
+-- Completes executions without parent and children. p_completed: [{id, token, result}]
+create or replace function settle_plain(p_orchestrator uuid, p_completed json, p_now timestamptz, inout p_lost uuid[])
+returns uuid[]
+language plpgsql volatile set search_path from current set enable_seqscan = off as $$
+declare
+  v_ids uuid[];
+  v_claimed timestamptz[];
+  v_results json[];
+  v_count int;
+begin
+  select array_agg(l.execution_id), array_agg(l.claimed_at), array_agg(g.result) into v_ids, v_claimed, v_results
+  from json_to_recordset(p_completed) as g(id uuid, token bigint, result json)
+  join lease l on l.execution_id = g.id and l.token = g.token and l.orchestrator_id = p_orchestrator;
+
+  update execution e
+  set outcome = 'completed', result = h.result, error = null, finished_at = p_now,
+      started_at = coalesce(e.started_at, h.claimed_at)
+  from unnest(v_ids, v_claimed, v_results) as h(id, claimed_at, result)
+  where e.id = h.id and e.cancel_requested_at is null;
+  get diagnostics v_count = row_count;
+
+  if v_count < coalesce(cardinality(v_ids), 0) then
+    perform finish(cancelled(array(
+      select id from execution where id = any(v_ids) and outcome is null)), p_now);
+  end if;
+  delete from lease where execution_id = any(v_ids);
+  if coalesce(cardinality(v_ids), 0) < json_array_length(p_completed) then
+    p_lost := p_lost || array(select g.id from json_to_recordset(p_completed) as g(id uuid)
+                              where v_ids is null or g.id <> all(v_ids));
+  end if;
+end $$;
+
+-- What a cancel request makes of executions, whatever they returned.
+create or replace function cancelled(p_ids uuid[]) returns ended[]
+language sql stable set search_path from current as $$
+  select array_agg(row(id, 'cancelled', null, json_build_object(
+    'type', 'pgconductor.errors.ExecutionCancelled', 'message', cancel_reason))::ended)
+  from execution where id = any(p_ids)
+$$;
+
+-- Locks what outcomes touch: their executions and parents, and the open descendants of those that end.
+create or replace function lock_for_settle(p_held settlement[]) returns void
+language plpgsql volatile set search_path from current set enable_seqscan = off as $$
+declare
+  v_creating uuid[];
+  v_ending uuid[];
+  v_cancelling uuid[];
+  v_ids uuid[];
+begin
+  v_ending := array(
+    select h.id from unnest(p_held) h where h.outcome in ('completed', 'failed') and exists (
+      select from step s where s.execution_id = h.id and s.status = 'pending' and s.child_id is not null));
+  select array_agg(coalesce(e.root_id, e.id)) filter (where h.outcome = 'parked' and h.ops is not null),
+         array_agg(coalesce(e.root_id, e.id)) filter (where h.id = any(v_ending)),
+         array_agg(h.id) || array_agg(e.parent_id) filter (where e.parent_id is not null)
+  into v_creating, v_cancelling, v_ids
+  from unnest(p_held) h join execution e on e.id = h.id;
+  perform lock_trees(v_creating, v_cancelling);
+  perform lock_executions(v_ids || array(select open_descendants(v_ending)));
+end $$;
+
+-- Parks: opens what is new, then waits, unless something awaited has been answered already.
+-- awaits: [{name, round, kind, awaited, members?: [step names], count?}]
+create or replace function park(p_orchestrator uuid, p_parked settlement[], p_now timestamptz) returns effects
+language plpgsql volatile set search_path from current set enable_seqscan = off as $$
+declare
+  v_lanes int[] := '{}'::int[];
+  v_ops json;
+  v_answered uuid[];
+begin
+  select json_agg(o) into v_ops from unnest(p_parked) p cross join lateral json_array_elements(p.ops) o;
+  if v_ops is not null then
+    v_lanes := open_operations(v_ops, p_now);
+  end if;
+  perform count_waits(p_parked, p_now);
+
+  v_answered := array(
+    select distinct p.id from unnest(p_parked) p
+    cross join lateral json_to_recordset(p.awaits) as a(name text, round smallint, kind step_kind, awaited boolean)
+    join step s on s.execution_id = p.id and s.name = a.name and s.round = a.round and s.index = 0
+    where a.awaited and s.status <> 'pending');
+  insert into wait (execution_id, parked_at, cached_by, cached_seq)
+  select p.id, p_now, case when p.cached then p_orchestrator end, unseen_since(p.id, p.awaits)
+  from unnest(p_parked) p;
+  insert into timer (execution_id, due_at)
+  select p.id, min(s.due_at) from unnest(p_parked) p
+  cross join lateral json_to_recordset(p.awaits) as a(name text, round smallint, awaited boolean)
+  join step s on s.execution_id = p.id and s.name = a.name and s.round = a.round and s.index = 0
+  where a.awaited and s.due_at is not null and p.id <> all(v_answered)
+  group by p.id;
+  update execution e set started_at = p.claimed_at
+  from unnest(p_parked) p where e.id = p.id and e.started_at is null;
+  return merge(row(v_lanes, '{}')::effects, wake(v_answered));
+end $$;
+
+-- Makes a row a wait on started children, with how many of them are still to answer.
+create or replace function count_waits(p_parked settlement[], p_now timestamptz) returns void
+language plpgsql volatile set search_path from current set enable_seqscan = off as $$
+declare
+  v_full answer[];
+begin
+  if not exists (select from unnest(p_parked) p cross join lateral json_array_elements(p.awaits) a
+                 where a -> 'members' is not null) then
+    return;
+  end if;
+  insert into wait_link (execution_id, child_step, item_name, item_round)
+  select p.id, m.value, a.name, a.round
+  from unnest(p_parked) p
+  cross join lateral json_to_recordset(p.awaits) as a(name text, round smallint, kind step_kind, members json)
+  cross join lateral json_array_elements_text(a.members) m
+  on conflict do nothing;
+  insert into wait_item (execution_id, name, round, kind, left_count)
+  select p.id, a.name, a.round, a.kind, a.count - count(s.name) filter (where s.status <> 'pending')
+  from unnest(p_parked) p
+  cross join lateral json_to_recordset(p.awaits)
+    as a(name text, round smallint, kind step_kind, members json, count int)
+  cross join lateral json_array_elements_text(a.members) m
+  left join step s on s.execution_id = p.id and s.name = m.value and s.index = 0
+    and s.round = (select max(r.round) from step r where r.execution_id = p.id and r.name = m.value)
+  group by p.id, a.name, a.round, a.kind, a.count
+  on conflict (execution_id, name, round) do update set left_count = excluded.left_count;
+
+  select array_agg(row(i.execution_id, i.name, i.round, 0, 'completed', done_members(i.execution_id, i.name, i.round),
+                       null)::answer) into v_full
+  from unnest(p_parked) p join wait_item i on i.execution_id = p.id
+  where i.kind = 'wait' and i.left_count <= 0;
+  perform write_answers(v_full, p_now);
+end $$;
+
+-- The position in step_seq after which the worker that parked has seen nothing. Operations it thought open may have
+-- been answered while it ran.
+create or replace function unseen_since(p_execution uuid, p_open json) returns bigint
+language sql volatile set search_path from current set enable_seqscan = off as $$
+  select least(
+    (select last_value from step_seq),
+    (select min(s.seq) - 1 from json_to_recordset(p_open) as a(name text, round smallint)
+     join step s on s.execution_id = p_execution and s.name = a.name and s.round = a.round
+     where s.status <> 'pending'))
+$$;
+
+-- Makes executions ready again, at once or after their delay. Those released keep their place before fresh work.
+create or replace function requeue(p_again settlement[], p_now timestamptz) returns effects
+language plpgsql volatile set search_path from current set enable_seqscan = off as $$
+begin
+  update execution e
+  set failures = e.failures + (a.outcome = 'retried')::int, error = coalesce(a.error, e.error),
+      started_at = coalesce(e.started_at, a.claimed_at)
+  from unnest(p_again) a where e.id = a.id;
+  update step s set dropped = true, seq = nextval('step_seq')
+  from unnest(p_again) a cross join lateral json_to_recordset(a.fresh) as f(name text, round smallint)
+  where s.execution_id = a.id and s.name = f.name and s.round = f.round;
+  insert into timer (execution_id, due_at)
+  select id, p_now + make_interval(secs => delay) from unnest(p_again) where delay > 0;
+  return row(make_ready(array(
+    select id from unnest(p_again) where coalesce(delay, 0) <= 0)), '{}')::effects;
+end $$;
+
+-- p_completed: plain completions, [{id, token, result}].
+-- p_outcomes: [{id, token, outcome: completed | failed | retried | released | parked, result, error, delay (seconds),
+--               ops, awaits, fresh: [{name, round}] (timed out operations that a retry does afresh), cached}]
+create or replace function settle(
+  p_orchestrator uuid, p_completed json, p_outcomes json, p_now timestamptz default null
+) returns json
+language plpgsql volatile set search_path from current set enable_seqscan = off as $$
+declare
+  v_now timestamptz := instant(p_now);
+  v_lost uuid[] := '{}'::uuid[];
+  v_held settlement[];
+  v_effects effects := row('{}'::int[], '{}'::text[]);
+begin
+  if not hold_alive(p_orchestrator) then
+    return null;
+  end if;
+  if json_array_length(p_completed) > 0 then
+    v_lost := settle_plain(p_orchestrator, p_completed, v_now, v_lost);
+  end if;
+  if json_array_length(p_outcomes) > 0 then
+    select array_agg(row(o.id, o.outcome, o.result, o.error, o.delay, o.ops, o.awaits, o.fresh, o.cached,
+                         l.claimed_at)::settlement) filter (where l.execution_id is not null),
+           v_lost || coalesce(array_agg(o.id) filter (where l.execution_id is null), '{}')
+    into v_held, v_lost
+    from json_to_recordset(p_outcomes) as o(id uuid, token bigint, outcome text, result json, error json,
+      delay float8, ops json, awaits json, fresh json, cached boolean)
+    left join lease l on l.execution_id = o.id and l.token = o.token and l.orchestrator_id = p_orchestrator;
+    if v_held is not null then
+      v_effects := settle_held(p_orchestrator, v_held, v_now);
+    end if;
+  end if;
+  return json_build_object(
+    'lost', v_lost, 'queues', queues_of(v_effects.lane_ids), 'watchers', v_effects.watchers,
+    'next_due', (select extract(epoch from due_at - v_now) from timer where due_at < 'infinity'
+                 order by due_at limit 1));
+end $$;
+
+-- Settles outcomes whose leases are held.
+create or replace function settle_held(p_orchestrator uuid, p_held settlement[], p_now timestamptz) returns effects
+language plpgsql volatile set search_path from current set enable_seqscan = off as $$
+declare
+  v_flagged uuid[];
+  v_again settlement[];
+  v_parked settlement[];
+  v_ended ended[];
+  v_effects effects := row('{}'::int[], '{}'::text[]);
+begin
+  perform lock_for_settle(p_held);
+  v_flagged := array(select e.id from unnest(p_held) h join execution e on e.id = h.id
+                     where e.cancel_requested_at is not null);
+  select array_agg(h) filter (where h.outcome in ('retried', 'released')),
+         array_agg(h) filter (where h.outcome = 'parked'),
+         array_agg(row(h.id, h.outcome, h.result, h.error)::ended) filter (where h.outcome in ('completed', 'failed'))
+  into v_again, v_parked, v_ended
+  from unnest(p_held) h where h.id <> all(v_flagged);
+
+  update execution e set failures = e.failures + 1
+  from unnest(v_ended) x where e.id = x.id and x.outcome = 'failed';
+  if v_again is not null then
+    v_effects := merge(v_effects, requeue(v_again, p_now));
+  end if;
+  if v_parked is not null then
+    v_effects := merge(v_effects, park(p_orchestrator, v_parked, p_now));
+  end if;
+  if cardinality(v_flagged) > 0 then
+    v_ended := v_ended || cancelled(v_flagged);
+  end if;
+  if v_ended is not null then
+    v_effects := merge(v_effects, finish(v_ended, p_now));
+  end if;
+  delete from lease where execution_id in (select h.id from unnest(p_held) h);
+  return v_effects;
+end $$;

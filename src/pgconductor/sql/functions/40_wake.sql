@@ -1,0 +1,211 @@
+-- finish, answer, wake: the one way in which an execution ends and its parent hears of it.
+-- Called by settle, cancel, the timers and the sweep, which hold the locks: the executions that end, their parents and
+-- their open descendants. States: any live state → completed, failed, cancelled; a waiting parent → ready.
+-- Return effects: the lanes that have new work, and who sleeps until one of these executions ends.
+
+-- Makes executions ready before fresh work of the same priority.
+create or replace function make_ready(p_ids uuid[], p_cached_by uuid default null, p_cached_seq bigint default null)
+returns int[]
+language plpgsql volatile set search_path from current set enable_seqscan = off as $$
+begin
+  insert into ready (lane_id, priority, ord, execution_id, cached_by, cached_seq)
+  select e.lane_id, e.priority, e.ord - 4611686018427387904, e.id, p_cached_by, p_cached_seq
+  from execution e where e.id = any(p_ids);
+  return array(select distinct lane_id from execution where id = any(p_ids));
+end $$;
+
+-- Makes parked executions ready; those that are not parked are left alone.
+create or replace function wake(p_ids uuid[]) returns effects
+language plpgsql volatile set search_path from current set enable_seqscan = off as $$
+declare
+  v_woken wait[];
+  v_ids uuid[];
+begin
+  if coalesce(cardinality(p_ids), 0) = 0 then
+    return row('{}'::int[], '{}'::text[])::effects;
+  end if;
+  with woken as (delete from wait where execution_id = any(p_ids) returning *)
+  select array_agg(w::wait), array_agg(w.execution_id) into v_woken, v_ids
+  from (select * from woken) w;
+  insert into ready (lane_id, priority, ord, execution_id, cached_by, cached_seq)
+  select e.lane_id, e.priority, e.ord - 4611686018427387904, e.id, w.cached_by, w.cached_seq
+  from unnest(v_woken) w join execution e on e.id = w.execution_id;
+  delete from timer where execution_id = any(v_ids);
+  delete from wait_item where execution_id = any(v_ids) and kind <> 'invoke_all';
+  delete from wait_link where execution_id = any(v_ids);
+  return row(array(select distinct lane_id from execution where id = any(v_ids)), '{}')::effects;
+end $$;
+
+-- The members of a wait that have answered, by step name, as they stand now.
+create or replace function done_members(p_execution uuid, p_name text, p_round smallint) returns json
+language sql stable set search_path from current set enable_seqscan = off as $$
+  select coalesce(json_agg(distinct s.name), '[]')
+  from wait_link l join step s on s.execution_id = l.execution_id and s.name = l.child_step and s.index = 0
+  where l.execution_id = p_execution and l.item_name = p_name and l.item_round = p_round and s.status <> 'pending'
+$$;
+
+-- Writes outcomes into pending steps, each once; returns those it wrote.
+create or replace function write_answers(p_answers answer[], p_now timestamptz) returns answer[]
+language plpgsql volatile set search_path from current set enable_seqscan = off as $$
+declare
+  v_written answer[];
+begin
+  with written as (
+    update step s
+    set status = a.status, value = a.value, error = coalesce(a.error, s.error), finished_at = p_now,
+        seq = nextval('step_seq')
+    from unnest(p_answers) a
+    where s.execution_id = a.execution_id and s.name = a.name and s.round = a.round and s.index = a.index
+      and s.status = 'pending'
+    returning row(s.execution_id, s.name, s.round, s.index, s.status, null, null)::answer as answer
+  )
+  select array_agg(answer) into v_written from written;
+  return v_written;
+end $$;
+
+-- Answers operations and wakes the executions that need no more.
+create or replace function answer(p_answers answer[], p_now timestamptz) returns effects
+language plpgsql volatile set search_path from current set enable_seqscan = off as $$
+declare
+  v_written answer[] := write_answers(p_answers, p_now);
+  v_counted uuid[];
+  v_single uuid[];
+  v_lanes int[];
+begin
+  if v_written is null then
+    return row('{}'::int[], '{}'::text[])::effects;
+  end if;
+  v_lanes := release_next(v_written);
+  v_counted := count_fan_outs(v_written, p_now) || count_links(v_written, p_now);
+  v_single := array(
+    select w.execution_id from unnest(v_written) w
+    join step s on s.execution_id = w.execution_id and s.name = w.name and s.round = w.round and s.index = w.index
+    where w.index = 0 and s.kind <> 'start');
+  return merge(row(v_lanes, '{}')::effects, wake(v_counted || v_single));
+end $$;
+
+-- Counts answered children of fan-outs; answers the fan-outs that are complete and returns their executions.
+create or replace function count_fan_outs(p_written answer[], p_now timestamptz) returns uuid[]
+language plpgsql volatile set search_path from current set enable_seqscan = off as $$
+declare
+  v_full answer[];
+begin
+  with counted as (
+    update wait_item i set left_count = i.left_count - w.count
+    from (select execution_id, name, round, count(*)::int as count from unnest(p_written)
+          where index > 0 group by 1, 2, 3) w
+    where i.execution_id = w.execution_id and i.name = w.name and i.round = w.round
+    returning i.execution_id, i.name, i.round, i.left_count
+  )
+  select array_agg(row(execution_id, name, round, 0, 'completed', null, null)::answer) into v_full
+  from counted where left_count <= 0;
+  if v_full is null then
+    return '{}'::uuid[];
+  end if;
+  delete from wait_item i using unnest(v_full) f
+  where i.execution_id = f.execution_id and i.name = f.name and i.round = f.round;
+  perform write_answers(v_full, p_now);
+  return array(select execution_id from unnest(v_full));
+end $$;
+
+-- Counts answered children for the waits that name them; answers the waits that are full.
+create or replace function count_links(p_written answer[], p_now timestamptz) returns uuid[]
+language plpgsql volatile set search_path from current set enable_seqscan = off as $$
+declare
+  v_full answer[];
+begin
+  with counted as (
+    update wait_item i set left_count = i.left_count - w.count
+    from (select l.execution_id, l.item_name, l.item_round, count(*)::int as count
+          from unnest(p_written) a
+          join wait_link l on l.execution_id = a.execution_id and l.child_step = a.name
+          where a.index = 0 group by 1, 2, 3) w
+    where i.execution_id = w.execution_id and i.name = w.item_name and i.round = w.item_round
+    returning i.execution_id, i.name, i.round, i.left_count
+  )
+  select array_agg(row(execution_id, name, round, 0, 'completed', done_members(execution_id, name, round),
+                       null)::answer) into v_full
+  from counted where left_count <= 0;
+  if v_full is null then
+    return '{}'::uuid[];
+  end if;
+  perform write_answers(v_full, p_now);
+  return array(select execution_id from unnest(v_full));
+end $$;
+
+-- Makes the next held children of a fan-out with a window ready, one for each that ended inside the window.
+create or replace function release_next(p_written answer[]) returns int[]
+language plpgsql volatile set search_path from current set enable_seqscan = off as $$
+declare
+  v_item record;
+  v_next record;
+  v_lanes int[] := '{}'::int[];
+begin
+  for v_item in
+    select i.execution_id, i.name, i.round, i.next_index, count(*)::int as ended
+    from unnest(p_written) w
+    join wait_item i on i.execution_id = w.execution_id and i.name = w.name and i.round = w.round
+    where w.index > 0 and w.index < i.next_index
+    group by i.execution_id, i.name, i.round
+  loop
+    select array_agg(child_id) as ids, max(index) as index into v_next
+    from (select s.child_id, s.index from step s join timer t on t.execution_id = s.child_id
+          where s.execution_id = v_item.execution_id and s.name = v_item.name and s.round = v_item.round
+            and s.index >= v_item.next_index and t.due_at = 'infinity'
+          order by s.index limit v_item.ended) n;
+    if v_next.ids is not null then
+      delete from timer where execution_id = any(v_next.ids);
+      insert into ready (lane_id, priority, ord, execution_id)
+      select lane_id, priority, ord, id from execution where id = any(v_next.ids);
+      update wait_item set next_index = v_next.index + 1
+      where execution_id = v_item.execution_id and name = v_item.name and round = v_item.round;
+      v_lanes := v_lanes || array(select distinct lane_id from execution where id = any(v_next.ids));
+    end if;
+  end loop;
+  return v_lanes;
+end $$;
+
+-- Ends executions: writes the outcome, cancels open descendants, answers the parents.
+create or replace function finish(p_ended ended[], p_now timestamptz) returns effects
+language plpgsql volatile set search_path from current set enable_seqscan = off as $$
+declare
+  v_ids uuid[] := array(select id from unnest(p_ended));
+  v_open uuid[];
+  v_answers answer[];
+  v_effects effects := row('{}'::int[], '{}'::text[]);
+begin
+  update execution e
+  set outcome = x.outcome, result = x.result, error = x.error, finished_at = p_now,
+      started_at = coalesce(e.started_at, l.claimed_at)
+  from unnest(p_ended) x left join lease l on l.execution_id = x.id
+  where e.id = x.id;
+  delete from wait_item where execution_id = any(v_ids);
+  delete from wait_link where execution_id = any(v_ids);
+
+  v_open := array(select open_descendants(v_ids));
+  if cardinality(v_open) > 0 then
+    v_effects := cancel_locked(v_open, 'its parent ended', p_now);
+  end if;
+  select array_agg(row(e.parent_id, e.parent_step, e.parent_round, e.parent_index, e.outcome::text::step_status,
+                       x.result, x.error)::answer) into v_answers
+  from unnest(p_ended) x join execution e on e.id = x.id
+  where e.parent_id is not null;
+  if v_answers is not null then
+    v_effects := merge(v_effects, answer(v_answers, p_now));
+  end if;
+  return merge(v_effects, row('{}', watchers_of(v_ids))::effects);
+end $$;
+
+-- Removes and returns who watches executions that ended.
+create or replace function watchers_of(p_ids uuid[]) returns text[]
+language plpgsql volatile set search_path from current as $$
+declare
+  v_watchers text[];
+begin
+  if not exists (select from watch) then
+    return '{}'::text[];
+  end if;
+  with told as (delete from watch where execution_id = any(p_ids) returning watcher)
+  select array_agg(distinct watcher) into v_watchers from told;
+  return coalesce(v_watchers, '{}');
+end $$;

@@ -1,0 +1,112 @@
+-- cancel and redrive: what people do to executions.
+-- Locks: the tree exclusively, then the execution with its parent and its open descendants.
+-- Rows move ready → lease → wait or timer → ready; cancel looks for them against the stream's head and waits for a
+-- move in flight, so that none slips past it.
+
+-- Requests the end of locked executions: those that do not run end at once, those that run are told.
+create or replace function cancel_locked(p_ids uuid[], p_reason text, p_now timestamptz) returns effects
+language plpgsql volatile set search_path from current set enable_seqscan = off as $$
+declare
+  v_ids uuid[];
+  v_stopped uuid[];
+  v_told text[];
+begin
+  with flagged as (
+    update execution set cancel_requested_at = p_now, cancel_reason = left(p_reason, 1000)
+    where id = any(p_ids) and outcome is null and cancel_requested_at is null returning id
+  )
+  select array_agg(id) into v_ids from flagged;
+  if v_ids is null then
+    return row('{}'::int[], '{}'::text[])::effects;
+  end if;
+  with stopped as (delete from wait where execution_id = any(v_ids) returning execution_id)
+  select coalesce(array_agg(execution_id), '{}') into v_stopped from stopped;
+  with stopped as (delete from timer where execution_id = any(v_ids) returning execution_id)
+  select v_stopped || coalesce(array_agg(execution_id), '{}') into v_stopped from stopped;
+  with stopped as (
+    delete from ready r using execution e
+    where e.id = any(v_ids) and r.lane_id = e.lane_id and r.priority = e.priority
+      and r.ord in (e.ord, e.ord - 4611686018427387904) and r.execution_id = e.id
+    returning r.execution_id
+  )
+  select v_stopped || coalesce(array_agg(execution_id), '{}') into v_stopped from stopped;
+
+  with told as (
+    insert into signal (orchestrator_id, execution_id)
+    select orchestrator_id, execution_id from lease
+    where execution_id = any(v_ids) and execution_id <> all(v_stopped)
+    on conflict do nothing returning orchestrator_id
+  )
+  select coalesce(array_agg(distinct orchestrator_id::text), '{}') into v_told from told;
+  return merge(row('{}', v_told)::effects,
+               finish(cancelled(array(select distinct unnest(v_stopped))), p_now));
+end $$;
+
+-- Returns {result: cancelled | requested | ended | unknown, queues, watchers}.
+create or replace function cancel(p_id uuid, p_reason text, p_now timestamptz default null) returns json
+language plpgsql volatile set search_path from current set enable_seqscan = off as $$
+declare
+  v_now timestamptz := instant(p_now);
+  v_root uuid;
+  v_parent uuid;
+  v_effects effects;
+  v_outcome outcome;
+begin
+  select coalesce(root_id, id), parent_id into v_root, v_parent from execution where id = p_id;
+  if not found then
+    return json_build_object('result', 'unknown');
+  end if;
+  perform lock_trees('{}', array[v_root]);
+  perform lock_executions(array[p_id, v_parent] || array(select open_descendants(array[p_id])));
+  select outcome into v_outcome from execution where id = p_id;
+  if v_outcome is not null then
+    return json_build_object('result', 'ended');
+  end if;
+  v_effects := cancel_locked(array[p_id] || array(select open_descendants(array[p_id])), p_reason, v_now);
+  select outcome into v_outcome from execution where id = p_id;
+  return json_build_object(
+    'result', case when v_outcome is null then 'requested' else 'cancelled' end,
+    'queues', queues_of(v_effects.lane_ids), 'watchers', v_effects.watchers);
+end $$;
+
+-- Cancels the execution that a task's dedupe key names.
+create or replace function cancel_by_key(p_task text, p_key text, p_reason text, p_now timestamptz default null)
+returns json
+language sql volatile set search_path from current as $$
+  select coalesce(
+    (select cancel(d.execution_id, p_reason, p_now) from dedupe d join task t on t.id = d.task_id
+     where t.name = p_task and d.key = p_key),
+    json_build_object('result', 'unknown'))
+$$;
+
+-- Opens a new life of an execution that failed or was cancelled: its recorded steps stay, its budgets begin anew.
+-- Its parent, if any, has had its answer and hears nothing more. Returns {result: ready | refused | unknown, queues}.
+create or replace function redrive(p_id uuid) returns json
+language plpgsql volatile set search_path from current set enable_seqscan = off as $$
+declare
+  v_execution execution;
+begin
+  select * into v_execution from execution where id = p_id for no key update;
+  if not found then
+    return json_build_object('result', 'unknown');
+  end if;
+  if v_execution.outcome is null or v_execution.outcome = 'completed' then
+    return json_build_object('result', 'refused');
+  end if;
+  update execution
+  set outcome = null, finished_at = null, error = null, failures = 0, crashes = 0,
+      cancel_requested_at = null, cancel_reason = null
+  where id = p_id;
+  return json_build_object('result', 'ready', 'queues', queues_of(make_ready(array[p_id])));
+end $$;
+
+create or replace function pause_queue(p_queue text, p_now timestamptz default null) returns void
+language sql volatile set search_path from current as $$
+  insert into queue (name, paused_at) values (p_queue, instant(p_now))
+  on conflict (name) do update set paused_at = coalesce(queue.paused_at, excluded.paused_at)
+$$;
+
+create or replace function resume_queue(p_queue text) returns void
+language sql volatile set search_path from current as $$
+  update queue set paused_at = null where name = p_queue
+$$;

@@ -1,0 +1,219 @@
+-- beat, timers and sweep: what happens because time passes. Each looks at what is, never at what it heard.
+-- Called by every process; the work itself is done by one at a time (a lock that is tried, never waited for).
+-- Locks: as in 00_locks.sql; the sweep takes the row of a dead orchestrator for update.
+
+-- Returns {alive, cancel: [execution ids to tell]}. A process that is not alive must stop what it runs.
+create or replace function beat(p_orchestrator uuid, p_stopping boolean default false, p_now timestamptz default null)
+returns json
+language plpgsql volatile set search_path from current as $$
+declare
+  v_now timestamptz := instant(p_now);
+  v_told json;
+  v_alive boolean;
+begin
+  update orchestrator
+  set beat_at = v_now, stopping_at = case when p_stopping then coalesce(stopping_at, v_now) end
+  where id = p_orchestrator;
+  v_alive := found;
+  with told as (delete from signal where orchestrator_id = p_orchestrator returning execution_id)
+  select json_agg(execution_id) into v_told from told;
+  return json_build_object('alive', v_alive, 'cancel', coalesce(v_told, '[]'));
+end $$;
+
+-- Makes due work ready and answers due waits, a bounded number at a time. Returns how many.
+create or replace function fire_timers(p_now timestamptz default null, p_limit int default 1000) returns int
+language plpgsql volatile set search_path from current set enable_seqscan = off as $$
+declare
+  v_now timestamptz := instant(p_now);
+  v_due uuid[];
+  v_parked uuid[];
+begin
+  if not exists (select from timer where due_at <= v_now)
+     or not pg_try_advisory_xact_lock(hashtext(current_schema()), 1000) then
+    return 0;
+  end if;
+  v_due := array(select execution_id from timer where due_at <= v_now order by due_at limit p_limit);
+  v_parked := array(select execution_id from wait where execution_id = any(v_due));
+
+  with fired as (
+    delete from timer where execution_id = any(v_due) and execution_id <> all(v_parked) and due_at <= v_now
+    returning execution_id
+  )
+  insert into ready (lane_id, priority, ord, execution_id)
+  select e.lane_id, e.priority, e.ord, e.id from fired f join execution e on e.id = f.execution_id;
+  if cardinality(v_parked) > 0 then
+    perform expire_waits(v_parked, v_now);
+  end if;
+  return cardinality(v_due);
+end $$;
+
+-- Answers what is due of parked executions: sleeps end; invocations and fan-outs time out, and their children are
+-- cancelled unless they are to be kept; waits on started children return what there is.
+create or replace function expire_waits(p_parked uuid[], p_now timestamptz) returns effects
+language plpgsql volatile set search_path from current set enable_seqscan = off as $$
+declare
+  v_roots uuid[];
+  v_due answer[];
+  v_doomed uuid[];
+  v_effects effects;
+begin
+  v_roots := array(select coalesce(root_id, id) from execution where id = any(p_parked));
+  perform lock_trees('{}', v_roots);
+  v_doomed := due_children(p_parked, p_now);
+  perform lock_executions(p_parked || v_doomed || array(select open_descendants(v_doomed)));
+
+  select array_agg(row(s.execution_id, s.name, s.round, s.index,
+                       case when s.kind in ('sleep', 'wait') then 'completed' else 'timed_out' end,
+                       case when s.kind = 'wait' then done_members(s.execution_id, s.name, s.round) end,
+                       null)::answer) into v_due
+  from step s join wait w on w.execution_id = s.execution_id
+  where s.execution_id = any(p_parked) and s.status = 'pending' and s.index = 0 and s.due_at <= p_now;
+  v_doomed := due_children(p_parked, p_now);
+  v_effects := answer(v_due, p_now);
+  if cardinality(v_doomed) > 0 then
+    v_effects := merge(v_effects, time_out_children(v_due, v_doomed, p_now));
+  end if;
+  -- what is parked still had only a timer that came too early
+  update timer t set due_at = n.due_at
+  from (select s.execution_id, min(s.due_at) as due_at from step s
+        where s.execution_id = any(p_parked) and s.status = 'pending' and s.index = 0 and s.due_at > p_now
+        group by 1) n
+  where t.execution_id = n.execution_id and t.due_at <= p_now;
+  delete from timer t using wait w
+  where t.execution_id = any(p_parked) and w.execution_id = t.execution_id and t.due_at <= p_now;
+  return v_effects;
+end $$;
+
+-- The unfinished children of due operations that are not to be kept.
+create or replace function due_children(p_parked uuid[], p_now timestamptz) returns uuid[]
+language sql stable set search_path from current set enable_seqscan = off as $$
+  select coalesce(array_agg(c.child_id), '{}')
+  from step s
+  join step c on c.execution_id = s.execution_id and c.name = s.name and c.round = s.round
+  where s.execution_id = any(p_parked) and s.status = 'pending' and s.index = 0 and s.due_at <= p_now
+    and s.kind in ('invoke', 'invoke_all') and not s.keep_on_timeout
+    and c.child_id is not null and c.status = 'pending'
+$$;
+
+-- Cancels the children of operations that timed out; a fan-out's open rows are answered first, so that the children
+-- wake nobody.
+create or replace function time_out_children(p_due answer[], p_doomed uuid[], p_now timestamptz) returns effects
+language plpgsql volatile set search_path from current set enable_seqscan = off as $$
+begin
+  update step s set status = 'timed_out', finished_at = p_now, seq = nextval('step_seq')
+  from unnest(p_due) d
+  where s.execution_id = d.execution_id and s.name = d.name and s.round = d.round and s.index > 0
+    and s.status = 'pending' and d.status = 'timed_out';
+  delete from wait_item i using unnest(p_due) d
+  where i.execution_id = d.execution_id and i.name = d.name and i.round = d.round;
+  return cancel_locked(p_doomed || array(select open_descendants(p_doomed)), 'its parent stopped waiting', p_now);
+end $$;
+
+-- Takes over from processes that stopped beating. No lease expires before the server has been up for as long as a
+-- lease lasts: an outage of the database is nobody's crash.
+-- Returns {lost: how many executions were taken over, queues, watchers}.
+create or replace function sweep(p_expiry interval default '20 seconds', p_now timestamptz default null) returns json
+language plpgsql volatile set search_path from current set enable_seqscan = off as $$
+declare
+  v_now timestamptz := instant(p_now);
+  v_dead uuid;
+  v_lost uuid[];
+  v_count int := 0;
+  v_effects effects := row('{}'::int[], '{}'::text[]);
+begin
+  if not pg_try_advisory_xact_lock(hashtext(current_schema()), 1001)
+     or (p_now is null and pg_postmaster_start_time() + p_expiry > v_now) then
+    return json_build_object('lost', 0);
+  end if;
+  for v_dead in
+    select id from orchestrator where beat_at < v_now - p_expiry order by id for update skip locked
+  loop
+    v_lost := array(select execution_id from lease where orchestrator_id = v_dead);
+    v_effects := merge(v_effects, lose(v_lost, v_now));
+    v_count := v_count + cardinality(v_lost);
+    delete from signal where orchestrator_id = v_dead;
+    delete from orchestrator where id = v_dead;
+  end loop;
+  return json_build_object('lost', v_count, 'queues', queues_of(v_effects.lane_ids), 'watchers', v_effects.watchers);
+end $$;
+
+-- Counts a crash for executions whose process is gone: they run again, or end when the budget is used up.
+create or replace function lose(p_lost uuid[], p_now timestamptz) returns effects
+language plpgsql volatile set search_path from current set enable_seqscan = off as $$
+declare
+  v_over uuid[];
+  v_flagged uuid[];
+  v_parents uuid[];
+  v_roots uuid[];
+  v_ended ended[];
+  v_lanes int[];
+begin
+  select array_agg(coalesce(root_id, id)), array_agg(parent_id) filter (where parent_id is not null)
+  into v_roots, v_parents from execution where id = any(p_lost);
+  perform lock_trees('{}', v_roots);
+  perform lock_executions(p_lost || v_parents || array(select open_descendants(p_lost)));
+  update execution e set crashes = e.crashes + 1, started_at = coalesce(e.started_at, l.claimed_at)
+  from lease l where e.id = any(p_lost) and l.execution_id = e.id;
+  delete from lease where execution_id = any(p_lost);
+  v_flagged := array(select id from execution where id = any(p_lost) and cancel_requested_at is not null);
+  v_over := array(
+    select e.id from execution e join lane l on l.id = e.lane_id join task t on t.id = l.task_id
+    where e.id = any(p_lost) and e.crashes >= t.max_crashes and e.id <> all(v_flagged));
+  select array_agg(row(e.id, 'failed', null, json_build_object('type', 'pgconductor.errors.WorkerLost', 'message',
+    format('the process that ran it was lost %s times', e.crashes)))::ended) into v_ended
+  from execution e where e.id = any(v_over);
+  v_ended := v_ended || cancelled(v_flagged);
+  v_lanes := make_ready(array(select id from unnest(p_lost) id where id <> all(v_over) and id <> all(v_flagged)));
+  if v_ended is null then
+    return row(v_lanes, '{}')::effects;
+  end if;
+  return merge(row(v_lanes, '{}')::effects, finish(v_ended, p_now));
+end $$;
+
+-- Gives back, at no cost, what a living process holds and does not know of: a claim whose reply was lost.
+-- p_known: the tokens of the claims whose replies it has.
+create or replace function reconcile(p_orchestrator uuid, p_known bigint[], p_now timestamptz default null) returns json
+language plpgsql volatile set search_path from current set enable_seqscan = off as $$
+declare
+  v_free uuid[];
+begin
+  if not hold_alive(p_orchestrator) then
+    return null;
+  end if;
+  v_free := array(select execution_id from lease where orchestrator_id = p_orchestrator and token <> all(p_known));
+  return json_build_object('queues', queues_of(give_back(v_free, instant(p_now))));
+end $$;
+
+-- Makes leased executions ready without counting anything against them; a cancelled one ends.
+create or replace function give_back(p_ids uuid[], p_now timestamptz) returns int[]
+language plpgsql volatile set search_path from current set enable_seqscan = off as $$
+declare
+  v_flagged uuid[];
+  v_effects effects := row('{}'::int[], '{}'::text[]);
+begin
+  perform lock_executions(p_ids || array(select parent_id from execution where id = any(p_ids)
+                                         and parent_id is not null));
+  v_flagged := array(select id from execution where id = any(p_ids) and cancel_requested_at is not null);
+  if cardinality(v_flagged) > 0 then
+    v_effects := finish(cancelled(v_flagged), p_now);
+  end if;
+  delete from lease where execution_id = any(p_ids);
+  return v_effects.lane_ids || make_ready(array(select id from unnest(p_ids) id where id <> all(v_flagged)));
+end $$;
+
+-- Ends a process' membership; whatever it still holds goes back at no cost. Called at the end of a stop, and with
+-- the old id by a process that fenced itself.
+create or replace function retire(p_orchestrator uuid, p_now timestamptz default null) returns json
+language plpgsql volatile set search_path from current set enable_seqscan = off as $$
+declare
+  v_lanes int[];
+begin
+  perform from orchestrator where id = p_orchestrator for update;
+  if not found then
+    return json_build_object('queues', '[]'::json);
+  end if;
+  v_lanes := give_back(array(select execution_id from lease where orchestrator_id = p_orchestrator), instant(p_now));
+  delete from signal where orchestrator_id = p_orchestrator;
+  delete from orchestrator where id = p_orchestrator;
+  return json_build_object('queues', queues_of(v_lanes));
+end $$;

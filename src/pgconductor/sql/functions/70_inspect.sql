@@ -1,0 +1,42 @@
+-- Inspection: how an execution stands, and waiting for its end. Reads, but for the row that asks to be told.
+
+-- Returns null for an unknown id, else {state, result, error, task}; an execution that has not ended is watched.
+create or replace function watch_result(p_id uuid, p_watcher text default null) returns json
+language plpgsql volatile set search_path from current set enable_seqscan = off as $$
+declare
+  v_result json;
+begin
+  if p_watcher is not null and exists (select from execution where id = p_id and outcome is null) then
+    insert into watch (execution_id, watcher) values (p_id, p_watcher) on conflict do nothing;
+  end if;
+  select json_build_object('outcome', e.outcome, 'result', e.result, 'error', e.error, 'task', t.name,
+                           'reason', e.cancel_reason)
+  into v_result
+  from execution e join lane l on l.id = e.lane_id join task t on t.id = l.task_id
+  where e.id = p_id;
+  return v_result;
+end $$;
+
+create or replace function state_of(p_id uuid) returns text
+language sql stable set search_path from current set enable_seqscan = off as $$
+  select state from executions where id = p_id
+$$;
+
+-- All recorded steps of an execution; for a worker that no longer has them.
+create or replace function load_steps(p_execution uuid) returns json
+language sql stable set search_path from current as $$
+  select coalesce(recorded_steps(p_execution), '[]')
+$$;
+
+-- What a drain waits for: how much this set of queues and tasks could run now or is running for this process.
+-- p_next: also count what is only scheduled or asleep.
+create or replace function outstanding(p_orchestrator uuid, p_queues int[], p_tasks int[]) returns json
+language sql stable set search_path from current set enable_seqscan = off as $$
+  select json_build_object(
+    'ready', (select count(*) from (
+      select from lane l join queue q on q.id = l.queue_id and q.paused_at is null
+      cross join lateral (select from ready r where r.lane_id = l.id limit 1) r
+      where l.queue_id = any(p_queues) and l.task_id = any(p_tasks)) n),
+    'leased', (select count(*) from lease where orchestrator_id = p_orchestrator),
+    'next_due', (select min(due_at) from timer where due_at < 'infinity'))
+$$;

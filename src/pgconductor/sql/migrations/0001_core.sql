@@ -1,0 +1,193 @@
+-- The tables of one engine. Applied once, with search_path set to the engine's schema.
+--
+-- The execution row is the truth and the history. What the engine scans to find work stands in small tables beside
+-- it, and an execution that has not ended is in exactly one of them:
+--
+--   ready   may run now                 timer   becomes ready at an instant (delay, back-off)
+--   lease   runs, and who settles it    wait    is parked until a child, a sleep or an event answers
+--
+-- A parked execution with a deadline has a timer row as well. There is no foreign key and no trigger on these tables:
+-- the functions beside this file are the only writers.
+
+create type outcome as enum ('completed', 'failed', 'cancelled');
+create type step_kind as enum ('step', 'transaction', 'sleep', 'invoke', 'invoke_all', 'start', 'wait', 'wait_for', 'call');
+create type step_status as enum ('pending', 'completed', 'failed', 'cancelled', 'timed_out');
+
+-- Names are interned: hot rows carry a lane, a lane is a task in a queue.
+create table queue (
+  id int generated always as identity primary key,
+  name text not null unique check (octet_length(name) between 1 and 200),
+  paused_at timestamptz
+);
+
+create table task (
+  id int generated always as identity primary key,
+  name text not null unique check (octet_length(name) between 1 and 200),
+  queue_id int not null,
+  deployment text check (octet_length(deployment) <= 200),
+  max_attempts smallint not null default 3 check (max_attempts > 0),
+  max_crashes smallint not null default 5 check (max_crashes > 0),
+  keep_completed_for interval default interval '7 days',
+  keep_failed_for interval default interval '30 days',
+  registered_at timestamptz
+);
+
+create table lane (
+  id int generated always as identity primary key,
+  queue_id int not null,
+  task_id int not null,
+  unique (queue_id, task_id)
+);
+
+create sequence execution_ord as bigint;
+create sequence step_seq as bigint;
+
+create table execution (
+  id uuid primary key,
+  ord bigint not null default nextval('execution_ord'),
+  created_at timestamptz not null,
+  lane_id int not null,
+  priority smallint not null default 0,
+  depth smallint not null default 0 check (depth between 0 and 100),
+  failures smallint not null default 0 check (failures >= 0),
+  crashes smallint not null default 0 check (crashes >= 0),
+  parent_index int,
+  parent_round smallint,
+  outcome outcome,
+  run_at timestamptz,
+  started_at timestamptz,
+  finished_at timestamptz,
+  cancel_requested_at timestamptz,
+  parent_id uuid,
+  root_id uuid,
+  parent_step text check (octet_length(parent_step) <= 200),
+  dedupe_key text check (octet_length(dedupe_key) between 1 and 200),
+  trigger text check (octet_length(trigger) <= 500),
+  cancel_reason text check (octet_length(cancel_reason) <= 4096),
+  payload json not null,
+  result json,
+  error json,
+  check ((outcome is null) = (finished_at is null)),
+  check (outcome <> 'failed' or error is not null),
+  check ((parent_id is null) = (parent_step is null)),
+  check ((parent_id is null) = (root_id is null))
+) with (fillfactor = 50, autovacuum_vacuum_insert_scale_factor = 0.2);
+
+create table ready (
+  lane_id int not null,
+  priority smallint not null,
+  ord bigint not null,
+  execution_id uuid not null,
+  cached_by uuid,
+  cached_seq bigint
+) with (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 20000, autovacuum_vacuum_cost_delay = 0);
+create unique index ready_order on ready (lane_id, priority desc, ord);
+
+create table lease (
+  execution_id uuid primary key,
+  orchestrator_id uuid not null,
+  token bigint not null,
+  claimed_at timestamptz not null
+) with (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 20000, autovacuum_vacuum_cost_delay = 0);
+
+create table timer (
+  execution_id uuid primary key,
+  due_at timestamptz not null
+) with (autovacuum_vacuum_scale_factor = 0.05, autovacuum_vacuum_threshold = 5000, autovacuum_vacuum_cost_delay = 0);
+create index timer_due_at on timer (due_at);
+
+create table wait (
+  execution_id uuid primary key,
+  parked_at timestamptz not null,
+  cached_by uuid,
+  cached_seq bigint
+) with (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 5000, autovacuum_vacuum_cost_delay = 0);
+
+-- What is waited for by count: the fan-out of an invoke_all, and a wait on started children.
+create table wait_item (
+  execution_id uuid not null,
+  name text not null,
+  round smallint not null,
+  kind step_kind not null,
+  left_count int not null,
+  next_index int,
+  primary key (execution_id, name, round)
+);
+
+-- Which started children a wait counts.
+create table wait_link (
+  execution_id uuid not null,
+  child_step text not null,
+  item_name text not null,
+  item_round smallint not null,
+  primary key (execution_id, child_step, item_name)
+);
+
+-- Index 0 is the operation itself; 1 to n are the children of an invoke_all.
+create table step (
+  execution_id uuid not null,
+  name text not null check (octet_length(name) between 1 and 220),
+  round smallint not null default 0,
+  index int not null default 0,
+  kind step_kind not null,
+  status step_status not null,
+  keep_on_timeout boolean not null default false,
+  dropped boolean not null default false,
+  seq bigint not null default nextval('step_seq'),
+  created_at timestamptz not null,
+  finished_at timestamptz,
+  due_at timestamptz,
+  child_id uuid,
+  value json,
+  error json,
+  primary key (execution_id, name, round, index),
+  check ((status = 'pending') = (finished_at is null))
+) with (fillfactor = 85);
+
+create table orchestrator (
+  id uuid primary key,
+  name text not null check (octet_length(name) <= 200),
+  version text not null check (octet_length(version) <= 100),
+  host text not null check (octet_length(host) <= 300),
+  pid int not null,
+  queues text[] not null,
+  started_at timestamptz not null,
+  beat_at timestamptz not null,
+  stopping_at timestamptz
+) with (fillfactor = 50, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500);
+
+-- What a process must be told of an execution it runs; read and removed by its heartbeat.
+create table signal (
+  orchestrator_id uuid not null,
+  execution_id uuid not null,
+  primary key (orchestrator_id, execution_id)
+);
+
+create table dedupe (
+  task_id int not null,
+  key text not null check (octet_length(key) between 1 and 200),
+  execution_id uuid not null,
+  primary key (task_id, key)
+);
+
+-- Who sleeps until an execution ends.
+create table watch (
+  execution_id uuid not null,
+  watcher text not null check (octet_length(watcher) <= 60),
+  primary key (execution_id, watcher)
+);
+
+-- What the functions hand to each other.
+create type new_execution as (
+  id uuid, lane_id int, ord bigint, priority smallint, depth smallint, parent_id uuid, parent_step text,
+  parent_round smallint, parent_index int, root_id uuid, dedupe_key text, trigger text, payload json, due_at timestamptz
+);
+create type settlement as (
+  id uuid, outcome text, result json, error json, delay float8, ops json, awaits json, fresh json, cached boolean,
+  claimed_at timestamptz
+);
+create type ended as (id uuid, outcome outcome, result json, error json);
+create type answer as (
+  execution_id uuid, name text, round smallint, index int, status step_status, value json, error json
+);
+create type effects as (lane_ids int[], watchers text[]);
