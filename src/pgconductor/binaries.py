@@ -121,19 +121,26 @@ def _version(bin_dir: Path) -> str:
 
 def readable_binaries(bin_dir: Path, home: Path, account: Account) -> Path:
     """Return `bin_dir`, or its copy in `home` where the server's user cannot run what is in it."""
-    if account.can_run(bin_dir / "postgres"):
+    if all(account.can_run(bin_dir / program) for program in ("postgres", "initdb")):
         return bin_dir
     digest = hashlib.sha256(f"{bin_dir} {_version(bin_dir)}".encode()).hexdigest()[:12]
     copy = home / f"postgres-{digest}"
     if not copy.exists():
-        _copy_tree(bin_dir.parent, copy)
-    return copy / bin_dir.name
+        _copy_installation(bin_dir.parent, copy)
+    return copy.joinpath(*bin_dir.parts[-3:])
 
 
-def _copy_tree(source: Path, target: Path) -> None:
+def _copy_installation(prefix: Path, target: Path) -> None:
+    """Copy an installation, with the libraries that the wheel keeps beside its package and finds by relative path."""
     staged = target.with_suffix(".new")  # renamed at the end: a copy cut short must not pass for a whole one
     shutil.rmtree(staged, ignore_errors=True)
-    shutil.copytree(source, staged, symlinks=True, ignore=shutil.ignore_patterns("include"))
+    package = prefix.parent
+    libraries = package.with_name(f"{package.name}.libs")
+    shutil.copytree(
+        prefix, staged / package.name / prefix.name, symlinks=True, ignore=shutil.ignore_patterns("include")
+    )
+    if libraries.exists():
+        shutil.copytree(libraries, staged / libraries.name)
     for path in (staged, *staged.rglob("*")):
         if not path.is_symlink():
             path.chmod(0o755 if path.stat().st_mode & 0o100 else 0o644)
