@@ -119,7 +119,9 @@ def test_killed_server_recovers_what_was_committed(server: EmbeddedServer) -> No
 
 def test_server_whose_postmaster_alone_was_killed_starts_again(server: EmbeddedServer) -> None:
     with psycopg.connect(server.dsn) as session:
-        os.kill(running_state(server).pid, signal.SIGKILL)
+        postmaster = running_state(server).pid
+        os.kill(postmaster, signal.SIGKILL)
+        embedded._wait_until(lambda: not binaries.is_alive(postmaster), "the postmaster did not die")
         server.start()
         session.close()
     assert query(server.dsn, "select 1") == 1
