@@ -11,7 +11,7 @@ from pgconductor.errors import ConfigurationError
 
 SMALLINT_MAX = 32_767
 INT_MAX = 2_147_483_647
-NAME_LENGTH_MAX = 200
+NAME_BYTES_MAX = 200
 TEXT_LENGTH_MAX = 4_000
 
 _Word = TypeVar("_Word", bound=str)
@@ -69,8 +69,12 @@ def check_optional_text(value: str | None, place: str) -> str | None:
 
 
 def check_name(value: object, place: str) -> str:
-    """Accept a name: a text of at most 200 characters without spaces at its ends."""
-    name = check_text(value, place, NAME_LENGTH_MAX)
+    """Accept a name: 1 to 200 bytes of printable UTF-8, without spaces at its ends."""
+    name = check_text(value, place, NAME_BYTES_MAX)
+    if not name.isprintable():
+        raise ConfigurationError(place, f"{_shown(name)} has a character that is not printable", "remove it")
+    if len(name.encode()) > NAME_BYTES_MAX:
+        raise ConfigurationError(place, f"{len(name.encode())} bytes are too many", f"give 1 to {NAME_BYTES_MAX}")
     if name != name.strip():
         raise ConfigurationError(place, f"{name!r} begins or ends with a space", "remove it")
     return name

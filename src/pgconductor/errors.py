@@ -272,7 +272,7 @@ class DuplicateStep(ConductorError):
         step: The name used twice.
     """
 
-    sqlstate = "PC003"
+    sqlstate = "PC010"
     step: str = ""
 
     def __init__(self, step: str) -> None:
@@ -419,7 +419,7 @@ class ConfigurationError(ConductorError, ValueError):
         remedy: What to write instead.
     """
 
-    sqlstate = "PC010"
+    sqlstate = "PC003"
     place: str = ""
     reason: str = ""
     remedy: str = ""
@@ -511,7 +511,7 @@ class Retry(Exception):
     message: str
 
     def __init__(self, after: Duration, message: str = "") -> None:
-        self.after = parse_duration(after, "Retry(after=)")
+        self.after = parse_duration(after, "Retry: after")
         self.message = message
         super().__init__(after, message)
 

@@ -80,16 +80,16 @@ class RetryPolicy:
         give_up_on: Sequence[type[Exception]] = (),
     ) -> None:
         place = "RetryPolicy"
-        longest = check_duration(max, f"{place}(max=)", positive=True)
-        shortest = check_duration(first, f"{place}(first=)", positive=True)
+        longest = check_duration(max, f"{place}: max", positive=True)
+        shortest = check_duration(first, f"{place}: first", positive=True)
         if shortest > longest:
-            raise ConfigurationError(f"{place}(first=)", f"{first!r} is longer than max={max!r}", "raise max=")
+            raise ConfigurationError(f"{place}: first", f"{first!r} is longer than max={max!r}", "raise max=")
         object.__setattr__(self, "first", shortest)
-        object.__setattr__(self, "factor", check_number(factor, f"{place}(factor=)", 1, 1_000))
+        object.__setattr__(self, "factor", check_number(factor, f"{place}: factor", 1, 1_000))
         object.__setattr__(self, "max", longest)
-        object.__setattr__(self, "jitter", check_number(jitter, f"{place}(jitter=)", 0, 1))
-        object.__setattr__(self, "delays", _delays(delays, f"{place}(delays=)"))
-        object.__setattr__(self, "give_up_on", _error_types(give_up_on, f"{place}(give_up_on=)"))
+        object.__setattr__(self, "jitter", check_number(jitter, f"{place}: jitter", 0, 1))
+        object.__setattr__(self, "delays", _delays(delays, f"{place}: delays"))
+        object.__setattr__(self, "give_up_on", _error_types(give_up_on, f"{place}: give_up_on"))
 
     def delay(self, attempt_number: int, rng: random.Random) -> float:
         """Return how long to wait after a failed attempt.
@@ -135,8 +135,8 @@ class Batch:
     timeout: timedelta
 
     def __init__(self, size: int, timeout: Duration) -> None:
-        object.__setattr__(self, "size", check_integer(size, "Batch(size=)", 1, BATCH_SIZE_MAX))
-        object.__setattr__(self, "timeout", check_duration(timeout, "Batch(timeout=)"))
+        object.__setattr__(self, "size", check_integer(size, "Batch: size", 1, BATCH_SIZE_MAX))
+        object.__setattr__(self, "timeout", check_duration(timeout, "Batch: timeout"))
 
 
 @dataclass(frozen=True, slots=True, init=False)
@@ -155,8 +155,8 @@ class Concurrency:
     key: str | None
 
     def __init__(self, limit: int, *, key: str | None = None) -> None:
-        object.__setattr__(self, "limit", check_integer(limit, "Concurrency(limit=)", 1, INT_MAX))
-        object.__setattr__(self, "key", check_payload_path(key, "Concurrency(key=)"))
+        object.__setattr__(self, "limit", check_integer(limit, "Concurrency: limit", 1, INT_MAX))
+        object.__setattr__(self, "key", check_payload_path(key, "Concurrency: key"))
 
 
 @dataclass(frozen=True, slots=True, init=False)
@@ -177,9 +177,9 @@ class RateLimit:
     key: str | None
 
     def __init__(self, limit: int, per: Duration, *, key: str | None = None) -> None:
-        object.__setattr__(self, "limit", check_integer(limit, "RateLimit(limit=)", 1, INT_MAX))
-        object.__setattr__(self, "per", check_duration(per, "RateLimit(per=)", positive=True))
-        object.__setattr__(self, "key", check_payload_path(key, "RateLimit(key=)"))
+        object.__setattr__(self, "limit", check_integer(limit, "RateLimit: limit", 1, INT_MAX))
+        object.__setattr__(self, "per", check_duration(per, "RateLimit: per", positive=True))
+        object.__setattr__(self, "key", check_payload_path(key, "RateLimit: key"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,9 +298,9 @@ def cron(expr: str, *, name: str | None = None, tz: str = "UTC", catch_up: Catch
     shown = expr if name is None else name
     return Cron(
         expr,
-        check_name(shown, f"{place}: name="),
-        check_zone(tz, f"{place}: tz="),
-        check_word(catch_up, f"{place}: catch_up=", CatchUp),
+        check_name(shown, f"{place}: name"),
+        check_zone(tz, f"{place}: tz"),
+        check_word(catch_up, f"{place}: catch_up", CatchUp),
     )
 
 
@@ -318,8 +318,8 @@ def event(e: EventDef[Any], *, fields: Sequence[str] | None = None, where: str |
     if not isinstance(cast(object, e), EventDef):
         raise ConfigurationError("event()", f"{e!r} is not an event definition", "pass what app.event(...) returned")
     place = f"event({e.name!r})"
-    chosen = None if fields is None else check_names(fields, f"{place}: fields=")
-    return OnEvent(e, chosen, check_optional_text(where, f"{place}: where="))
+    chosen = None if fields is None else check_names(fields, f"{place}: fields")
+    return OnEvent(e, chosen, check_optional_text(where, f"{place}: where"))
 
 
 def table(name: str, op: Operation, *, columns: Sequence[str], when: str | None = None) -> Trigger:
@@ -336,9 +336,9 @@ def table(name: str, op: Operation, *, columns: Sequence[str], when: str | None 
     """
     place = f"table({name!r})"
     check_name(name, place)
-    checked = check_names(columns, f"{place}: columns=")
+    checked = check_names(columns, f"{place}: columns")
     return OnChange(
-        name, check_word(op, f"{place}: op", Operation), checked, check_optional_text(when, f"{place}: when=")
+        name, check_word(op, f"{place}: op", Operation), checked, check_optional_text(when, f"{place}: when")
     )
 
 

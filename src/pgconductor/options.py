@@ -23,7 +23,16 @@ from pgconductor.checks import (
 )
 from pgconductor.durations import Duration
 from pgconductor.errors import ConfigurationError
-from pgconductor.model import Batch, Concurrency, Cron, Invocable, RateLimit, RetryPolicy, Trigger, Window
+from pgconductor.model import (
+    Batch,
+    Concurrency,
+    Cron,
+    Invocable,
+    RateLimit,
+    RetryPolicy,
+    Trigger,
+    Window,
+)
 
 OnDuplicate = Literal["keep", "replace"]
 """What becomes of a call whose `dedupe_key` already has an execution that has not started."""
@@ -119,7 +128,7 @@ def parse_options(place: str, base: CallOptions = NO_OPTIONS, /, **options: Unpa
     given = {name: value for name, value in options.items() if value is not None}
     if not given:
         return base
-    parsed = {name: _OPTION_PARSERS[name](value, f"{place}: {name}=") for name, value in given.items()}
+    parsed = {name: _OPTION_PARSERS[name](value, f"{place}: {name}") for name, value in given.items()}
     for first, second in (("run_at", "delay"), ("throttle", "debounce")):
         if first in parsed and second in parsed:
             raise ConfigurationError(place, f"{first}= and {second}= contradict each other", "give one of them")
@@ -206,10 +215,10 @@ def configure_task(default_name: str, *, is_async: bool, options: TaskOptions | 
         ConfigurationError: An option is unknown, out of bounds, or contradicts another. Nothing was registered.
     """
     given = {name: value for name, value in (options or {}).items() if value is not None}
-    name = check_name(given.pop("name", default_name), "task: name=")
+    name = check_name(given.pop("name", default_name), "task: name")
     place = f"task {name!r}"
     check_known(given, _TASK_PARSERS, place)
-    parsed = {_FIELDS.get(key, key): _TASK_PARSERS[key](value, f"{place}: {key}=") for key, value in given.items()}
+    parsed = {_FIELDS.get(key, key): _TASK_PARSERS[key](value, f"{place}: {key}") for key, value in given.items()}
     parsed.setdefault("executor", "loop" if is_async else "thread")
     config = TaskConfig(name, **parsed)
     _check_executor(config, place, is_async=is_async)
@@ -218,15 +227,13 @@ def configure_task(default_name: str, *, is_async: bool, options: TaskOptions | 
 
 def _check_executor(config: TaskConfig, place: str, *, is_async: bool) -> None:
     if is_async and config.executor == "thread":
-        raise ConfigurationError(
-            f"{place}: executor=", "an async def runs on the loop", "drop it, or write a plain def"
-        )
+        raise ConfigurationError(f"{place}: executor", "an async def runs on the loop", "drop it, or write a plain def")
     if not is_async and config.executor == "loop":
         raise ConfigurationError(
-            f"{place}: executor=", "a plain def on the loop would block every other task", 'use "thread" or "process"'
+            f"{place}: executor", "a plain def on the loop would block every other task", 'use "thread" or "process"'
         )
     if config.batch is not None and (not is_async or config.executor != "loop"):
-        raise ConfigurationError(f"{place}: batch=", "a batch handler runs on the loop", "write it as async def")
+        raise ConfigurationError(f"{place}: batch", "a batch handler runs on the loop", "write it as async def")
 
 
 def _triggers(value: object, place: str) -> tuple[Trigger, ...]:

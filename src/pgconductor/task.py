@@ -1,0 +1,225 @@
+"""Tasks and calls: a typed unit of code, and the same with its payload bound. Pure; the conductor does the sending."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Generic, Protocol, cast
+
+from typing_extensions import ParamSpec, TypeVar, Unpack
+
+from pgconductor.errors import ConfigurationError
+from pgconductor.options import (
+    NO_OPTIONS,
+    CallOptions,
+    Options,
+    TaskConfig,
+    parse_options,
+)
+
+if TYPE_CHECKING:
+    from pgconductor.run import Run
+
+P = ParamSpec("P")
+R = TypeVar("R")
+R_co = TypeVar("R_co", covariant=True)
+Ret = TypeVar("Ret")
+
+
+class Returns(Protocol):
+    """What turns a handler's value into JSON text and back; `codec.Codec` does."""
+
+    def encode(self, value: Any, /) -> str:
+        """Return the JSON text, or raise `EncodeError`."""
+        ...
+
+    def decode(self, text: str, /) -> Any:
+        """Return the value, or raise `DecodeError`."""
+        ...
+
+
+class Payload(Protocol):
+    """What turns the arguments of a task into JSON text by parameter name; `codec.Signature` does."""
+
+    def encode_payload(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], /) -> str:
+        """Return the JSON text, or raise `EncodeError`, or `TypeError` where Python itself would refuse the call."""
+        ...
+
+
+class Client(Protocol):
+    """What sends a call; the conductor does."""
+
+    async def invoke(self, call: "Call[Ret]", /) -> "Run[Ret]":
+        """Enqueue the call."""
+        ...
+
+    def invoke_sync(self, call: "Call[Ret]", /) -> "Run[Ret]":
+        """Enqueue the call from code without an event loop."""
+        ...
+
+
+class Call(Generic[R_co]):
+    """A task with its payload bound: what children, fan-out, bulk enqueue, schedules and assertions are given.
+
+    Made by `Task.bind`. Two calls are equal when their task and payload are.
+
+    Attributes:
+        task: The task's name.
+        payload: The arguments, as JSON text.
+        options: How it is enqueued; these win over the options of `invoke_many`.
+        returns: What decodes the result.
+        queue: The task's queue; `options.queue` wins.
+    """
+
+    __slots__ = ("options", "payload", "queue", "returns", "task")
+
+    task: str
+    payload: str
+    options: CallOptions
+    returns: Returns
+    queue: str
+
+    def __init__(self, task: str, payload: str, options: CallOptions, returns: Returns, queue: str) -> None:
+        self.task = task
+        self.payload = payload
+        self.options = options
+        self.returns = returns
+        self.queue = queue
+
+    def __eq__(self, other: object) -> bool:
+        """Compare task and payload."""
+        if not isinstance(other, Call):
+            return NotImplemented
+        return self.task == other.task and self.payload == other.payload
+
+    def __hash__(self) -> int:
+        """Agree with equality."""
+        return hash((self.task, self.payload))
+
+    def __repr__(self) -> str:
+        """Show the task and the beginning of its payload."""
+        return f"<Call {self.task} {self.payload[:80]}>"
+
+
+class Task(Generic[P, R]):
+    """A named, typed unit of code with options. Made by `Conductor.task`, `create_task` and `define_task`.
+
+    Attributes:
+        name: Unique in its deployment; the function's name unless given.
+        queue: Where its executions wait for a worker.
+        config: Its options, checked and complete.
+        fn: The handler; None when the task is only a reference.
+        payload: What encodes its arguments.
+        returns: What encodes and decodes its result.
+        options: What its calls carry.
+    """
+
+    name: str
+    queue: str
+    config: TaskConfig
+    fn: Callable[..., Any] | None
+    payload: Payload
+    returns: Returns
+    options: CallOptions
+    _client: Client
+
+    def __init__(
+        self, fn: Callable[..., Any] | None, config: TaskConfig, *, payload: Payload, returns: Returns, client: Client
+    ) -> None:
+        if fn is not None:
+            functools.update_wrapper(cast("Callable[..., Any]", self), fn)
+        self.fn = fn
+        self.config = config
+        self.name = config.name
+        self.queue = config.queue
+        self.payload = payload
+        self.returns = returns
+        self.options = NO_OPTIONS
+        self._client = client
+
+    def __call__(self, ctx: Any, /, *args: P.args, **kwargs: P.kwargs) -> Any:
+        """Call the bare function, without Postgres; for unit tests.
+
+        Args:
+            ctx: A context, such as `pgconductor.testing.FakeContext`.
+            *args: As the handler takes them.
+            **kwargs: As the handler takes them.
+
+        Returns:
+            What the function returns; for an `async def`, something to await.
+
+        Raises:
+            ConfigurationError: The task is a reference made by `define_task`; its code is elsewhere.
+        """
+        if self.fn is None:
+            raise ConfigurationError(f"task {self.name!r}", "is a reference without code", "invoke it instead")
+        return self.fn(ctx, *args, **kwargs)
+
+    def bind(self, *args: P.args, **kwargs: P.kwargs) -> Call[R]:
+        """Encode the arguments into a call, which can be sent later, in bulk, on a schedule or as a child.
+
+        Args:
+            *args: As the handler takes them after its context; of a batch task, one element.
+            **kwargs: As the handler takes them.
+
+        Returns:
+            The call, with this task's options.
+
+        Raises:
+            TypeError: The arguments do not fit the handler's parameters.
+            EncodeError: A value cannot be stored.
+        """
+        return Call(self.name, self.payload.encode_payload(args, kwargs), self.options, self.returns, self.queue)
+
+    async def invoke(self, *args: P.args, **kwargs: P.kwargs) -> "Run[R]":
+        """Enqueue one execution and return a handle on it once it is stored.
+
+        Args:
+            *args: As for `bind`.
+            **kwargs: As for `bind`.
+
+        Returns:
+            A handle; with `dedupe_key` or `throttle`, possibly on an earlier execution.
+
+        Raises:
+            TypeError: The arguments do not fit, or `conn=` is a synchronous connection. Nothing was enqueued.
+            EncodeError: A value cannot be stored. Nothing was enqueued.
+            NotInvocable: `invocable()` is not among the task's triggers. Nothing was enqueued.
+        """
+        return await self._client.invoke(self.bind(*args, **kwargs))
+
+    def invoke_sync(self, *args: P.args, **kwargs: P.kwargs) -> "Run[R]":
+        """Enqueue one execution from code without an event loop; otherwise as `invoke`.
+
+        Args:
+            *args: As for `bind`.
+            **kwargs: As for `bind`.
+
+        Returns:
+            A handle; read it with `result_sync`.
+
+        Raises:
+            TypeError: The arguments do not fit, or `conn=` is an asynchronous connection. Nothing was enqueued.
+            EncodeError: A value cannot be stored. Nothing was enqueued.
+            NotInvocable: `invocable()` is not among the task's triggers. Nothing was enqueued.
+        """
+        return self._client.invoke_sync(self.bind(*args, **kwargs))
+
+    def with_options(self, **options: Unpack[Options]) -> "Task[P, R]":
+        """Return the same task with options for its calls; this one stays as it is.
+
+        Args:
+            **options: As `Options` lists them; laid over those set before.
+
+        Returns:
+            A task that shares everything else.
+
+        Raises:
+            ConfigurationError: An option is unknown, out of bounds, or contradicts another.
+        """
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        other.options = parse_options(f"task {self.name!r}", self.options, **options)
+        return other
+
+    def __repr__(self) -> str:
+        """Show the name and the queue."""
+        return f"<Task {self.name} queue={self.queue}>"
