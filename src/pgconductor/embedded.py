@@ -150,15 +150,22 @@ class EmbeddedServer:
         self._last: ServerState | None = None
 
     def __enter__(self) -> Self:
-        self.start()
+        try:
+            self.start()
+        except BaseException:
+            self._discard()
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
+        self._discard()
+
+    def _discard(self) -> None:
         if self._temporary:
-            shutil.rmtree(self.home)
+            shutil.rmtree(self.home, ignore_errors=True)
 
     @property
     def data_dir(self) -> Path:

@@ -197,13 +197,12 @@ def test_half_made_data_directory_is_made_anew() -> None:
     shutil.rmtree(home)
 
 
-def test_start_that_fails_says_why_and_leaves_nothing_running() -> None:
-    home = embedded._temporary_home()
-    server = EmbeddedServer(home, settings={"shared_buffers": "plenty"})
-    with pytest.raises(ServerError, match="shared_buffers"):
-        server.start()
+def test_start_that_fails_says_why_and_leaves_nothing() -> None:
+    server = EmbeddedServer(settings={"shared_buffers": "plenty"})
+    with pytest.raises(ServerError, match="shared_buffers"), server:
+        pass
     assert server.state is None
-    shutil.rmtree(home)
+    assert not server.home.exists()
 
 
 def test_taken_port_is_passed_over() -> None:
