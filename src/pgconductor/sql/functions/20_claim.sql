@@ -35,7 +35,7 @@ end $$;
 -- The recorded operations of a resumed execution, newest rounds included, as arrays; only those after p_since.
 create or replace function recorded_steps(p_execution uuid, p_since bigint default 0) returns json
 language sql stable set search_path from current set enable_seqscan = off as $$
-  select json_agg(json_build_array(name, round, index, kind, status, value, error, child_id, dropped)
+  select json_agg(json_build_array(name, round, index, kind, status, value, error, child_id, child_task, dropped)
                   order by name, round, index)
   from step where execution_id = p_execution and seq > p_since
 $$;

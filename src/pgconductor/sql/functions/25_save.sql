@@ -26,12 +26,12 @@ begin
   -- one row a child
   with opened as (
     insert into step (execution_id, name, round, index, kind, status, keep_on_timeout, created_at, finished_at, due_at,
-                      child_id, error)
+                      child_id, child_task, error)
     select o.id, o.name, o.round, case when o.kind = 'invoke_all' then c.ordinality else 0 end, o.kind,
            case when o.detached then 'completed' else 'pending' end::step_status, coalesce(o.keep, false), p_now,
            case when o.detached then p_now end,
            case when o.kind <> 'invoke_all' then coalesce(o.due_at, p_now + make_interval(secs => o.due_in)) end,
-           (c.value ->> 'id')::uuid, o.timeout_error
+           (c.value ->> 'id')::uuid, c.value ->> 'task', o.timeout_error
     from json_to_recordset(p_ops) as o(id uuid, name text, round smallint, kind step_kind, due_at timestamptz,
       due_in float8, keep boolean, detached boolean, timeout_error json, children json)
     cross join lateral json_array_elements(o.children) with ordinality c
@@ -143,4 +143,26 @@ begin
     where (o ->> 'id')::uuid = any(v_parents)
       and not exists (select from execution e where e.id = (o ->> 'id')::uuid and e.cancel_requested_at is not null)),
     p_now);
+end $$;
+
+-- Records a step in the caller's own transaction, beside the user's writes (ctx.transaction).
+-- Returns saved; lost: the lease is gone; exists: an earlier try of the same run committed. For the last two the
+-- caller rolls back.
+create or replace function save_transaction(
+  p_orchestrator uuid, p_id uuid, p_token bigint, p_name text, p_round smallint, p_value json,
+  p_now timestamptz default null
+) returns text
+language plpgsql volatile set search_path from current set enable_seqscan = off as $$
+declare
+  v_now timestamptz := instant(p_now);
+begin
+  if not hold_alive(p_orchestrator) or not exists (
+    select from lease where execution_id = p_id and token = p_token and orchestrator_id = p_orchestrator
+  ) then
+    return 'lost';
+  end if;
+  insert into step (execution_id, name, round, kind, status, value, created_at, finished_at)
+  values (p_id, p_name, p_round, 'transaction', 'completed', p_value, v_now, v_now)
+  on conflict do nothing;
+  return case when found then 'saved' else 'exists' end;
 end $$;

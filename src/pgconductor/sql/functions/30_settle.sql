@@ -153,7 +153,7 @@ create or replace function requeue(p_again settlement[], p_now timestamptz) retu
 language plpgsql volatile set search_path from current set enable_seqscan = off as $$
 begin
   update execution e
-  set failures = e.failures + (a.outcome = 'retried')::int, error = coalesce(a.error, e.error),
+  set failures = e.failures + (a.outcome = 'retried')::int, crashes = e.crashes + (a.outcome = 'crashed')::int, error = coalesce(a.error, e.error),
       started_at = coalesce(e.started_at, a.claimed_at)
   from unnest(p_again) a where e.id = a.id;
   update step s set dropped = true, seq = nextval('step_seq')
@@ -166,7 +166,7 @@ begin
 end $$;
 
 -- p_completed: plain completions, [{id, token, result}].
--- p_outcomes: [{id, token, outcome: completed | failed | retried | released | parked, result, error, delay (seconds),
+-- p_outcomes: [{id, token, outcome: completed | failed | retried | released | crashed | parked, result, error, delay (seconds),
 --               ops, awaits, fresh: [{name, round}] (timed out operations that a retry does afresh), cached}]
 create or replace function settle(
   p_orchestrator uuid, p_completed json, p_outcomes json, p_now timestamptz default null
@@ -215,7 +215,7 @@ begin
   perform lock_for_settle(p_held);
   v_flagged := array(select e.id from unnest(p_held) h join execution e on e.id = h.id
                      where e.cancel_requested_at is not null);
-  select array_agg(h) filter (where h.outcome in ('retried', 'released')),
+  select array_agg(h) filter (where h.outcome in ('retried', 'released', 'crashed')),
          array_agg(h) filter (where h.outcome = 'parked'),
          array_agg(row(h.id, h.outcome, h.result, h.error)::ended) filter (where h.outcome in ('completed', 'failed'))
   into v_again, v_parked, v_ended

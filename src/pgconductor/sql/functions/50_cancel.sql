@@ -100,6 +100,29 @@ begin
   return json_build_object('result', 'ready', 'queues', queues_of(make_ready(array[p_id])));
 end $$;
 
+-- Cancels on behalf of a handler and records that it did, as one step. Returns null when the lease is gone.
+create or replace function cancel_as_step(
+  p_orchestrator uuid, p_id uuid, p_token bigint, p_name text, p_target uuid, p_reason text,
+  p_now timestamptz default null
+) returns json
+language plpgsql volatile set search_path from current set enable_seqscan = off as $$
+declare
+  v_now timestamptz := instant(p_now);
+  v_answer json;
+begin
+  if not hold_alive(p_orchestrator) or not exists (
+    select from lease where execution_id = p_id and token = p_token and orchestrator_id = p_orchestrator
+  ) then
+    return null;
+  end if;
+  v_answer := cancel(p_target, p_reason, v_now);
+  insert into step (execution_id, name, kind, status, value, created_at, finished_at)
+  values (p_id, p_name, 'call', 'completed',
+          to_json(v_answer ->> 'result' in ('cancelled', 'requested')), v_now, v_now)
+  on conflict do nothing;
+  return v_answer;
+end $$;
+
 create or replace function pause_queue(p_queue text, p_now timestamptz default null) returns void
 language sql volatile set search_path from current as $$
   insert into queue (name, paused_at) values (p_queue, instant(p_now))

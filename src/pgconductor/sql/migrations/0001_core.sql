@@ -138,6 +138,7 @@ create table step (
   finished_at timestamptz,
   due_at timestamptz,
   child_id uuid,
+  child_task text check (octet_length(child_task) <= 200),
   value json,
   error json,
   primary key (execution_id, name, round, index),

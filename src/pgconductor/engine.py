@@ -1,0 +1,435 @@
+"""The engine as Python sees it: one method per SQL function, and the values that cross the border.
+
+A method builds a `Query`: the statement, its parameters and how to read the answer. A `Session` (asyncio) or a
+`SyncSession` runs it. Nothing is decided here; what a function does stands in its SQL file. All values travel as one
+JSON text a parameter, which costs the least on both sides; payloads and results pass through unread (`msgspec.Raw`).
+
+Instants are the database's. A test that moves the clock gives the engine a `clock`, whose answer goes along as
+`p_now`; in production that argument is null.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Final, Generic, Literal, TypeVar
+
+import msgspec
+from msgspec import UNSET, Raw, Struct, UnsetType
+
+T = TypeVar("T")
+
+NULL: Final = Raw(b"null")
+StepKind = Literal["step", "transaction", "sleep", "invoke", "invoke_all", "start", "wait", "wait_for", "call"]
+StepStatus = Literal["pending", "completed", "failed", "cancelled", "timed_out"]
+
+# ---------------------------------------------------------------- what the engine hands out
+
+
+class Recorded(Struct, array_like=True, gc=False):
+    """A recorded operation of an execution: index 0 is the operation, 1 to n are the children of an `invoke_all`."""
+
+    name: str
+    round: int
+    index: int
+    kind: StepKind
+    status: StepStatus
+    value: Raw
+    error: Raw
+    child_id: str | None
+    child_task: str | None
+    dropped: bool
+
+
+class Claimed(Struct, array_like=True, gc=False):
+    """An execution that this process may run until it settles it.
+
+    `steps` holds what was recorded earlier: None for a first run; with `cached`, only what changed since this very
+    process parked the execution.
+    """
+
+    id: str
+    task_id: int
+    queue_id: int
+    payload: Raw
+    failures: int
+    crashes: int
+    depth: int
+    parent_id: str | None
+    root_id: str | None
+    trigger: str | None
+    cached: bool | None
+    steps: list[Recorded] | None
+
+
+class Claim(Struct):
+    """What one claim brought; `next_due` is in seconds from now, below zero when overdue."""
+
+    next_due: float | None = None
+    claimed: list[Claimed] | None = None
+
+
+class Settled(Struct):
+    """What became of a settle: outcomes that were refused, who has new work, who is to be told."""
+
+    lost: list[str]
+    queues: list[int] | None = None
+    watchers: list[str] | None = None
+    next_due: float | None = None
+
+
+class Saved(Struct):
+    """What became of a save."""
+
+    lost: list[str] | None = None
+    queues: list[int] | None = None
+
+
+class Moved(Struct):
+    """What an operation set in motion besides itself."""
+
+    result: str = ""
+    lost: int = 0
+    queues: list[int] | None = None
+    watchers: list[str] | None = None
+
+
+class Enqueued(Struct):
+    """`ids` only where a dedupe key may have kept earlier executions."""
+
+    queues: list[int]
+    ids: list[str] | None = None
+
+
+class Beat(Struct):
+    """Whether the process still counts as alive, and which of its executions are to be cancelled."""
+
+    alive: bool
+    cancel: list[str]
+
+
+class Result(Struct):
+    """How an execution stands; `outcome` is None until it ends."""
+
+    outcome: Literal["completed", "failed", "cancelled"] | None
+    result: Raw
+    error: Raw
+    task: str
+    reason: str | None
+
+
+class Outstanding(Struct):
+    """What a drain waits for."""
+
+    ready: int
+    leased: int
+    next_due: datetime | None = None
+
+
+class Named(Struct):
+    """An interned name."""
+
+    name: str
+    id: int
+
+
+# ---------------------------------------------------------------- what goes in
+
+
+class NewExecution(Struct, omit_defaults=True):
+    """One call to enqueue, or one child of an operation."""
+
+    id: str
+    task: str
+    payload: Raw
+    queue: str | None = None
+    priority: int = 0
+    run_at: datetime | None = None
+    delay: float | None = None
+    dedupe_key: str | None = None
+    replace: bool = False
+    trigger: str | None = None
+
+
+class SavedStep(Struct):
+    """A finished step of a running execution."""
+
+    id: str
+    token: int
+    name: str
+    round: int
+    kind: StepKind
+    value: Raw
+
+
+class Operation(Struct, omit_defaults=True):
+    """Something to wait for: a sleep, children, a wait on children. `token` only where it is saved by itself."""
+
+    id: str
+    name: str
+    round: int
+    kind: StepKind
+    token: int | UnsetType = UNSET
+    due_at: datetime | None = None
+    due_in: float | None = None
+    keep: bool = False
+    detached: bool = False
+    timeout_error: Raw | UnsetType = UNSET
+    window: int | None = None
+    children: list[NewExecution] | None = None
+
+
+class Await(Struct, omit_defaults=True):
+    """An operation that a parked execution has open. Those not `awaited` are only told of.
+
+    `members` and `count`: a wait on started children, by step name.
+    """
+
+    name: str
+    round: int
+    kind: StepKind
+    awaited: bool = False
+    members: list[str] | None = None
+    count: int | None = None
+
+
+class Completion(Struct):
+    """The outcome of an execution without parent and children."""
+
+    id: str
+    token: int
+    result: Raw
+
+
+class Fresh(Struct):
+    """A timed out operation that the next attempt does anew."""
+
+    name: str
+    round: int
+
+
+class Outcome(Struct, omit_defaults=True):
+    """Any other outcome. `delay` is in seconds; `cached`: this process keeps the steps of what it parks."""
+
+    id: str
+    token: int
+    outcome: Literal["completed", "failed", "retried", "released", "crashed", "parked"]
+    result: Raw | UnsetType = UNSET
+    error: Raw | UnsetType = UNSET
+    delay: float | None = None
+    ops: list[Operation] | None = None
+    awaits: list[Await] | None = None
+    fresh: list[Fresh] | None = None
+    cached: bool = False
+
+
+class Want(Struct):
+    """How many executions a process wants of a queue."""
+
+    queue: int
+    limit: int
+
+
+class TaskRow(Struct):
+    """The options of a task that the database must know."""
+
+    name: str
+    queue: str
+    max_attempts: int
+    max_crashes: int
+
+
+# ---------------------------------------------------------------- the queries
+
+
+@dataclass(frozen=True, slots=True)
+class Query(Generic[T]):
+    """A statement with one row and one column as its answer, and how to read it.
+
+    `harmless`: doing it again after a lost reply changes nothing.
+    """
+
+    statement: str
+    parameters: Sequence[object]
+    read: Callable[[Any], T]
+    harmless: bool = True
+
+
+def _reader(type_: type[T] | Any) -> Callable[[Any], Any]:
+    decoder = msgspec.json.Decoder(type_)
+    return lambda answer: None if answer is None else decoder.decode(answer)
+
+
+_encode = msgspec.json.Encoder(uuid_format="canonical").encode
+_claim = _reader(Claim)
+_settled = _reader(Settled)
+_saved = _reader(Saved)
+_moved = _reader(Moved)
+_enqueued = _reader(Enqueued)
+_beat = _reader(Beat)
+_result = _reader(Result)
+_outstanding = _reader(Outstanding)
+_names = _reader(list[Named])
+_steps = _reader(list[Recorded])
+
+
+def _text(value: object) -> str:
+    return _encode(value).decode()
+
+
+def _as_is(answer: Any) -> Any:
+    return answer
+
+
+def quote(name: str) -> str:
+    """Quote an identifier for use in a statement."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+class Engine:
+    """Build the queries of one schema.
+
+    Args:
+        schema: The engine's schema.
+        clock: Where `p_now` comes from; None leaves the time to the database.
+    """
+
+    def __init__(self, schema: str, clock: Callable[[], datetime] | None = None) -> None:
+        self.schema = schema
+        self._clock = clock
+        self._statements: dict[str, str] = {}
+
+    def _query(
+        self, function: str, casts: str, parameters: Sequence[object], read: Callable[[Any], T], harmless: bool = True
+    ) -> Query[T]:
+        """`casts` names the parameter types; the instant is appended to all of them."""
+        statement = self._statements.get(function)
+        if statement is None:
+            marks = ", ".join(f"cast(%s as {cast})" for cast in casts.split()) if casts else ""
+            statement = f"select cast({quote(self.schema)}.{function}({marks}) as text)"
+            self._statements[function] = statement
+        return Query(statement, parameters, read, harmless)
+
+    def _now(self) -> datetime | None:
+        return self._clock() if self._clock else None
+
+    def register_tasks(self, deployment: str, tasks: Sequence[TaskRow]) -> Query[list[Named] | None]:
+        """See 05_register.sql."""
+        return self._query("register_tasks", "text json timestamptz", (deployment, _text(tasks), self._now()), _names)
+
+    def register_queues(self, names: Sequence[str]) -> Query[list[Named] | None]:
+        """See 05_register.sql."""
+        return self._query("register_queues", "text[]", (list(names),), _names)
+
+    def register_orchestrator(
+        self, id: str, name: str, version: str, host: str, pid: int, queues: Sequence[str]
+    ) -> Query[None]:
+        """See 05_register.sql."""
+        parameters = (id, name, version, host, pid, list(queues), self._now())
+        return self._query("register_orchestrator", "uuid text text text int text[] timestamptz", parameters, _as_is)
+
+    def enqueue(
+        self, calls: Sequence[NewExecution], *, notify: bool = False, again: bool = False
+    ) -> Query[Enqueued]:
+        """See 10_enqueue.sql. `again`: a repetition after a lost reply."""
+        parameters = (_text(calls), notify, again, self._now())
+        return self._query("enqueue", "json boolean boolean timestamptz", parameters, _enqueued, harmless=False)
+
+    def claim(
+        self, orchestrator: str, token: int, wants: Sequence[Want], tasks: Sequence[int], *, fire: bool = False
+    ) -> Query[Claim | None]:
+        """See 20_claim.sql. None: the process was declared dead."""
+        parameters = (orchestrator, token, _text(wants), list(tasks), fire, self._now())
+        return self._query("claim", "uuid bigint json int[] boolean timestamptz", parameters, _claim, harmless=False)
+
+    def save(
+        self, orchestrator: str, steps: Sequence[SavedStep], operations: Sequence[Operation]
+    ) -> Query[Saved | None]:
+        """See 25_save.sql. None: the process was declared dead."""
+        parameters = (orchestrator, _text(steps), _text(operations), self._now())
+        return self._query("save", "uuid json json timestamptz", parameters, _saved)
+
+    def save_transaction(
+        self, orchestrator: str, step: SavedStep
+    ) -> Query[Literal["saved", "lost", "exists"]]:
+        """See 25_save.sql. For the transaction that the step's own writes are in."""
+        parameters = (orchestrator, step.id, step.token, step.name, step.round, bytes(step.value).decode(), self._now())
+        casts = "uuid uuid bigint text smallint json timestamptz"
+        return self._query("save_transaction", casts, parameters, _as_is, harmless=False)
+
+    def settle(
+        self, orchestrator: str, completed: Sequence[Completion], outcomes: Sequence[Outcome]
+    ) -> Query[Settled | None]:
+        """See 30_settle.sql. None: the process was declared dead."""
+        parameters = (orchestrator, _text(completed), _text(outcomes), self._now())
+        return self._query("settle", "uuid json json timestamptz", parameters, _settled)
+
+    def cancel(self, id: str, reason: str) -> Query[Moved]:
+        """See 50_cancel.sql."""
+        return self._query("cancel", "uuid text timestamptz", (id, reason, self._now()), _moved)
+
+    def cancel_by_key(self, task: str, key: str, reason: str) -> Query[Moved]:
+        """See 50_cancel.sql."""
+        parameters = (task, key, reason, self._now())
+        return self._query("cancel_by_key", "text text text timestamptz", parameters, _moved)
+
+    def cancel_as_step(
+        self, orchestrator: str, id: str, token: int, name: str, target: str, reason: str
+    ) -> Query[Moved | None]:
+        """See 50_cancel.sql. None: the lease is gone."""
+        parameters = (orchestrator, id, token, name, target, reason, self._now())
+        return self._query("cancel_as_step", "uuid uuid bigint text uuid text timestamptz", parameters, _moved)
+
+    def redrive(self, id: str) -> Query[Moved]:
+        """See 50_cancel.sql."""
+        return self._query("redrive", "uuid", (id,), _moved)
+
+    def pause_queue(self, queue: str) -> Query[None]:
+        """See 50_cancel.sql."""
+        return self._query("pause_queue", "text timestamptz", (queue, self._now()), _as_is)
+
+    def resume_queue(self, queue: str) -> Query[None]:
+        """See 50_cancel.sql."""
+        return self._query("resume_queue", "text", (queue,), _as_is)
+
+    def beat(self, orchestrator: str, stopping: bool = False) -> Query[Beat]:
+        """See 60_sweep.sql."""
+        return self._query("beat", "uuid boolean timestamptz", (orchestrator, stopping, self._now()), _beat)
+
+    def sweep(self, expiry_seconds: float) -> Query[Moved]:
+        """See 60_sweep.sql."""
+        parameters = (f"{expiry_seconds} seconds", self._now())
+        return self._query("sweep", "interval timestamptz", parameters, _moved)
+
+    def reconcile(self, orchestrator: str, known: Sequence[int]) -> Query[Moved | None]:
+        """See 60_sweep.sql. None: the process was declared dead."""
+        return self._query("reconcile", "uuid bigint[] timestamptz", (orchestrator, list(known), self._now()), _moved)
+
+    def retire(self, orchestrator: str) -> Query[Moved]:
+        """See 60_sweep.sql."""
+        return self._query("retire", "uuid timestamptz", (orchestrator, self._now()), _moved)
+
+    def fire_timers(self) -> Query[Any]:
+        """See 60_sweep.sql."""
+        return self._query("fire_timers", "timestamptz", (self._now(),), _as_is)
+
+    def watch_result(self, id: str, watcher: str | None) -> Query[Result | None]:
+        """See 70_inspect.sql. None: no such execution."""
+        return self._query("watch_result", "uuid text", (id, watcher), _result)
+
+    def state_of(self, id: str) -> Query[str | None]:
+        """See 70_inspect.sql. None: no such execution."""
+        return self._query("state_of", "uuid", (id,), _as_is)
+
+    def load_steps(self, id: str) -> Query[list[Recorded]]:
+        """See 70_inspect.sql."""
+        return self._query("load_steps", "uuid", (id,), _steps)
+
+    def outstanding(self, orchestrator: str, queues: Sequence[int], tasks: Sequence[int]) -> Query[Outstanding]:
+        """See 70_inspect.sql."""
+        return self._query(
+            "outstanding", "uuid int[] int[]", (orchestrator, list(queues), list(tasks)), _outstanding
+        )
+
+    def notify(self, payload: str) -> Query[None]:
+        """Send a hint to whoever listens; the channel is the schema's name."""
+        return Query("select pg_notify(%s, %s)", (self.schema, payload), _as_is)
