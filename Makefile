@@ -7,7 +7,6 @@ STAMP := $(VENV)/.installed
 DEMO := $(BIN)/python -m pgconductor.demo
 BENCH := $(BIN)/python -m benchmarks
 PYTEST_ARGS ?= -n 2
-SOURCES := $(wildcard src tests benchmarks examples)
 MIGRATIONS := $(wildcard src/pgconductor/sql/migrations/*.sql)
 
 # The first interpreter that is new enough and can make environments; a name on PATH proves neither.
@@ -50,7 +49,7 @@ check: setup
 ifneq ($(MIGRATIONS),)
 	$(BIN)/squawk $(MIGRATIONS)
 endif
-	$(BIN)/python -m pytest $(wildcard tests/test_style.py tests/test_surface.py)
+	$(BIN)/python -m pytest -q $(wildcard tests/test_style.py tests/test_surface.py)
 
 bench: setup
 	@$(BENCH)
