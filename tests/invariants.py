@@ -1,0 +1,265 @@
+"""What must be true of an engine's tables in every snapshot, as queries that return no row.
+
+The numbers are those of the guarantees. Those that speak of the past (3 to 7) read a history that triggers write, which
+`attach_audit` adds to a test database; in production there is none, and nobody pays for it. 12 and 13, on limits, have
+no tables yet.
+
+The history holds one row per change of state that a commit made visible: its triggers are deferred to the commit, so a
+function may move an execution through several tables and counts as one move.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import psycopg
+from psycopg.rows import tuple_row
+
+Connection = psycopg.Connection[Any]
+
+AUDIT = """
+create schema audit;
+create table audit.history (
+  seq bigint generated always as identity primary key,
+  execution_id uuid not null,
+  at timestamptz not null default clock_timestamp(),
+  op text not null,
+  from_state text,
+  to_state text not null,
+  orchestrator_id uuid,
+  token bigint
+);
+create index on audit.history (execution_id, seq);
+
+create function audit.state_of(p_id uuid) returns text language sql stable as $$
+  select case when e.outcome is not null then e.outcome::text
+              when exists (select from lease where execution_id = e.id) then 'running'
+              when exists (select from wait where execution_id = e.id) then 'waiting'
+              when exists (select from timer where execution_id = e.id) then 'scheduled'
+              when exists (select from ready where execution_id = e.id) then 'ready'
+              else 'nowhere' end
+  from execution e where e.id = p_id
+$$;
+
+create function audit.note_move() returns trigger language plpgsql as $$
+declare
+  v_id uuid := case tg_table_name when 'execution' then (to_jsonb(new) ->> 'id')::uuid
+    else (coalesce(to_jsonb(new), to_jsonb(old)) ->> 'execution_id')::uuid end;
+  v_state text := audit.state_of(v_id);
+  v_lease lease;
+  v_last audit.history;
+begin
+  if v_state is null then
+    return null;
+  end if;
+  select * into v_lease from lease where execution_id = v_id;
+  select * into v_last from audit.history where execution_id = v_id and op <> 'step' order by seq desc limit 1;
+  if (v_last.to_state, v_last.orchestrator_id, v_last.token)
+     is distinct from (v_state, v_lease.orchestrator_id, v_lease.token) then
+    insert into audit.history (execution_id, op, from_state, to_state, orchestrator_id, token)
+    values (v_id, 'move', v_last.to_state, v_state, v_lease.orchestrator_id, v_lease.token);
+  end if;
+  return null;
+end $$;
+
+-- An ending that is undone counts as a redrive if it begins a new life, else as the fault that it is.
+create function audit.note_ending() returns trigger language plpgsql as $$
+begin
+  insert into audit.history (execution_id, op, from_state, to_state)
+  values (new.id,
+    case when old.outcome is null then 'end'
+         when new.outcome is null and old.outcome <> 'completed' and new.failures + new.crashes = 0
+              and new.cancel_requested_at is null and new.error is null then 'redrive'
+         else 'rewrite' end,
+    old.outcome::text, coalesce(new.outcome::text, 'reopened'));
+  return null;
+end $$;
+
+create function audit.note_step() returns trigger language plpgsql as $$
+begin
+  insert into audit.history (execution_id, op, from_state, to_state)
+  select new.execution_id, 'step', 'running', audit.state_of(new.execution_id)
+  where audit.state_of(new.execution_id) is distinct from 'running';
+  return null;
+end $$;
+
+create constraint trigger audit_move after insert or update of outcome on execution
+  deferrable initially deferred for each row execute function audit.note_move();
+create constraint trigger audit_move after insert or delete on lease
+  deferrable initially deferred for each row execute function audit.note_move();
+create constraint trigger audit_move after insert or delete on ready
+  deferrable initially deferred for each row execute function audit.note_move();
+create constraint trigger audit_move after insert or delete on timer
+  deferrable initially deferred for each row execute function audit.note_move();
+create constraint trigger audit_move after insert or delete on wait
+  deferrable initially deferred for each row execute function audit.note_move();
+create trigger audit_ending after update of outcome on execution for each row
+  when (old.outcome is distinct from new.outcome) execute function audit.note_ending();
+create trigger audit_step after insert on step for each row execute function audit.note_step();
+
+alter function audit.state_of set search_path from current;
+alter function audit.note_move set search_path from current;
+alter function audit.note_ending set search_path from current;
+alter function audit.note_step set search_path from current;
+"""
+
+ALWAYS: Mapping[str, str] = {
+    "1 a lease means running, for a process that is known": """
+        select l.execution_id from lease l left join execution e on e.id = l.execution_id
+        where e.id is null or e.outcome is not null
+           or not exists (select from orchestrator o where o.id = l.orchestrator_id)
+           or exists (select from ready r where r.execution_id = l.execution_id)
+           or exists (select from wait w where w.execution_id = l.execution_id)
+           or exists (select from timer t where t.execution_id = l.execution_id)""",
+    "2 ended means finished, and gone from the tables of work": """
+        select e.id from execution e
+        where (e.outcome is null) <> (e.finished_at is null)
+           or e.outcome is not null and (
+             exists (select from ready r where r.execution_id = e.id)
+             or exists (select from wait w where w.execution_id = e.id)
+             or exists (select from timer t where t.execution_id = e.id)
+             or exists (select from wait_item i where i.execution_id = e.id)
+             or exists (select from wait_link l where l.execution_id = e.id))""",
+    "3 an ending is final": """
+        select execution_id, from_state, to_state from audit.history where op = 'rewrite'""",
+    "4 one ending per life": """
+        select execution_id from (
+          select execution_id, op, count(*) filter (where op = 'redrive') over (
+            partition by execution_id order by seq) as life from audit.history) h
+        where op = 'end' group by execution_id, life having count(*) > 1""",
+    "5 states follow each other as drawn, and no claim happens twice": """
+        select execution_id, from_state, to_state from audit.history h where op = 'move' and not (
+          case coalesce(from_state, 'none')
+            when 'none' then to_state in ('ready', 'scheduled')
+            when 'scheduled' then to_state in ('ready', 'running', 'cancelled', 'scheduled')
+            when 'ready' then to_state in ('running', 'cancelled', 'scheduled')
+            when 'running' then to_state in ('ready', 'scheduled', 'waiting', 'completed', 'failed', 'cancelled')
+            when 'waiting' then to_state in ('ready', 'running', 'cancelled')
+            else to_state = 'ready' and from_state <> 'completed' end)
+        union all
+        select execution_id, orchestrator_id::text, token::text from audit.history
+        where op = 'move' and token is not null group by 1, 2, 3 having count(*) > 1""",
+    "6 the row is where its history ends": """
+        select e.id, audit.state_of(e.id), h.to_state from execution e left join lateral (
+          select to_state from audit.history h where h.execution_id = e.id and h.op = 'move' order by seq desc limit 1
+        ) h on true where h.to_state is distinct from audit.state_of(e.id)""",
+    "7 no step but by who holds the lease": """
+        select execution_id, to_state from audit.history where op = 'step'""",
+    "8 waiting means parked, with something to wait for": """
+        select w.execution_id from wait w left join execution e on e.id = w.execution_id
+        where e.id is null or e.outcome is not null or not exists (
+          select from step s where s.execution_id = w.execution_id and s.status = 'pending' and s.index = 0
+            and s.kind <> 'start')
+        union all
+        select i.execution_id from wait_item i left join execution e on e.id = i.execution_id
+        where e.outcome is not null or i.left_count <= 0
+           or i.kind = 'invoke_all' and i.left_count <> (
+             select count(*) from step s where s.execution_id = i.execution_id and s.name = i.name
+               and s.round = i.round and s.index > 0 and s.status = 'pending')""",
+    "9 no lost wake-up": """
+        select s.execution_id, s.name, s.index from step s left join execution c on c.id = s.child_id
+        where s.status = 'pending' and s.child_id is not null and (c.id is null or c.outcome is not null)
+        union all
+        select h.execution_id, h.name, h.index from step h join execution e on e.id = h.execution_id
+        where e.outcome is null and h.kind = 'invoke_all' and h.index = 0 and h.status = 'pending' and not exists (
+          select from step s where s.execution_id = h.execution_id and s.name = h.name and s.round = h.round
+            and s.index > 0 and s.status = 'pending')
+        union all
+        select s.execution_id, s.name, s.index from wait w join step s on s.execution_id = w.execution_id
+        where s.kind = 'sleep' and s.status = 'pending'
+          and not exists (select from timer t where t.execution_id = w.execution_id and t.due_at <= s.due_at)""",
+    "10 one child per parent, step, round and index": """
+        select parent_id, parent_step from execution where parent_id is not null
+        group by parent_id, parent_step, parent_round, parent_index having count(*) > 1""",
+    "11 no live child of an ended parent without a cancel request": """
+        select c.id from execution c join execution p on p.id = c.parent_id
+        where p.outcome is not null and c.outcome is null and c.cancel_requested_at is null
+          and not exists (select from step s where s.execution_id = p.id and s.child_id = c.id
+                          and s.status = 'timed_out' and s.keep_on_timeout)
+          and not exists (select from step s join step h using (execution_id, name, round)
+                          where s.execution_id = p.id and s.child_id = c.id and h.index = 0
+                            and h.status = 'timed_out' and h.keep_on_timeout)
+          and not exists (select from audit.history h where h.execution_id = c.id and h.op = 'redrive')""",
+    "14 budgets": """
+        select e.id, e.failures, e.crashes
+        from execution e join lane n on n.id = e.lane_id join task t on t.id = n.task_id
+        where e.failures > t.max_attempts or e.crashes > t.max_crashes
+           or e.outcome is null and (e.failures >= t.max_attempts or e.crashes >= t.max_crashes)""",
+    "15 one execution per key": """
+        select min(e.id::text) from execution e join lane n on n.id = e.lane_id
+        where e.dedupe_key is not null group by n.task_id, e.dedupe_key having count(*) > 1
+        union all
+        select d.key from dedupe d left join execution e on e.id = d.execution_id
+        where e.id is null or e.dedupe_key is distinct from d.key""",
+    "16 everything that has not ended is reachable, at one place": """
+        select e.id::text from execution e
+        left join (select execution_id, count(*) from ready group by 1) r on r.execution_id = e.id
+        left join lease l on l.execution_id = e.id
+        left join wait w on w.execution_id = e.id
+        left join timer t on t.execution_id = e.id
+        where e.outcome is null and coalesce(r.count, 0) + (l.execution_id is not null)::int
+          + (w.execution_id is not null or t.execution_id is not null)::int <> 1
+        union all
+        select r.execution_id::text from ready r left join execution e on e.id = r.execution_id
+        where e.id is null or e.outcome is not null or (r.lane_id, r.priority) is distinct from (e.lane_id, e.priority)
+           or r.ord not in (e.ord, e.ord - 4611686018427387904)
+        union all
+        select t.execution_id::text from timer t left join execution e on e.id = t.execution_id
+        where e.id is null or not isfinite(t.due_at) and not exists (
+          select from wait_item i where i.execution_id = e.parent_id and i.name = e.parent_step
+            and i.round = e.parent_round and i.next_index <= e.parent_index
+            and exists (select from execution s where s.parent_id = e.parent_id and s.parent_step = e.parent_step
+                        and s.parent_round = e.parent_round and s.parent_index < i.next_index
+                        and s.outcome is null))""",
+    "17 children stand one below their parent, in its tree, at most 100 deep": """
+        select c.id from execution c left join execution p on p.id = c.parent_id
+        where c.depth > 100 or c.parent_id is null and c.depth <> 0
+           or p.id is not null and (c.depth <> p.depth + 1 or c.root_id is distinct from coalesce(p.root_id, p.id))""",
+}
+
+AT_REST: Mapping[str, str] = {
+    "nothing is due": "select execution_id from timer where due_at <= clock_timestamp() - interval '1 second'",
+    "nothing runs": "select execution_id from lease",
+    "nobody waits for what cannot come": """
+        select w.execution_id from wait w where not exists (
+          select from step s join execution c on c.id = s.child_id
+          where s.execution_id = w.execution_id and s.status = 'pending' and c.outcome is null)
+          and not exists (select from timer t where t.execution_id = w.execution_id)""",
+    "nobody is to be told": "select execution_id from signal",
+    "no session sits in a transaction": """
+        select pid, query from pg_stat_activity where datname = current_database() and pid <> pg_backend_pid()
+          and state like 'idle in transaction%' and state_change < clock_timestamp() - interval '5 seconds'""",
+    "no advisory lock is left": """
+        select pid, classid, objid from pg_locks where locktype = 'advisory' and pid <> pg_backend_pid()
+          and database = (select oid from pg_database where datname = current_database())""",
+}
+
+
+def attach_audit(conn: Connection, schema: str = "pgconductor") -> None:
+    """Add the history and its triggers to a fresh engine."""
+    with conn.transaction():
+        _enter(conn, schema)
+        conn.execute(AUDIT.encode())
+
+
+def check_invariants(conn: Connection, schema: str = "pgconductor") -> None:
+    """Raise AssertionError for the first invariant that does not hold, with the rows that break it."""
+    _check(conn, schema, ALWAYS)
+
+
+def check_quiescent(conn: Connection, schema: str = "pgconductor") -> None:
+    """Check what must be true besides when the load has stopped and every bound has passed."""
+    _check(conn, schema, ALWAYS)
+    _check(conn, schema, AT_REST)
+
+
+def _check(conn: Connection, schema: str, queries: Mapping[str, str]) -> None:
+    with conn.transaction():
+        conn.execute("set transaction isolation level repeatable read, read only")
+        _enter(conn, schema)
+        for name, query in queries.items():
+            rows = conn.cursor(row_factory=tuple_row).execute(query.encode()).fetchmany(10)
+            assert not rows, f"invariant {name!r} does not hold for {rows}"
+
+
+def _enter(conn: Connection, schema: str) -> None:
+    conn.execute("select set_config('search_path', format('%%I, pg_temp', %s::text), true)", (schema,))
