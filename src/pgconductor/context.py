@@ -1,0 +1,473 @@
+"""What an `async def` handler sees. Each operation asks the journal first; see journal.py and attempt.py."""
+
+import asyncio
+import contextlib
+import copy
+import inspect
+import random
+from collections.abc import Awaitable, Callable, Generator, Sequence
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Concatenate, Literal, cast, overload
+from uuid import UUID
+
+import psycopg
+from typing_extensions import ParamSpec, TypeVar
+
+from pgconductor.attempt import Attempt, OutcomeUnknown, accept_transaction, inside_step
+from pgconductor.codec import Codec
+from pgconductor.durations import Duration, seconds
+from pgconductor.errors import AttemptTimeout, Suspend
+from pgconductor.faults import fault
+from pgconductor.journal import PENDING
+from pgconductor.model import EventDef, RetryPolicy
+from pgconductor.operations import (
+    PLAIN,
+    Child,
+    StepOptions,
+    RunFacts,
+    check_instant,
+    members_of,
+    not_yet,
+    partition,
+)
+from pgconductor.signature import return_codec_of
+from pgconductor.task import Call, Task
+
+if TYPE_CHECKING:
+    from pgconductor.engine import Recorded
+
+P = ParamSpec("P")
+R = TypeVar("R")
+T = TypeVar("T")
+E = TypeVar("E")
+D = TypeVar("D", default=None)
+
+_chance = random.Random()  # noqa: S311
+
+
+class Context(RunFacts[D]):
+    """What an `async def` handler is given: its durable operations, its deps and the facts of its run.
+
+    Every operation has a name, unique in the execution. What an operation gave once it gives again whenever the
+    handler runs again. A name may be used once a run; in a loop, number it.
+    """
+
+    _options: StepOptions = PLAIN
+
+    # ------------------------------------------------------------ steps
+
+    @overload
+    async def step(self, name: str, fn: Callable[P, Awaitable[T]], /, *args: P.args, **kwargs: P.kwargs) -> T: ...
+    @overload
+    async def step(self, name: str, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T: ...
+    async def step(self, name: str, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """Run a function once and remember what it returned: a recorded step is never run again.
+
+        The value is stored before this returns, and comes back through JSON the first time too, so that the first run
+        sees what later ones see. A plain function runs on the event loop. A failing step is not remembered.
+
+        Args:
+            name: 1 to 200 bytes, unique in the execution.
+            fn: Coroutine function or plain function. It must not use the context. A step that is interrupted runs
+                again, so what it does outside should bear repetition.
+            *args: For `fn`.
+            **kwargs: For `fn`.
+
+        Returns:
+            What `fn` returned, decoded to its return annotation.
+
+        Raises:
+            EncodeError: The value cannot be stored; the execution fails unless it is caught.
+            DuplicateStep: The name has been used in this run.
+            StepMismatch: The name is recorded for another kind of operation.
+            AttemptTimeout: `step_options(timeout=)` passed.
+
+        Source: sql/functions/25_save.sql
+        """
+        attempt = self._attempt
+        await attempt.boundary()
+        codec = return_codec_of(fn)
+        memo = attempt.journal.begin(name, "step")
+        if memo is not None:
+            return _recorded(codec, memo)
+        with _working(attempt):
+            fault("before_step")
+            value = await self._tries(name, fn, args, kwargs)
+            raw, copied = codec.store(value, f"step {name!r}")
+            fault("before_step_save")
+            step = attempt.journal.finished(name, "step", raw)
+            await attempt.store(attempt.host.save(step))
+            attempt.journal.remember(step)
+            fault("after_step_save")
+        return copied
+
+    def step_options(
+        self, *, retry: RetryPolicy | None = None, max_attempts: int = 1, timeout: Duration | None = None
+    ) -> "Context[D]":
+        """Return this context with other rules for its steps: `await ctx.step_options(max_attempts=3).step(...)`.
+
+        Args:
+            retry: How long to wait between tries, on the worker.
+            max_attempts: How often a step is tried within one attempt of the task; at least 1.
+            timeout: How long one try may run.
+
+        Returns:
+            A context of the same run.
+
+        Raises:
+            ConfigurationError: `max_attempts` is below 1.
+        """
+        other = copy.copy(self)
+        other._options = StepOptions(retry, max_attempts, timeout)
+        return other
+
+    async def _tries(self, name: str, fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        options = self._options
+        for number in range(1, options.max_attempts):
+            try:
+                return await self._try(name, fn, args, kwargs)
+            except Exception as error:
+                if options.retry.gives_up_on(error):
+                    raise
+                self.logger.warning("step %r failed, try %d", name, number, exc_info=error)
+                await asyncio.sleep(options.retry.delay(number, _chance))
+        return await self._try(name, fn, args, kwargs)
+
+    async def _try(self, name: str, fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        timeout = self._options.timeout
+        with _marked(name):
+            if timeout is None:
+                value = fn(*args, **kwargs)
+                return await value if inspect.isawaitable(value) else value
+            return await self._limited(name, fn, args, kwargs, timeout)
+
+    async def _limited(self, name: str, fn: Callable[..., Any], args: Any, kwargs: Any, timeout: float) -> Any:
+        limit = asyncio.timeout(timeout)
+        try:
+            async with limit:
+                if inspect.iscoroutinefunction(fn):
+                    return await fn(*args, **kwargs)
+                value = await asyncio.wrap_future(self._attempt.host.submit_thread(lambda: fn(*args, **kwargs)))
+                return await value if inspect.isawaitable(value) else value
+        except TimeoutError:
+            if limit.expired():
+                raise AttemptTimeout(self.task, timeout, step=name) from None
+            raise
+
+    async def transaction(
+        self, name: str, fn: Callable[Concatenate[Any, P], Awaitable[T]], /, *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """Run a function in a transaction of the engine's database; its writes and the step commit together.
+
+        Args:
+            name: As for `step`.
+            fn: Coroutine function; its first argument is a psycopg `AsyncConnection`. It cannot commit by itself.
+            *args: For `fn`.
+            **kwargs: For `fn`.
+
+        Returns:
+            What `fn` returned, decoded to its return annotation.
+
+        Raises:
+            EncodeError: The value cannot be stored; nothing was written.
+            DuplicateStep: The name has been used in this run.
+            StepMismatch: The name is recorded for another kind of operation.
+
+        Source: sql/functions/25_save.sql, `save_transaction`
+        """
+        attempt = self._attempt
+        await attempt.boundary()
+        codec = return_codec_of(fn)
+        memo = attempt.journal.begin(name, "transaction")
+        if memo is not None:
+            return cast("T", _recorded(codec, memo))
+        with _working(attempt):
+            return cast("T", await self._until_committed(name, fn, args, kwargs, codec))
+
+    async def _until_committed(
+        self, name: str, fn: Callable[..., Any], args: Any, kwargs: Any, codec: Codec[Any]
+    ) -> Any:
+        """Commit once. When the connection is lost, the commit may have happened: look before trying again."""
+        while True:
+            try:
+                return await self._transact(name, fn, args, kwargs, codec)
+            except OutcomeUnknown:
+                memo = await self._look_up(name)
+            if memo is not None:
+                self._attempt.journal.memos.add(memo)
+                return _recorded(codec, memo)
+
+    async def _transact(self, name: str, fn: Callable[..., Any], args: Any, kwargs: Any, codec: Codec[Any]) -> Any:
+        attempt = self._attempt
+        async with attempt.host.transaction() as conn:
+            try:
+                async with conn.transaction():
+                    with _marked(name):
+                        raw, copied = codec.store(await fn(conn, *args, **kwargs), f"transaction {name!r}")
+                step = attempt.journal.finished(name, "transaction", raw)
+                query = attempt.host.engine.save_transaction(attempt.host.orchestrator_id, step)
+                row = await (await conn.execute(query.statement.encode(), list(query.parameters))).fetchone()
+                accept_transaction(attempt, row[0] if row else None)
+                fault("before_transaction_commit")
+                await conn.commit()
+            except psycopg.OperationalError as error:
+                if conn.broken or conn.closed:
+                    raise OutcomeUnknown from error
+                raise
+        fault("after_transaction_commit")
+        attempt.journal.remember(step)
+        return copied
+
+    async def _look_up(self, name: str) -> "Recorded | None":
+        steps = await self._attempt.host.run_query(self._attempt.host.engine.load_steps(self._attempt.claimed.id))
+        return next((step for step in steps if step.name == name and not step.dropped), None)
+
+    # ------------------------------------------------------------ sleeping
+
+    async def sleep(self, name: str, duration: Duration) -> None:
+        """Park for a while, on the database's clock.
+
+        Args:
+            name: As for `step`.
+            duration: From the first time the handler came here; seconds, `"15m"` or a `timedelta`.
+        """
+        await self._attempt.boundary()
+        due_in = seconds(duration, f"sleep {name!r}: duration")
+        if self._attempt.journal.sleep(name, due_in=due_in) is PENDING:
+            await self._attempt.pend()
+
+    async def sleep_until(self, name: str, at: datetime) -> None:
+        """Park until an instant of the database's clock.
+
+        Args:
+            name: As for `step`.
+            at: With a time zone; one that has passed returns soon.
+        """
+        await self._attempt.boundary()
+        if self._attempt.journal.sleep(name, due_at=check_instant(name, at)) is PENDING:
+            await self._attempt.pend()
+
+    async def checkpoint(self) -> None:
+        """Let shutdown, cancellation or a closing window leave the handler here; else return at once."""
+        await self._attempt.boundary()
+        await asyncio.sleep(0)
+
+    # ------------------------------------------------------------ children
+
+    async def invoke(
+        self,
+        name: str,
+        call: Call[R],
+        *,
+        timeout: Duration | None = None,
+        on_timeout: Literal["cancel", "keep"] = "cancel",
+    ) -> R:
+        """Create a child, park until it has ended, and return its value.
+
+        Creating the child and leaving the worker are one transaction; the child's end and becoming ready again are
+        another. Use it under `asyncio.gather` or a `TaskGroup` to wait for several at once.
+
+        Args:
+            name: As for `step`.
+            call: `task.bind(...)`.
+            timeout: From here to the child's end, its time in the queue and its retries included.
+            on_timeout: What happens to the child then: `cancel` it with its own children, or `keep` it running.
+
+        Returns:
+            What the child returned.
+
+        Raises:
+            ChildFailed: It failed for good. Uncaught, this execution fails at once.
+            ChildCancelled: It was cancelled. Uncaught, this execution fails at once.
+            ChildTimeout: It did not end in time. Uncaught, this attempt fails, and the next one invokes afresh.
+            DepthExceeded: This execution stands 100 levels below its root.
+
+        Source: sql/functions/30_settle.sql and 40_wake.sql
+        """
+        await self._attempt.boundary()
+        return cast("R", await self._answer(self._attempt.journal.invoke(name, call, timeout, on_timeout)))
+
+    async def invoke_all(
+        self,
+        name: str,
+        calls: Sequence[Call[R]],
+        *,
+        timeout: Duration | None = None,
+        max_in_flight: int | None = None,
+    ) -> list[R]:
+        """Create many children in one round trip, park once, and return their values in order.
+
+        Args:
+            name: As for `step`.
+            calls: Up to 10,000.
+            timeout: For all of them; on expiry the rest is cancelled.
+            max_in_flight: How many may be unfinished at a time; the database releases the next ones.
+
+        Returns:
+            The children's values.
+
+        Raises:
+            ExceptionGroup: All have ended, and some failed or were cancelled: a `ChildFailed` for each.
+            ChildTimeout: Not all ended in time.
+            TooMany: More than 10,000 calls.
+        """
+        await self._attempt.boundary()
+        return cast(
+            "list[R]", await self._answer(self._attempt.journal.invoke_all(name, calls, timeout, max_in_flight))
+        )
+
+    async def start(self, name: str, call: Call[R], *, detached: bool = False) -> Child[R]:
+        """Create a child and go on.
+
+        Args:
+            name: As for `step`.
+            call: `task.bind(...)`.
+            detached: Outside this execution's tree: not cancelled with it, and nothing to wait for.
+
+        Returns:
+            The child, for `wait` or `await child.result()`.
+        """
+        attempt = self._attempt
+        await attempt.boundary()
+        child_id, operation = attempt.journal.start(name, call, detached=detached)
+        if operation is not None:
+            with _working(attempt):
+                await attempt.store(attempt.host.open(operation))
+                attempt.journal.remember_open(operation)
+        return Child(child_id, name, call, self, detached=detached)
+
+    async def wait(
+        self, name: str, children: Sequence[Child[R]], *, count: int | None = None, timeout: Duration | None = None
+    ) -> tuple[list[Child[R]], list[Child[R]]]:
+        """Park until so many started children have ended; a failed one counts too.
+
+        Args:
+            name: As for `step`.
+            children: Started by this execution, attached.
+            count: How many; None for all.
+            timeout: After it, return with what there is.
+
+        Returns:
+            Those that had ended and the others, as of that moment, in every run.
+
+        Raises:
+            ValueError: `count` is not between 1 and the number of children.
+        """
+        members, needed = members_of(name, children, count)
+        if not children:
+            return [], []
+        await self._attempt.boundary()
+        done = await self._answer(self._attempt.journal.wait(name, members, needed, timeout))
+        return partition(children, cast("list[str]", done))
+
+    async def child_result(self, child: Child[R], timeout: Duration | None) -> R:
+        """Park until a started child has ended; `Child.result` calls this."""
+        if child.detached:
+            members_of("result", [child], 1)
+        if timeout is not None:
+            name = self._attempt.journal.numbered(f"{child.step}.result")
+            done, _ = await self.wait(name, [child], timeout=timeout)
+            if not done:
+                raise TimeoutError(f"child {child.step!r} did not end within the timeout")
+        await self._attempt.boundary()
+        return cast("R", await self._answer(self._attempt.journal.result_of(child.step, child.call)))
+
+    async def _answer(self, answer: object) -> object:
+        if answer is PENDING:
+            await self._attempt.pend()
+        return answer
+
+    # ------------------------------------------------------------ reaching out
+
+    async def cancel(self, execution_id: UUID, reason: str = "") -> bool:
+        """Ask for the end of an execution, once: a run that comes here again gets the first answer.
+
+        Args:
+            execution_id: Any execution of this engine.
+            reason: Stored with it.
+
+        Returns:
+            False if it had already ended, or is not known.
+        """
+        attempt = self._attempt
+        await attempt.boundary()
+        name = attempt.journal.numbered("cancel")
+        memo = attempt.journal.begin(name, "call")
+        if memo is not None:
+            return bytes(memo.value) == b"true"
+        with _working(attempt):
+            moved = await attempt.host.run_query(
+                attempt.host.engine.cancel_as_step(
+                    attempt.host.orchestrator_id, attempt.claimed.id, attempt.token, name, str(execution_id), reason
+                )
+            )
+        if moved is None:
+            attempt.exit = "abandoned"
+            raise Suspend
+        return moved.result in ("cancelled", "requested")
+
+    async def wait_for(
+        self, name: str, event: EventDef[E], *, where: dict[str, Any] | None = None, timeout: Duration | None = None
+    ) -> E:
+        """Park until a matching event is emitted. Not available in this version."""
+        raise not_yet("wait_for", name, event, where, timeout)
+
+    async def emit(self, event: EventDef[E], payload: E) -> UUID:
+        """Emit an event, once. Not available in this version."""
+        raise not_yet("emit", event, payload)
+
+    async def schedule(self, name: str, call: Call[Any], *, cron: str, tz: str = "UTC") -> None:
+        """Make or change a schedule. Not available in this version."""
+        raise not_yet("schedule", name, call, cron, tz)
+
+    async def unschedule(self, name: str, task: Task[..., Any]) -> None:
+        """Remove a schedule. Not available in this version."""
+        raise not_yet("unschedule", name, task)
+
+
+class BatchContext(RunFacts[D]):
+    """What a batch handler is given: facts and deps, and no durable operations."""
+
+
+def call_handler(attempt: Attempt) -> Awaitable[Any]:
+    """Call a task's handler with its context and payload, wherever it runs."""
+    task = attempt.task
+    fn = cast("Callable[..., Any]", task.fn)
+    signature = cast("Any", task.payload)
+    if task.config.batch is not None:
+        return _call_batch(fn, attempt, signature.decode_element(bytes(attempt.claimed.payload)))
+    args, kwargs = signature.decode_payload(bytes(attempt.claimed.payload))
+    if task.config.executor == "loop":
+        return cast("Awaitable[Any]", fn(Context[Any](attempt), *args, **kwargs))
+    from pgconductor.sync_context import call_in_thread
+
+    return call_in_thread(fn, attempt, args, kwargs)
+
+
+async def _call_batch(fn: Callable[..., Any], attempt: Attempt, element: Any) -> Any:
+    """Run a batch of one."""
+    values = await fn(BatchContext[Any](attempt), [element])
+    return None if values is None else values[0]
+
+
+def _recorded(codec: Codec[Any], memo: "Recorded") -> Any:
+    return codec.decode(bytes(memo.value), f"step {memo.name!r}")
+
+
+@contextlib.contextmanager
+def _working(attempt: Attempt) -> Generator[None]:
+    attempt.begin_work()
+    try:
+        yield
+    finally:
+        attempt.end_work()
+
+
+@contextlib.contextmanager
+def _marked(name: str) -> Generator[None]:
+    """Refuse operations of the context while a step's own code runs."""
+    entered = inside_step.set(name)
+    try:
+        yield
+    finally:
+        inside_step.reset(entered)

@@ -1,0 +1,386 @@
+"""The record of one run: which names it has used, what was answered before, what it newly asks for.
+
+A handler runs from its first line every time. Each of its operations asks the journal first:
+
+    recorded and answered   the answer is given back, or raised, without doing anything
+    recorded and open       `PENDING`: it is still waited for
+    not recorded            it is done now (a step), or opened (`PENDING`)
+
+What is opened gathers in `unsaved` until the run parks, or is stored at once when something else still runs. The
+journal decides nothing about when to park and touches neither database nor event loop, so the same one serves
+coroutines, threads and processes.
+"""
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any, Final, cast
+from uuid import UUID
+
+import msgspec
+from msgspec import Raw
+
+from pgconductor.checks import check_name
+from pgconductor.durations import Duration, seconds
+from pgconductor.engine import NULL, Await, Claimed, NewExecution, Operation, Recorded, SavedStep, StepKind
+from pgconductor.errors import (
+    NO_ID,
+    ChildCancelled,
+    ChildFailed,
+    ChildTimeout,
+    ConfigurationError,
+    DepthExceeded,
+    DuplicateStep,
+    StepMismatch,
+    TooMany,
+)
+from pgconductor.ids import new_id
+from pgconductor.memos import Memos
+from pgconductor.options import CallOptions
+from pgconductor.stored_error import error_from_json
+from pgconductor.task import Call
+
+STEPS_MAX = 10_000
+CHILDREN_MAX = 10_000
+DEPTH_MAX = 100
+
+
+class _Pending:
+    """The type of `PENDING`."""
+
+    __slots__ = ()
+
+
+PENDING: Final = _Pending()
+"""Not answered yet: the run has to park."""
+
+
+class _TimeoutError(msgspec.Struct):
+    """The error that an invocation's row holds in case it times out."""
+
+    type: str
+    message: str
+    timeout: float
+
+
+class Journal:
+    """What one run has asked for.
+
+    Attributes:
+        memos: What earlier runs recorded; grows with this one.
+        unsaved: Operations that the database does not know yet.
+        awaits: What this run has open, by name.
+        has_children: Whether the execution ever had a child.
+    """
+
+    __slots__ = (
+        "_calls",
+        "_claimed",
+        "_names",
+        "_token",
+        "_unvisited",
+        "awaits",
+        "has_children",
+        "memos",
+        "unsaved",
+    )
+
+    def __init__(self, claimed: Claimed, token: int, memos: Memos) -> None:
+        self.memos = memos
+        self.unsaved: list[Operation] = []
+        self.awaits: dict[str, Await] = {}
+        self.has_children = any(memo.child_id or memo.kind == "invoke_all" for memo in memos.operations.values())
+        self._claimed = claimed
+        self._token = token
+        self._names: set[str] = set()
+        self._calls: dict[str, int] = {}
+        self._unvisited = sum(memo.status != "pending" and not memo.dropped for memo in memos.operations.values())
+
+    @property
+    def is_replaying(self) -> bool:
+        """Whether the run is still where an earlier one has been."""
+        return self._unvisited > 0
+
+    # ------------------------------------------------------------ names
+
+    def begin(self, name: str, kind: StepKind, child_task: str | None = None) -> Recorded | None:
+        """Use a name, and return what is recorded under it.
+
+        Raises:
+            ConfigurationError: It is not a name.
+            DuplicateStep: This run has used it before.
+            StepMismatch: It is recorded for another kind of operation or another child task.
+            TooMany: The execution has `STEPS_MAX` operations.
+        """
+        if name in self._names:
+            raise DuplicateStep(name)
+        check_name(name, f"task step {kind}: name")
+        if len(self._names) >= STEPS_MAX:
+            raise TooMany("steps", STEPS_MAX)
+        self._names.add(name)
+        memo = self.memos.operations.get(name)
+        if memo is None or memo.dropped:
+            self._unvisited = 0
+            return None
+        self._check_match(memo, kind, child_task)
+        if memo.status != "pending":
+            self._unvisited -= 1
+        return memo
+
+    def numbered(self, verb: str) -> str:
+        """Return the name of an operation that has none of its own: the verb and how often the run has used it."""
+        number = self._calls.get(verb, 0) + 1
+        self._calls[verb] = number
+        return f"{verb}#{number}"
+
+    def _check_match(self, memo: Recorded, kind: StepKind, child_task: str | None) -> None:
+        if memo.kind != kind or (child_task is not None and memo.child_task not in (None, child_task)):
+            recorded = memo.kind + (f" of {memo.child_task!r}" if memo.child_task else "")
+            found = kind + (f" of {child_task!r}" if child_task else "")
+            raise StepMismatch(memo.name, recorded, found)
+
+    def round_of(self, name: str) -> int:
+        """Return the round in which a name that is not answered is done."""
+        memo = self.memos.operations.get(name)
+        return 0 if memo is None else memo.round + memo.dropped
+
+    # ------------------------------------------------------------ steps
+
+    def finished(self, name: str, kind: StepKind, value: bytes) -> SavedStep:
+        """Return what is to be stored of a finished step."""
+        return SavedStep(self._claimed.id, self._token, name, self.round_of(name), kind, Raw(value))
+
+    def remember(self, step: SavedStep) -> None:
+        """Know a step once it is stored."""
+        self.memos.add(
+            Recorded(step.name, step.round, 0, step.kind, "completed", step.value, NULL, None, None, dropped=False)
+        )
+
+    # ------------------------------------------------------------ waits
+
+    def sleep(self, name: str, *, due_in: float | None = None, due_at: datetime | None = None) -> object:
+        """Sleep; returns None once it is over."""
+        memo = self.begin(name, "sleep")
+        if memo is None:
+            self._open(Operation(self._claimed.id, name, self.round_of(name), "sleep", due_at=due_at, due_in=due_in))
+            return PENDING
+        return self._await(memo) if memo.status == "pending" else None
+
+    def invoke(self, name: str, call: Call[Any], timeout: Duration | None, on_timeout: str) -> object:
+        """Invoke a child; returns its value once it has ended, or raises what became of it."""
+        memo = self.begin(name, "invoke", call.task)
+        if memo is None:
+            operation = self._child_operation(name, "invoke", [call], timeout)
+            operation.keep = _is_kept(name, on_timeout)
+            self._open(operation)
+            return PENDING
+        return self._await(memo) if memo.status == "pending" else child_value(memo, call)
+
+    def invoke_all(
+        self, name: str, calls: Sequence[Call[Any]], timeout: Duration | None, max_in_flight: int | None
+    ) -> object:
+        """Invoke many children; returns their values once all have ended, or raises a group of what failed."""
+        memo = self.begin(name, "invoke_all")
+        if memo is None:
+            return self._open_fan_out(name, calls, timeout, max_in_flight)
+        rows = self.memos.children.get(name, {})
+        if len(rows) != len(calls):
+            raise StepMismatch(name, f"invoke_all of {len(rows)} children", f"invoke_all of {len(calls)}")
+        if memo.status == "pending":
+            return self._await(memo)
+        if memo.status == "timed_out":
+            raise _timeout_of(memo, "")
+        return self._gathered(name, calls, rows)
+
+    def start(self, name: str, call: Call[Any], *, detached: bool) -> tuple[str, Operation | None]:
+        """Start a child; returns its id, and what has to be stored first, if it is new."""
+        memo = self.begin(name, "start", call.task)
+        if memo is not None:
+            return cast("str", memo.child_id), None
+        operation = self._child_operation(name, "start", [call], None)
+        operation.detached = detached
+        operation.token = self._token
+        return cast("list[NewExecution]", operation.children)[0].id, operation
+
+    def wait(self, name: str, members: Sequence[str], count: int, timeout: Duration | None) -> object:
+        """Wait for started children, by step name; returns the names of those that ended."""
+        memo = self.begin(name, "wait")
+        if memo is None:
+            due_in = None if timeout is None else seconds(timeout, f"wait {name!r}: timeout")
+            self._open(
+                Operation(self._claimed.id, name, self.round_of(name), "wait", due_in=due_in),
+                Await(name, self.round_of(name), "wait", awaited=True, members=list(members), count=count),
+            )
+            return PENDING
+        if memo.status != "pending":
+            return msgspec.json.decode(bytes(memo.value), type=list[str])
+        self.awaits[name] = Await(name, memo.round, "wait", awaited=True, members=list(members), count=count)
+        return PENDING
+
+    def result_of(self, step: str, call: Call[Any]) -> object:
+        """Return the value of a started child once it has ended, or raise what became of it."""
+        memo = self.memos.operations[step]
+        if memo.status != "pending":
+            return child_value(memo, call)
+        self.awaits[step] = Await(step, memo.round, "start", awaited=True, members=[step], count=1)
+        return PENDING
+
+    def open_awaits(self) -> list[Await]:
+        """Return everything this execution has open, for parking: what is awaited, and what is only known of."""
+        known = [
+            Await(memo.name, memo.round, memo.kind)
+            for memo in self.memos.operations.values()
+            if memo.status == "pending" and memo.name not in self.awaits
+        ]
+        return [*self.awaits.values(), *known]
+
+    def take_unsaved(self) -> list[Operation]:
+        """Return the operations that the database does not know, to be stored by themselves."""
+        taken, self.unsaved = self.unsaved, []
+        for operation in taken:
+            operation.token = self._token
+        return taken
+
+    # ------------------------------------------------------------ opening
+
+    def _await(self, memo: Recorded) -> object:
+        self.awaits[memo.name] = Await(memo.name, memo.round, memo.kind, awaited=True)
+        return PENDING
+
+    def _open(self, operation: Operation, awaited: Await | None = None) -> None:
+        self.remember_open(operation)
+        self.unsaved.append(operation)
+        self.awaits[operation.name] = awaited or Await(operation.name, operation.round, operation.kind, awaited=True)
+
+    def remember_open(self, operation: Operation) -> None:
+        """Know an operation as the database will: open, with its children."""
+        name, round_, kind = operation.name, operation.round, operation.kind
+        children = operation.children or []
+        single = children[0] if children and kind != "invoke_all" else None
+        status = "completed" if operation.detached else "pending"
+        self.has_children = self.has_children or bool(children)
+        self.memos.add(
+            Recorded(
+                name, round_, 0, kind, cast("Any", status), NULL, NULL, single.id if single else None,
+                single.task if single else None, dropped=False,
+            )
+        )  # fmt: skip
+        if kind == "invoke_all":
+            self.memos.merge(
+                Recorded(name, round_, index, kind, "pending", NULL, NULL, child.id, child.task, dropped=False)
+                for index, child in enumerate(children, 1)
+            )
+
+    def _open_fan_out(
+        self, name: str, calls: Sequence[Call[Any]], timeout: Duration | None, max_in_flight: int | None
+    ) -> object:
+        if not calls:
+            return []
+        if len(calls) > CHILDREN_MAX:
+            raise TooMany("children", CHILDREN_MAX)
+        if max_in_flight is not None and max_in_flight < 1:
+            raise ConfigurationError(f"invoke_all {name!r}: max_in_flight", "is below 1", "give at least 1 or None")
+        operation = self._child_operation(name, "invoke_all", calls, timeout)
+        operation.window = max_in_flight
+        self._open(operation)
+        return PENDING
+
+    def _child_operation(
+        self, name: str, kind: StepKind, calls: Sequence[Call[Any]], timeout: Duration | None
+    ) -> Operation:
+        if self._claimed.depth >= DEPTH_MAX:
+            raise DepthExceeded(calls[0].task, DEPTH_MAX)
+        operation = Operation(self._claimed.id, name, self.round_of(name), kind)
+        operation.children = [child_of(call, f"{kind} {name!r}") for call in calls]
+        if timeout is not None:
+            operation.due_in = seconds(timeout, f"{kind} {name!r}: timeout")
+            operation.timeout_error = _stored_timeout(timeout)
+        return operation
+
+    def _gathered(self, name: str, calls: Sequence[Call[Any]], rows: dict[int, Recorded]) -> list[Any]:
+        values: list[Any] = []
+        failures: list[Exception] = []
+        for index, call in enumerate(calls, 1):
+            try:
+                values.append(child_value(rows[index], call))
+            except ChildFailed as failure:
+                failures.append(failure)
+        if failures:
+            raise ExceptionGroup(f"{len(failures)} of {len(calls)} children of {name!r} failed", failures)
+        return values
+
+
+def child_of(call: Call[Any], place: str) -> NewExecution:
+    """Return the row of a child, refusing options that an attached child cannot have."""
+    options = call.options
+    for option in ("conn", "dedupe_key", "throttle", "debounce"):
+        if getattr(options, option) is not None:
+            raise ConfigurationError(f"{place}: {option}", "cannot be given to a child", "drop it, or use app.invoke")
+    return NewExecution(
+        new_id(),
+        call.task,
+        Raw(call.payload.encode()),
+        queue=options.queue,
+        priority=options.priority or 0,
+        run_at=options.run_at,
+        delay=_delay(options),
+    )
+
+
+def child_value(memo: Recorded, call: Call[Any]) -> Any:
+    """Return what a child returned, or raise what became of it."""
+    if memo.status == "completed":
+        return call.returns.decode(cast("Any", bytes(memo.value)))
+    if memo.status == "timed_out":
+        raise _timeout_of(memo, call.task)
+    stored = error_from_json(bytes(memo.error))
+    child_id = UUID(memo.child_id) if memo.child_id else NO_ID
+    if memo.status == "cancelled":
+        raise ChildCancelled(stored.message, execution_id=child_id, task=call.task)
+    raise ChildFailed(
+        stored.message,
+        execution_id=child_id,
+        task=call.task,
+        error_type=stored.type,
+        remote_traceback=stored.render(),
+    )
+
+
+def timed_out_operations(error: BaseException) -> set[tuple[str, int]]:
+    """Return (name, round) of the timeouts that an error is, was caused by or gathers."""
+    found: set[tuple[str, int]] = set()
+    todo: list[BaseException | None] = [error]
+    seen: set[int] = set()
+    while todo:
+        each = todo.pop()
+        if each is None or id(each) in seen:
+            continue
+        seen.add(id(each))
+        key = getattr(each, "operation", None)
+        if isinstance(key, tuple):
+            found.add(cast("tuple[str, int]", key))
+        todo += [each.__cause__, each.__context__]
+        if isinstance(each, BaseExceptionGroup):
+            todo += cast("BaseExceptionGroup[BaseException]", each).exceptions
+    return found
+
+
+def _delay(options: CallOptions) -> float | None:
+    return None if options.delay is None else options.delay.total_seconds()
+
+
+def _stored_timeout(timeout: Duration) -> Raw:
+    error = ChildTimeout(timeout)
+    return Raw(msgspec.json.encode(_TimeoutError("pgconductor.errors.ChildTimeout", str(error), seconds(timeout))))
+
+
+def _timeout_of(memo: Recorded, task: str) -> ChildTimeout:
+    stored = msgspec.json.decode(bytes(memo.error), type=_TimeoutError)
+    error = ChildTimeout(stored.timeout, execution_id=UUID(memo.child_id) if memo.child_id else NO_ID, task=task)
+    error.__dict__["operation"] = (memo.name, memo.round)
+    return error
+
+
+def _is_kept(name: str, on_timeout: str) -> bool:
+    if on_timeout not in ("cancel", "keep"):
+        raise ConfigurationError(f"invoke {name!r}: on_timeout", f"{on_timeout!r} is unknown", 'use "cancel" or "keep"')
+    return on_timeout == "keep"

@@ -1,0 +1,59 @@
+"""What an execution has recorded so far, by the name of the operation: its memory over runs.
+
+An operation may have several rounds: one that timed out and failed its attempt is *dropped*, and the next attempt does
+it afresh, a round higher. Only the latest round counts.
+"""
+
+from collections.abc import Iterable
+
+from pgconductor.engine import Recorded
+
+_ROW_BYTES = 200
+
+
+class Memos:
+    """The recorded operations of one execution.
+
+    Attributes:
+        operations: By name, the operation's own row of its latest round.
+        children: By name, the rows of a fan-out's children of its latest round, by index from 1.
+        size: About how many bytes they take in memory.
+    """
+
+    __slots__ = ("children", "operations", "size")
+
+    def __init__(self) -> None:
+        self.operations: dict[str, Recorded] = {}
+        self.children: dict[str, dict[int, Recorded]] = {}
+        self.size = 0
+
+    @classmethod
+    def of(cls, steps: Iterable[Recorded] | None) -> "Memos":
+        """Return the memos of what was loaded."""
+        memos = cls()
+        memos.merge(steps)
+        return memos
+
+    def merge(self, steps: Iterable[Recorded] | None) -> None:
+        """Take in what became known later; it replaces what was known."""
+        for step in steps or ():
+            if step.index:
+                self._add_child(step)
+            else:
+                self.add(step)
+
+    def add(self, step: Recorded) -> None:
+        """Take in one operation; a row of an earlier round than the known one is ignored."""
+        known = self.operations.get(step.name)
+        if known is None or step.round >= known.round:
+            self.operations[step.name] = step
+            self.size += _ROW_BYTES + len(bytes(step.value))
+
+    def _add_child(self, step: Recorded) -> None:
+        rows = self.children.setdefault(step.name, {})
+        known = next(iter(rows.values()), None)
+        if known is not None and step.round > known.round:
+            rows.clear()
+        if known is None or step.round >= known.round:
+            rows[step.index] = step
+            self.size += _ROW_BYTES + len(bytes(step.value))

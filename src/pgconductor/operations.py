@@ -1,0 +1,224 @@
+"""What the async and the plain context share: the facts of a run, its logger, and started children."""
+
+import logging
+from collections.abc import MutableMapping, Sequence
+from datetime import datetime
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, cast
+from uuid import UUID
+
+from typing_extensions import TypeVar
+
+from pgconductor.durations import Duration, seconds
+from pgconductor.engine import Ended
+from pgconductor.errors import ConductorError, ConfigurationError
+from pgconductor.model import RetryPolicy, State
+from pgconductor.run import Run
+from pgconductor.task import Call
+
+if TYPE_CHECKING:
+    from pgconductor.attempt import Attempt
+
+R_co = TypeVar("R_co", covariant=True)
+D = TypeVar("D", default=None)
+
+ONCE = RetryPolicy()
+
+
+class StepOptions:
+    """How the steps of one context are run: how often, how far apart and how long."""
+
+    __slots__ = ("max_attempts", "retry", "timeout")
+
+    def __init__(
+        self, retry: RetryPolicy | None = None, max_attempts: int = 1, timeout: Duration | None = None
+    ) -> None:
+        if max_attempts < 1:
+            raise ConfigurationError("step_options: max_attempts", "is below 1", "give at least 1")
+        self.retry = retry or ONCE
+        self.max_attempts = max_attempts
+        self.timeout = None if timeout is None else seconds(timeout, "step_options: timeout", positive=True)
+
+
+PLAIN = StepOptions()
+
+
+class RunLogger(logging.LoggerAdapter[logging.Logger]):
+    """Put the ids of the run on every line, and drop the lines that an earlier run has written."""
+
+    def __init__(self, attempt: "Attempt") -> None:
+        claimed = attempt.claimed
+        super().__init__(
+            logging.getLogger(f"pgconductor.task.{attempt.task.name}"),
+            {
+                "execution_id": claimed.id,
+                "root_id": claimed.root_id or claimed.id,
+                "parent_id": claimed.parent_id,
+                "task": attempt.task.name,
+                "queue": attempt.queue,
+                "attempt": claimed.failures + 1,
+            },
+        )
+        self._attempt = attempt
+
+    def isEnabledFor(self, level: int) -> bool:  # noqa: N802  (the standard library's name)
+        """Say no while the run is where an earlier one has been."""
+        return not self._attempt.journal.is_replaying and super().isEnabledFor(level)
+
+    def process(self, msg: Any, kwargs: MutableMapping[str, Any]) -> tuple[Any, MutableMapping[str, Any]]:
+        """Merge the ids with what the line brings itself."""
+        kwargs["extra"] = {**cast("dict[str, Any]", self.extra), **(kwargs.get("extra") or {})}
+        return msg, kwargs
+
+
+class RunFacts(Generic[D]):
+    """The facts of a run that every context tells."""
+
+    _attempt: "Attempt"
+
+    def __init__(self, attempt: "Attempt") -> None:
+        self._attempt = attempt
+
+    @property
+    def deps(self) -> D:
+        """What the conductor's `lifespan` or `context` provides."""
+        return cast("D", self._attempt.host.deps)
+
+    @cached_property
+    def execution_id(self) -> UUID:
+        """The execution's id, the same in every run."""
+        return UUID(self._attempt.claimed.id)
+
+    @cached_property
+    def parent_id(self) -> UUID | None:
+        """The execution that waits for this one; None for a root."""
+        parent = self._attempt.claimed.parent_id
+        return None if parent is None else UUID(parent)
+
+    @cached_property
+    def root_id(self) -> UUID:
+        """The topmost execution of the tree; its own id for a root."""
+        claimed = self._attempt.claimed
+        return UUID(claimed.root_id or claimed.id)
+
+    @property
+    def task(self) -> str:
+        """The task's name."""
+        return self._attempt.task.name
+
+    @property
+    def queue(self) -> str:
+        """The queue that the execution was claimed from."""
+        return self._attempt.queue
+
+    @property
+    def attempt(self) -> int:
+        """Which try this is, from 1; a resume is not a new one."""
+        return self._attempt.claimed.failures + 1
+
+    @property
+    def trigger(self) -> str:
+        """What started the execution: `invoke`, a schedule's name, an event's name or `schema.table.op`."""
+        return self._attempt.claimed.trigger or "invoke"
+
+    @cached_property
+    def logger(self) -> "logging.LoggerAdapter[Any]":
+        """A logger that puts the run's ids on every line and does not repeat lines when the handler runs again."""
+        return RunLogger(self._attempt)
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether the end of this execution was requested; the next operation raises `CancelledError`."""
+        return self._attempt.cancelled
+
+
+class _NotHere:
+    """Stands for the client inside a handler: a child is not waited for on the worker."""
+
+    async def wait_for_end(self, execution_id: UUID, timeout: Duration | None) -> Ended:
+        _refuse(execution_id, timeout)
+
+    def wait_for_end_sync(self, execution_id: UUID, timeout: Duration | None) -> Ended:
+        _refuse(execution_id, timeout)
+
+    async def state_of(self, execution_id: UUID) -> State:
+        _refuse(execution_id)
+
+    async def cancel(self, execution: UUID, /, *, reason: str) -> bool:
+        _refuse(execution, reason)
+
+
+def _refuse(*_: object) -> NoReturn:
+    raise ConductorError("a child has no state inside its parent: await it, or use ctx.wait and ctx.cancel")
+
+
+class Child(Run[R_co], Generic[R_co]):
+    """A started child. Inside the parent, `await ctx.wait(...)` or `await child.result()` parks it."""
+
+    __slots__ = ("call", "detached", "owner", "step")
+
+    def __init__(self, id: str, step: str, call: Call[R_co], owner: Any, *, detached: bool) -> None:
+        super().__init__(id, call.returns, _NotHere())
+        self.step = step
+        self.call = call
+        self.owner = owner
+        self.detached = detached
+
+    async def result(self, timeout: Duration | None = None) -> R_co:
+        """Park until the child has ended, and return its value.
+
+        Args:
+            timeout: How long to wait, on the database's clock; the child goes on afterwards.
+
+        Returns:
+            What the child returned.
+
+        Raises:
+            ChildFailed: It failed for good; `ChildCancelled`: it was cancelled.
+            TimeoutError: It has not ended in time.
+        """
+        return cast("R_co", await self.owner.child_result(self, timeout))
+
+    def result_sync(self, timeout: Duration | None = None) -> R_co:
+        """Do the same from a plain `def` handler."""
+        return cast("R_co", self.owner.child_result(self, timeout))
+
+    async def cancel(self, reason: str = "") -> bool:
+        """Ask for the child's end; see `Context.cancel`. In a plain `def` handler use `ctx.cancel(child.id)`."""
+        return bool(await self.owner.cancel(self.id, reason))
+
+
+def members_of(name: str, children: Sequence[Child[Any]], count: int | None) -> tuple[list[str], int]:
+    """Check what a wait is given; return the children's step names and how many have to end.
+
+    Raises:
+        ValueError: `count` is not between 1 and the number of children.
+        ConfigurationError: A child is detached.
+    """
+    needed = len(children) if count is None else count
+    if children and not 1 <= needed <= len(children):
+        raise ValueError(f"wait {name!r}: count must be from 1 to {len(children)}, not {needed}")
+    for child in children:
+        if child.detached:
+            raise ConfigurationError(f"wait {name!r}", f"child {child.step!r} is detached", "start it attached")
+    return [child.step for child in children], needed
+
+
+def partition(children: Sequence[Child[R_co]], done: Sequence[str]) -> tuple[list[Child[R_co]], list[Child[R_co]]]:
+    """Split children into those that have ended and the others, in their order."""
+    ended = set(done)
+    return [each for each in children if each.step in ended], [each for each in children if each.step not in ended]
+
+
+def check_instant(name: str, at: datetime) -> datetime:
+    """Refuse an instant without a time zone."""
+    if at.tzinfo is None:
+        raise ConfigurationError(
+            f"sleep_until {name!r}: at", "has no time zone", "use datetime.now(tz=UTC) or the like"
+        )
+    return at
+
+
+def not_yet(verb: str, *_: object) -> ConductorError:
+    """Return the error for an operation that this version does not have."""
+    return ConductorError(f"ctx.{verb} is not available in this version")

@@ -1,0 +1,313 @@
+"""What a plain `def` handler sees: the same operations without `await`.
+
+The handler runs in a thread. It does one thing at a time, so it parks at once: what is not answered is opened, and
+`Suspend` unwinds the thread. Steps are stored through the process's event loop, where those of all executions are
+committed together.
+"""
+
+import asyncio
+import copy
+import random
+import threading
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from contextlib import ExitStack
+from datetime import datetime
+from typing import Any, Concatenate, Literal, TypeVar, cast
+from uuid import UUID
+
+import psycopg
+from typing_extensions import ParamSpec
+from typing_extensions import TypeVar as DefaultTypeVar
+
+from pgconductor.attempt import Attempt, OutcomeUnknown, accept_transaction, inside_step
+from pgconductor.codec import Codec
+from pgconductor.durations import Duration, seconds
+from pgconductor.engine import Operation, SavedStep
+from pgconductor.errors import AttemptTimeout, ConductorError, Suspend
+from pgconductor.faults import fault
+from pgconductor.journal import PENDING
+from pgconductor.model import EventDef, RetryPolicy
+from pgconductor.operations import (
+    PLAIN,
+    Child,
+    StepOptions,
+    RunFacts,
+    check_instant,
+    members_of,
+    not_yet,
+    partition,
+)
+from pgconductor.signature import return_codec_of
+from pgconductor.task import Call, Task
+
+P = ParamSpec("P")
+R = TypeVar("R")
+T = TypeVar("T")
+E = TypeVar("E")
+D = DefaultTypeVar("D", default=None)
+
+_chance = random.Random()  # noqa: S311
+
+
+class SyncContext(RunFacts[D]):
+    """What a plain `def` handler is given; see `Context` for what each operation does, returns and raises.
+
+    Use it in the handler's own thread only.
+    """
+
+    _options: StepOptions = PLAIN
+    _thread: int
+
+    def __init__(self, attempt: Attempt) -> None:
+        super().__init__(attempt)
+        self._thread = threading.get_ident()
+
+    # ------------------------------------------------------------ steps
+
+    def step(self, name: str, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run a function once and remember what it returned. See `Context.step`."""
+        self._boundary()
+        codec = return_codec_of(fn)
+        memo = self._attempt.journal.begin(name, "step")
+        if memo is not None:
+            return cast("T", codec.decode(bytes(memo.value), f"step {name!r}"))
+        fault("before_step")
+        raw, copied = codec.store(self._tries(name, fn, args, kwargs), f"step {name!r}")
+        fault("before_step_save")
+        step = self._attempt.journal.finished(name, "step", raw)
+        self._on_loop(self._store_step(step))
+        self._attempt.journal.remember(step)
+        fault("after_step_save")
+        return cast("T", copied)
+
+    def step_options(
+        self, *, retry: RetryPolicy | None = None, max_attempts: int = 1, timeout: Duration | None = None
+    ) -> "SyncContext[D]":
+        """Return this context with other rules for its steps. See `Context.step_options`.
+
+        A step that outlives its timeout goes on in a thread of its own; what it returns is dropped.
+        """
+        other = copy.copy(self)
+        other._options = StepOptions(retry, max_attempts, timeout)
+        return other
+
+    def _tries(self, name: str, fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        options = self._options
+        for number in range(1, options.max_attempts):
+            try:
+                return self._try(name, fn, args, kwargs)
+            except Exception as error:
+                if options.retry.gives_up_on(error):
+                    raise
+                self.logger.warning("step %r failed, try %d", name, number, exc_info=error)
+                time.sleep(options.retry.delay(number, _chance))
+        return self._try(name, fn, args, kwargs)
+
+    def _try(self, name: str, fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        with _Marked(name):
+            if self._options.timeout is None:
+                return fn(*args, **kwargs)
+            return self._limited(name, fn, args, kwargs, self._options.timeout)
+
+    def _limited(self, name: str, fn: Callable[..., Any], args: Any, kwargs: Any, timeout: float) -> Any:
+        future = self._attempt.host.submit_thread(lambda: fn(*args, **kwargs))
+        try:
+            return future.result(timeout)
+        except TimeoutError:
+            if future.done():
+                raise
+            raise AttemptTimeout(self.task, timeout, step=name) from None
+
+    async def _store_step(self, step: SavedStep) -> None:
+        await self._attempt.store(self._attempt.host.save(step))
+
+    def transaction(self, name: str, fn: Callable[Concatenate[Any, P], T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run a function in a transaction; its writes and the step commit together. See `Context.transaction`.
+
+        The function's first argument is a `psycopg.Connection`.
+        """
+        self._boundary()
+        codec = return_codec_of(fn)
+        memo = self._attempt.journal.begin(name, "transaction")
+        while memo is None:
+            try:
+                return cast("T", self._transact(name, fn, args, kwargs, codec))
+            except OutcomeUnknown:
+                query = self._attempt.host.engine.load_steps(self._attempt.claimed.id)
+                steps = self._on_loop(self._attempt.host.run_query(query))
+                memo = next((step for step in steps if step.name == name and not step.dropped), None)
+        self._attempt.journal.memos.add(memo)
+        return cast("T", codec.decode(bytes(memo.value), f"transaction {name!r}"))
+
+    def _transact(self, name: str, fn: Callable[..., Any], args: Any, kwargs: Any, codec: Codec[Any]) -> Any:
+        attempt = self._attempt
+        with attempt.host.sync_transaction() as conn:
+            try:
+                with conn.transaction(), _Marked(name):
+                    raw, copied = codec.store(fn(conn, *args, **kwargs), f"transaction {name!r}")
+                step = attempt.journal.finished(name, "transaction", raw)
+                query = attempt.host.engine.save_transaction(attempt.host.orchestrator_id, step)
+                row = conn.execute(query.statement.encode(), list(query.parameters)).fetchone()
+                accept_transaction(attempt, row[0] if row else None)
+                fault("before_transaction_commit")
+                conn.commit()
+            except psycopg.OperationalError as error:
+                if conn.broken or conn.closed:
+                    raise OutcomeUnknown from error
+                raise
+        fault("after_transaction_commit")
+        attempt.journal.remember(step)
+        return copied
+
+    # ------------------------------------------------------------ sleeping
+
+    def sleep(self, name: str, duration: Duration) -> None:
+        """Park for a while, on the database's clock. See `Context.sleep`."""
+        self._boundary()
+        due_in = seconds(duration, f"sleep {name!r}: duration")
+        self._answer(self._attempt.journal.sleep(name, due_in=due_in))
+
+    def sleep_until(self, name: str, at: datetime) -> None:
+        """Park until an instant of the database's clock. See `Context.sleep_until`."""
+        self._boundary()
+        self._answer(self._attempt.journal.sleep(name, due_at=check_instant(name, at)))
+
+    def checkpoint(self) -> None:
+        """Let shutdown, cancellation or a closing window leave the handler here; else return at once."""
+        self._boundary()
+
+    # ------------------------------------------------------------ children
+
+    def invoke(
+        self,
+        name: str,
+        call: Call[R],
+        *,
+        timeout: Duration | None = None,
+        on_timeout: Literal["cancel", "keep"] = "cancel",
+    ) -> R:
+        """Create a child, park until it has ended, and return its value. See `Context.invoke`."""
+        self._boundary()
+        return cast("R", self._answer(self._attempt.journal.invoke(name, call, timeout, on_timeout)))
+
+    def invoke_all(
+        self,
+        name: str,
+        calls: Sequence[Call[R]],
+        *,
+        timeout: Duration | None = None,
+        max_in_flight: int | None = None,
+    ) -> list[R]:
+        """Create many children, park once, and return their values in order. See `Context.invoke_all`."""
+        self._boundary()
+        return cast("list[R]", self._answer(self._attempt.journal.invoke_all(name, calls, timeout, max_in_flight)))
+
+    def start(self, name: str, call: Call[R], *, detached: bool = False) -> Child[R]:
+        """Create a child and go on; wait for it with `ctx.wait` or `child.result_sync()`. See `Context.start`."""
+        self._boundary()
+        child_id, operation = self._attempt.journal.start(name, call, detached=detached)
+        if operation is not None:
+            self._on_loop(self._store_operation(operation))
+            self._attempt.journal.remember_open(operation)
+        return Child(child_id, name, call, self, detached=detached)
+
+    async def _store_operation(self, operation: Operation) -> None:
+        await self._attempt.store(self._attempt.host.open(operation))
+
+    def wait(
+        self, name: str, children: Sequence[Child[R]], *, count: int | None = None, timeout: Duration | None = None
+    ) -> tuple[list[Child[R]], list[Child[R]]]:
+        """Park until so many started children have ended. See `Context.wait`."""
+        members, needed = members_of(name, children, count)
+        if not children:
+            return [], []
+        self._boundary()
+        done = self._answer(self._attempt.journal.wait(name, members, needed, timeout))
+        return partition(children, cast("list[str]", done))
+
+    def child_result(self, child: Child[R], timeout: Duration | None) -> R:
+        """Park until a started child has ended; `Child.result_sync` calls this."""
+        if child.detached:
+            members_of("result", [child], 1)
+        if timeout is not None:
+            name = self._attempt.journal.numbered(f"{child.step}.result")
+            if not self.wait(name, [child], timeout=timeout)[0]:
+                raise TimeoutError(f"child {child.step!r} did not end within the timeout")
+        self._boundary()
+        return cast("R", self._answer(self._attempt.journal.result_of(child.step, child.call)))
+
+    # ------------------------------------------------------------ reaching out
+
+    def cancel(self, execution_id: UUID, reason: str = "") -> bool:
+        """Ask for the end of an execution, once. See `Context.cancel`."""
+        self._boundary()
+        attempt = self._attempt
+        name = attempt.journal.numbered("cancel")
+        memo = attempt.journal.begin(name, "call")
+        if memo is not None:
+            return bytes(memo.value) == b"true"
+        query = attempt.host.engine.cancel_as_step(
+            attempt.host.orchestrator_id, attempt.claimed.id, attempt.token, name, str(execution_id), reason
+        )
+        moved = self._on_loop(attempt.host.run_query(query))
+        if moved is None:
+            attempt.exit = "abandoned"
+            raise Suspend
+        return moved.result in ("cancelled", "requested")
+
+    def wait_for(
+        self, name: str, event: EventDef[E], *, where: dict[str, Any] | None = None, timeout: Duration | None = None
+    ) -> E:
+        """Park until a matching event is emitted. Not available in this version."""
+        raise not_yet("wait_for", name, event, where, timeout)
+
+    def emit(self, event: EventDef[E], payload: E) -> UUID:
+        """Emit an event, once. Not available in this version."""
+        raise not_yet("emit", event, payload)
+
+    def schedule(self, name: str, call: Call[Any], *, cron: str, tz: str = "UTC") -> None:
+        """Make or change a schedule. Not available in this version."""
+        raise not_yet("schedule", name, call, cron, tz)
+
+    def unschedule(self, name: str, task: Task[..., Any]) -> None:
+        """Remove a schedule. Not available in this version."""
+        raise not_yet("unschedule", name, task)
+
+    # ------------------------------------------------------------ between thread and loop
+
+    def _boundary(self) -> None:
+        if threading.get_ident() != self._thread:
+            raise ConductorError("a context is used outside its handler's thread; pass values to the other thread")
+        self._attempt.enter()
+        if self._attempt.is_leaving:
+            self._attempt.exit = "released"
+            raise Suspend
+
+    def _answer(self, answer: object) -> object:
+        if answer is PENDING:
+            self._attempt.exit = "parked"
+            raise Suspend
+        return answer
+
+    def _on_loop(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self._attempt.host.loop).result()
+
+
+class _Marked:
+    """Refuse operations of the context while a step's own code runs."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._stack = ExitStack()
+
+    def __enter__(self) -> None:
+        self._stack.callback(inside_step.reset, inside_step.set(self._name))
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+
+def call_in_thread(fn: Callable[..., Any], attempt: Attempt, args: Any, kwargs: Any) -> Awaitable[Any]:
+    """Run a plain handler in a thread; when the awaiting task is cancelled, its next operation is refused."""
+    return asyncio.wrap_future(attempt.host.submit_thread(lambda: fn(SyncContext[Any](attempt), *args, **kwargs)))
