@@ -180,7 +180,7 @@ class Attempt:
             asyncio.CancelledError: The calling task was cancelled by somebody else.
         """
         self._main = asyncio.current_task()
-        if self.cancelled or self.exit:
+        if self.is_over():
             return self._leave(self.exit or "released")
         fault("before_handler")
         try:
@@ -299,6 +299,10 @@ class Attempt:
         """Leave at once and settle nothing: the lease is lost."""
         self.exit = "abandoned"
         self._interrupt()
+
+    def is_over(self) -> bool:
+        """Whether the run was to be left before it began."""
+        return self.cancelled or self.exit is not None
 
     def _interrupt(self) -> None:
         if self._main is not None and not self._main.done():

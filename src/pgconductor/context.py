@@ -23,8 +23,8 @@ from pgconductor.model import EventDef, RetryPolicy
 from pgconductor.operations import (
     PLAIN,
     Child,
-    StepOptions,
     RunFacts,
+    StepOptions,
     check_instant,
     members_of,
     not_yet,
