@@ -52,7 +52,7 @@ begin
     return null;
   end if;
   select * into v_lease from lease where execution_id = v_id;
-  select * into v_last from audit.history where execution_id = v_id and op <> 'step' order by seq desc limit 1;
+  select * into v_last from audit.history where execution_id = v_id and op = 'move' order by seq desc limit 1;
   if (v_last.to_state, v_last.orchestrator_id, v_last.token)
      is distinct from (v_state, v_lease.orchestrator_id, v_lease.token) then
     insert into audit.history (execution_id, op, from_state, to_state, orchestrator_id, token)

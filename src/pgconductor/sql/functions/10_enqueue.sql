@@ -10,19 +10,19 @@ begin
   insert into queue (name)
   select distinct x.name from (select coalesce(q, 'default') as name from unnest(p_queues) q) x
   where not exists (select from queue where queue.name = x.name)
-  on conflict do nothing;
+  order by 1 on conflict do nothing;
   insert into task (name, queue_id)
   select distinct on (x.name) x.name, q.id
   from (select unnest(p_tasks) as name, unnest(p_queues) as queue) x
   join queue q on q.name = coalesce(x.queue, 'default')
   where not exists (select from task where task.name = x.name)
-  on conflict do nothing;
+  order by 1 on conflict do nothing;
   insert into lane (queue_id, task_id)
   select distinct coalesce(q.id, t.queue_id), t.id
   from (select unnest(p_tasks) as name, unnest(p_queues) as queue) x
   join task t on t.name = x.name
   left join queue q on q.name = x.queue
-  on conflict do nothing;
+  order by 1, 2 on conflict do nothing;
 end $$;
 
 -- The lanes of the pairs, one a pair, in their order.
@@ -117,7 +117,8 @@ declare
   v_lanes int[];
   v_new new_execution[];
   v_ids json;
-  v_kept record;
+  v_kept jsonb;
+  v_again record;
 begin
   select array_agg(x.task), array_agg(x.queue) into v_tasks, v_queues
   from (select distinct c.task, c.queue from json_to_recordset(p_calls) as c(task text, queue text)) x;
@@ -136,21 +137,21 @@ begin
         order by c.ordinality) c;
 
   if exists (select from unnest(v_new) n where n.dedupe_key is not null) then
-    select json_agg(c.value ->> 'id') into v_ids from json_array_elements(p_calls) c;
-    for v_kept in select k.new_id, k.kept_id, n as call, coalesce((c.value ->> 'replace')::boolean, false) as replacing
-      from claim_keys(v_new) k
-      join unnest(v_new) n on n.id = k.new_id
-      join json_array_elements(p_calls) c on (c.value ->> 'id')::uuid = k.new_id
-    loop
-      if v_kept.replacing then
-        perform replace_unstarted(v_kept.kept_id, v_kept.call, v_now);
-      end if;
-      v_ids := replace(v_ids::text, v_kept.new_id::text, v_kept.kept_id::text)::json;
-      v_new := array(select n from unnest(v_new) n where n.id <> v_kept.new_id);
-    end loop;
+    select jsonb_object_agg(k.new_id, k.kept_id) into v_kept from claim_keys(v_new) k;
+    select json_agg(coalesce(v_kept ->> c.id::text, c.id::text)) into v_ids
+    from json_to_recordset(p_calls) as c(id uuid);
   end if;
-
-  v_lanes := insert_executions(v_new, v_now);
+  v_lanes := insert_executions(array(select n from unnest(v_new) n where v_kept -> n.id::text is null), v_now);
+  -- after the insert, since the kept call may be of this batch; by id, so that two batches do not deadlock
+  for v_again in
+    select (v_kept ->> n.id::text)::uuid as id, n as call
+    from unnest(v_new) n
+    join json_to_recordset(p_calls) as c(id uuid, replace boolean) on c.id = n.id
+    where c.replace and v_kept -> n.id::text is not null
+    order by 1, n.ord
+  loop
+    perform replace_unstarted(v_again.id, v_again.call, v_now);
+  end loop;
   if p_notify and cardinality(v_lanes) > 0 then
     perform pg_notify(current_schema(), 'ready ' || (select string_agg(distinct queue_id::text, ' ') from lane
                                                      where id = any(v_lanes)));
@@ -173,6 +174,9 @@ begin
   end if;
   if jsonb_typeof(payload) is distinct from 'object' then
     raise exception 'the payload of % must be a JSON object with one entry a parameter', task using errcode = 'PC003';
+  end if;
+  if not isfinite(run_at) then
+    raise exception 'run_at must be finite, not %', run_at using errcode = 'PC003';
   end if;
   return coalesce((enqueue(json_build_array(json_build_object(
     'id', v_id, 'task', task, 'queue', queue, 'payload', payload, 'priority', priority, 'run_at', run_at,

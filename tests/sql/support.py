@@ -1,0 +1,256 @@
+"""The engine's functions as a test calls them, and what it asks of the tables afterwards.
+
+A test plays the worker itself: it claims, and settles with the token that it claimed with. Instants are given as
+seconds after `START`, a time that never comes by itself, so the clock stands still unless a test moves it.
+"""
+
+import json
+import threading
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any, TypeVar
+from uuid import UUID, uuid4
+
+import psycopg
+from psycopg.rows import DictRow, dict_row
+
+Db = psycopg.Connection[DictRow]
+Json = dict[str, Any]
+T = TypeVar("T")
+
+START = datetime(2040, 1, 1, tzinfo=UTC)
+WORKER = UUID(int=1)
+
+
+def at(seconds: float) -> datetime:
+    return START + timedelta(seconds=seconds)
+
+
+def call(db: Db, function: str, *values: object) -> Any:
+    """Call a function of the engine with parameters in order; lists and dicts of JSON go as text."""
+    marks = ", ".join("cast(%s as json)" if isinstance(value, list) else "%s" for value in values)
+    given = [json.dumps(value, default=str) if isinstance(value, list) else value for value in values]
+    row = db.execute(f"select {function}({marks}) as answer".encode(), given).fetchone()
+    assert row is not None
+    return row["answer"]
+
+
+def session(database: str) -> Db:
+    options = "-c search_path=pgconductor,pg_temp"
+    return psycopg.Connection[DictRow].connect(database, autocommit=True, row_factory=dict_row, options=options)
+
+
+# ---------------------------------------------------------------- what clients do
+
+
+def enqueue_many(db: Db, *calls: Json, now: float = 0, again: bool = False) -> list[str]:
+    """Enqueue calls of `{task: "work", payload: {}}` and what each adds; returns the ids that hold."""
+    full = [{"id": str(uuid4()), "task": "work", "payload": {}} | each for each in calls]
+    answer = call(db, "enqueue", full, False, again, at(now))
+    return answer["ids"] or [each["id"] for each in full]
+
+
+def enqueue(db: Db, task: str = "work", now: float = 0, **options: Any) -> str:
+    return enqueue_many(db, {"task": task} | options, now=now)[0]
+
+
+def cancel(db: Db, id: str, now: float = 0, reason: str = "no longer needed") -> str:
+    return str(call(db, "cancel", UUID(id), reason, at(now))["result"])
+
+
+# ---------------------------------------------------------------- what a worker does
+
+
+def register(db: Db, *tasks: str, worker: UUID = WORKER, now: float = 0, **options: Any) -> None:
+    """Register a process, queue default, and tasks in it."""
+    call(db, "register_orchestrator", worker, "test", "1", "host", 1, "{default}", at(now))
+    rows = [{"name": name, "queue": "default", "max_attempts": 3, "max_crashes": 5} | options for name in tasks]
+    if rows:
+        call(db, "register_tasks", "test", rows, at(now))
+
+
+def array(values: Sequence[object]) -> str:
+    return "{" + ",".join(str(value) for value in values) + "}"
+
+
+def claim(
+    db: Db, limit: int = 10, token: int = 1, worker: UUID = WORKER, now: float = 0, tasks: Sequence[str] | None = None,
+    queue: str = "default", fire: bool = False,
+) -> list[Json]:
+    """Claim from a queue what these tasks, or all of them, have ready."""
+    known = [each["id"] for each in db.execute("select id, name from task") if tasks is None or each["name"] in tasks]
+    wants = [{"queue": each["id"], "limit": limit} for each in db.execute("select * from queue") if each["name"] == queue]
+    answer = call(db, "claim", worker, token, wants, array(known), fire, at(now))
+    assert answer is not None, "the worker was declared dead"
+    names = ("id", "task_id", "queue_id", "payload", "failures", "crashes", "depth", "parent_id", "root_id", "trigger",
+             "cached", "steps")
+    return [dict(zip(names, row, strict=True)) for row in answer["claimed"] or []]
+
+
+def claim_one(db: Db, **options: Any) -> str:
+    """Claim, and return the id of the one execution that was ready."""
+    (claimed,) = claim(db, **options)
+    return str(claimed["id"])
+
+
+def complete(db: Db, id: str, result: Any = None, token: int = 1, worker: UUID = WORKER, now: float = 0) -> Json:
+    """Settle as a worker does what has neither parent nor children."""
+    return settle_plain(db, {"id": id, "token": token, "result": result}, worker=worker, now=now)
+
+
+def settle_plain(db: Db, *completed: Json, worker: UUID = WORKER, now: float = 0) -> Json:
+    answer: Json = call(db, "settle", worker, list(completed), [], at(now))
+    return answer
+
+
+def settle(db: Db, *outcomes: Json, worker: UUID = WORKER, now: float = 0) -> Json:
+    full = [{"token": 1} | outcome for outcome in outcomes]
+    answer: Json = call(db, "settle", worker, [], full, at(now))
+    return answer
+
+
+def finish(db: Db, id: str, result: Any = None, token: int = 1, now: float = 0, worker: UUID = WORKER) -> Json:
+    """Complete an execution that has a parent or children."""
+    return settle(db, {"id": id, "outcome": "completed", "result": result, "token": token}, now=now, worker=worker)
+
+
+def fail(db: Db, id: str, message: str = "boom", token: int = 1, now: float = 0, worker: UUID = WORKER) -> Json:
+    error = {"type": "ValueError", "message": message}
+    return settle(db, {"id": id, "outcome": "failed", "error": error, "token": token}, now=now, worker=worker)
+
+
+def retry(db: Db, id: str, delay: float | None = None, token: int = 1, now: float = 0, **more: Any) -> Json:
+    error = {"type": "ValueError", "message": "again"}
+    return settle(db, {"id": id, "outcome": "retried", "error": error, "delay": delay, "token": token} | more, now=now)
+
+
+def release(db: Db, id: str, token: int = 1, now: float = 0, delay: float | None = None) -> Json:
+    return settle(db, {"id": id, "outcome": "released", "token": token, "delay": delay}, now=now)
+
+
+def save(db: Db, id: str, *names: str, token: int = 1, worker: UUID = WORKER, ops: list[Json] | None = None) -> Any:
+    """Record steps whose values are their own names; `ops` are opened for the same execution."""
+    steps = [{"id": id, "token": token, "name": n, "round": 0, "kind": "step", "value": n} for n in names]
+    return call(db, "save", worker, steps, [{"id": id, "token": token} | op for op in ops or []], at(0))
+
+
+# ---------------------------------------------------------------- operations of a handler
+
+
+def op(id: str, name: str, kind: str, *children: Json, **options: Any) -> Json:
+    rows = [{"id": str(uuid4()), "task": "child", "payload": {}} | child for child in children]
+    return {"id": id, "name": name, "round": 0, "kind": kind} | ({"children": rows} if rows else {}) | options
+
+
+def park(db: Db, id: str, *ops: Json, token: int = 1, now: float = 0, awaits: list[Json] | None = None) -> Json:
+    """Park on operations; those that are not awaited by name are awaited all."""
+    waits = awaits or [{"name": o["name"], "round": o["round"], "kind": o["kind"], "awaited": True} for o in ops]
+    outcome = {"id": id, "outcome": "parked", "ops": list(ops) or None, "awaits": waits, "token": token}
+    return settle(db, outcome, now=now)
+
+
+def await_members(name: str, *members: str, count: int) -> list[Json]:
+    return [{"name": name, "round": 0, "kind": "wait", "awaited": True, "members": list(members), "count": count}]
+
+
+def invoke(db: Db, id: str, name: str = "call", token: int = 1, now: float = 0, **options: Any) -> str:
+    """Park a running execution on one child; returns the child's id."""
+    operation = op(id, name, "invoke", {}, **options)
+    park(db, id, operation, token=token, now=now)
+    return str(operation["children"][0]["id"])
+
+
+def parent_and_child(db: Db, **options: Any) -> tuple[str, str]:
+    """Return a waiting parent and its ready child."""
+    register(db, "work", "child")
+    enqueue(db)
+    parent = claim_one(db)
+    return parent, invoke(db, parent, **options)
+
+
+def chain(db: Db, depth: int) -> list[str]:
+    """Return executions each of which waits for the next; the last one runs."""
+    register(db, "work", "child")
+    enqueue(db)
+    ids = [claim_one(db)]
+    for _ in range(depth):
+        invoke(db, ids[-1])
+        ids.append(claim_one(db))
+    return ids
+
+
+def fan_out(db: Db, count: int, **options: Any) -> tuple[str, list[str]]:
+    """Return a parent that waits for an `invoke_all`, and its children."""
+    register(db, "work", "child")
+    enqueue(db)
+    parent = claim_one(db)
+    operation = op(parent, "all", "invoke_all", *[{}] * count, **options)
+    park(db, parent, operation)
+    return parent, [child["id"] for child in operation["children"]]
+
+
+# ---------------------------------------------------------------- what became of it
+
+
+def state(db: Db, id: str) -> str:
+    return str(call(db, "state_of", UUID(id)))
+
+
+def states(db: Db, ids: Sequence[str]) -> list[str]:
+    return [state(db, id) for id in ids]
+
+
+def row(db: Db, id: str) -> DictRow:
+    found = db.execute("select * from execution where id = %s", (id,)).fetchone()
+    assert found is not None
+    return found
+
+
+def step(db: Db, id: str, name: str, index: int = 0, round: int = 0) -> DictRow:
+    query = "select * from step where execution_id = %s and name = %s and index = %s and round = %s"
+    found = db.execute(query, (id, name, index, round)).fetchone()
+    assert found is not None, f"{id} has no step {name} {index}"
+    return found
+
+
+def count(db: Db, table: str) -> int:
+    found = db.execute(f"select count(*) as count from {table}".encode()).fetchone()
+    assert found is not None
+    return int(found["count"])
+
+
+# ---------------------------------------------------------------- two sessions
+
+
+class Background(threading.Thread):
+    """A call in another thread, whose answer or error `result` gives."""
+
+    def __init__(self, body: Callable[[], Any]) -> None:
+        super().__init__(daemon=True)
+        self._body = body
+        self._answer: Any = None
+        self._error: BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self._answer = self._body()
+        except BaseException as error:  # noqa: BLE001 - raised again where the answer is asked for
+            self._error = error
+
+    def result(self) -> Any:
+        self.join(30)
+        assert not self.is_alive(), "the call hangs"
+        if self._error is not None:
+            raise self._error
+        return self._answer
+
+
+def wait_until_blocked(db: Db, other: Db) -> None:
+    """Return when the other session waits for a lock of any kind."""
+    query = "select cardinality(pg_blocking_pids(%s)) > 0 as blocked"
+    for _ in range(100_000):
+        found = db.execute(query, (other.info.backend_pid,)).fetchone()
+        if found and found["blocked"]:
+            return
+    raise AssertionError("the other session never waited")
