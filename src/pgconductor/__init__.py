@@ -1,5 +1,6 @@
 """Durable execution for Python that needs only Postgres."""
 
+from pgconductor.conductor import Conductor
 from pgconductor.durations import Duration
 from pgconductor.errors import (
     AttemptTimeout,
@@ -37,6 +38,7 @@ from pgconductor.model import (
     table,
 )
 from pgconductor.options import Options, TaskOptions
+from pgconductor.run import Run
 from pgconductor.task import Call, Task
 
 __all__ = [
@@ -48,6 +50,7 @@ __all__ = [
     "ChildFailed",
     "ChildTimeout",
     "Concurrency",
+    "Conductor",
     "ConductorError",
     "DuplicateStep",
     "Duration",
@@ -64,6 +67,7 @@ __all__ = [
     "RateLimit",
     "Retry",
     "RetryPolicy",
+    "Run",
     "State",
     "StepMismatch",
     "Task",

@@ -117,6 +117,17 @@ class Result(Struct):
     reason: str | None
 
 
+class Ended(Struct):
+    """How an execution ended; `outcome` is None where there is no such execution."""
+
+    id: str
+    outcome: Literal["completed", "failed", "cancelled"] | None = None
+    result: Raw = NULL
+    error: Raw = NULL
+    task: str = ""
+    reason: str | None = None
+
+
 class Outstanding(Struct):
     """What a drain waits for."""
 
@@ -267,6 +278,7 @@ _moved = _reader(Moved)
 _enqueued = _reader(Enqueued)
 _beat = _reader(Beat)
 _result = _reader(Result)
+_ended = _reader(list[Ended])
 _outstanding = _reader(Outstanding)
 _names = _reader(list[Named])
 _steps = _reader(list[Recorded])
@@ -327,12 +339,18 @@ class Engine:
         parameters = (id, name, version, host, pid, list(queues), self._now())
         return self._query("register_orchestrator", "uuid text text text int text[] timestamptz", parameters, _as_is)
 
-    def enqueue(
-        self, calls: Sequence[NewExecution], *, notify: bool = False, again: bool = False
-    ) -> Query[Enqueued]:
+    def enqueue(self, calls: Sequence[NewExecution], *, notify: bool = False, again: bool = False) -> Query[Enqueued]:
         """See 10_enqueue.sql. `again`: a repetition after a lost reply."""
         parameters = (_text(calls), notify, again, self._now())
         return self._query("enqueue", "json boolean boolean timestamptz", parameters, _enqueued, harmless=False)
+
+    def enqueue_within(self, calls: Sequence[NewExecution]) -> Query[Enqueued]:
+        """The same for a connection of any library: one text parameter, and the hint goes out with the commit."""
+        now = self._now()
+        instant = "null" if now is None else f"cast('{now.isoformat()}' as timestamptz)"
+        schema = quote(self.schema).replace("%", "%%")
+        statement = f"select cast({schema}.enqueue(cast(%s as json), true, false, {instant}) as text)"
+        return Query(statement, (_text(calls),), _enqueued, harmless=False)
 
     def claim(
         self, orchestrator: str, token: int, wants: Sequence[Want], tasks: Sequence[int], *, fire: bool = False
@@ -348,9 +366,7 @@ class Engine:
         parameters = (orchestrator, _text(steps), _text(operations), self._now())
         return self._query("save", "uuid json json timestamptz", parameters, _saved)
 
-    def save_transaction(
-        self, orchestrator: str, step: SavedStep
-    ) -> Query[Literal["saved", "lost", "exists"]]:
+    def save_transaction(self, orchestrator: str, step: SavedStep) -> Query[Literal["saved", "lost", "exists"]]:
         """See 25_save.sql. For the transaction that the step's own writes are in."""
         parameters = (orchestrator, step.id, step.token, step.name, step.round, bytes(step.value).decode(), self._now())
         casts = "uuid uuid bigint text smallint json timestamptz"
@@ -416,6 +432,10 @@ class Engine:
         """See 70_inspect.sql. None: no such execution."""
         return self._query("watch_result", "uuid text", (id, watcher), _result)
 
+    def watch_results(self, ids: Sequence[str], watcher: str | None) -> Query[list[Ended]]:
+        """See 70_inspect.sql. Tells only of those that have ended, or are not known."""
+        return self._query("watch_results", "uuid[] text", (list(ids), watcher), _ended)
+
     def state_of(self, id: str) -> Query[str | None]:
         """See 70_inspect.sql. None: no such execution."""
         return self._query("state_of", "uuid", (id,), _as_is)
@@ -426,9 +446,7 @@ class Engine:
 
     def outstanding(self, orchestrator: str, queues: Sequence[int], tasks: Sequence[int]) -> Query[Outstanding]:
         """See 70_inspect.sql."""
-        return self._query(
-            "outstanding", "uuid int[] int[]", (orchestrator, list(queues), list(tasks)), _outstanding
-        )
+        return self._query("outstanding", "uuid int[] int[]", (orchestrator, list(queues), list(tasks)), _outstanding)
 
     def notify(self, payload: str) -> Query[None]:
         """Send a hint to whoever listens; the channel is the schema's name."""

@@ -40,3 +40,27 @@ language sql stable set search_path from current set enable_seqscan = off as $$
     'leased', (select count(*) from lease where orchestrator_id = p_orchestrator),
     'next_due', (select min(due_at) from timer where due_at < 'infinity'))
 $$;
+
+-- The same for many: returns [{id, outcome, result, error, task, reason}] of those that have ended; of an unknown id
+-- only {id}. The share lock waits for an end that is being written, which could not see the new watch row; the
+-- commit is asynchronous, since a lost watch row costs a poll.
+create or replace function watch_results(p_ids uuid[], p_watcher text default null) returns json
+language plpgsql volatile set search_path from current set enable_seqscan = off as $$
+begin
+  if p_watcher is not null then
+    perform set_config('synchronous_commit', 'off', true);
+    insert into watch (execution_id, watcher)
+    select e.id, p_watcher
+    from (select id from execution
+          where id = any(p_ids) and outcome is null
+            and not exists (select from watch w where w.execution_id = execution.id and w.watcher = p_watcher)
+          order by depth desc, id for share) e
+    on conflict do nothing;
+  end if;
+  return (
+    select coalesce(json_agg(case when e.id is null then json_build_object('id', i.id) else json_build_object(
+      'id', e.id, 'outcome', e.outcome, 'result', e.result, 'error', e.error, 'reason', e.cancel_reason,
+      'task', (select t.name from lane l join task t on t.id = l.task_id where l.id = e.lane_id)) end), '[]')
+    from unnest(p_ids) as i(id) left join execution e on e.id = i.id
+    where e.id is null or e.outcome is not null);
+end $$;

@@ -1,0 +1,123 @@
+"""From calls and their options to the rows that are enqueued."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from msgspec import Raw
+
+from pgconductor.engine import NewExecution
+from pgconductor.errors import ConductorError, ConfigurationError, EncodeError, NotInvocable
+from pgconductor.ids import new_id, new_ids
+from pgconductor.options import NO_OPTIONS, CallOptions
+from pgconductor.task import Call, Task
+
+BYTES_MAX: Final = 256 * 1024 * 1024
+
+
+class CallPlan:
+    """How the calls of one `invoke` or `invoke_many` are enqueued.
+
+    Args:
+        base: The options given there; a call's own win.
+        tasks: The tasks that the conductor has registered, by name.
+
+    Attributes:
+        conn: The caller's connection, once the calls are known.
+    """
+
+    def __init__(self, base: CallOptions, tasks: Mapping[str, Task[..., Any]]) -> None:
+        self.conn = base.conn
+        self._base = base
+        self._tasks = tasks
+        self._places: list[int] | None = None
+
+    def row(self, call: Call[Any]) -> NewExecution:
+        """Make the row of the only call.
+
+        Raises:
+            NotInvocable: `invocable()` is not among the task's triggers.
+            ConductorError: An option is not available.
+        """
+        self._check_task(call.task)
+        options = self._merged(call.options)
+        self.conn = options.conn
+        return _new_execution(new_id(), call, options)
+
+    def rows(self, calls: Sequence[Call[Any]]) -> list[NewExecution]:
+        """Make the rows of calls; a later `replace` of a key takes the place of an earlier call with that key.
+
+        Raises:
+            NotInvocable: As for `row`.
+            ConfigurationError: The calls name different connections.
+            EncodeError: The payloads are too large together.
+        """
+        for name in {call.task for call in calls}:
+            self._check_task(name)
+        merged = {id(call.options): call.options for call in calls}
+        options = {key: self._merged(each) for key, each in merged.items()}
+        self._check_connections(list(options.values()))
+        ids = new_ids(len(calls))
+        rows = [_new_execution(id_, call, options[id(call.options)]) for id_, call in zip(ids, calls, strict=True)]
+        _check_size(calls)
+        return self._fold(rows) if any(each.dedupe_key is not None for each in options.values()) else rows
+
+    def spread(self, ids: list[str]) -> list[str]:
+        """Return the ids of all calls from those of the rows."""
+        return ids if self._places is None else [ids[place] for place in self._places]
+
+    def _check_task(self, name: str) -> None:
+        task = self._tasks.get(name)
+        if task is not None and not task.config.invocable:
+            raise NotInvocable(name)
+
+    def _merged(self, own: CallOptions) -> CallOptions:
+        options = self._base if own is NO_OPTIONS else own.over(self._base)
+        if options.throttle is not None or options.debounce is not None:
+            word = "throttle" if options.throttle is not None else "debounce"
+            raise ConductorError(f"{word}= is not available in this version; nothing was enqueued")
+        return options
+
+    def _check_connections(self, options: list[CallOptions]) -> None:
+        connections = {id(each.conn): each.conn for each in options}
+        if len(connections) > 1:
+            raise ConfigurationError("invoke_many", "the calls name different connections", "give conn= once")
+        self.conn = next(iter(connections.values()), None)
+
+    def _fold(self, rows: list[NewExecution]) -> list[NewExecution]:
+        """Give calls with the same task and key one row: of the first, with the content of the last that replaces."""
+        place_of: dict[tuple[str, str | None], int] = {}
+        folded: list[NewExecution] = []
+        self._places = []
+        for row in rows:
+            key = (row.task, row.dedupe_key)
+            place = place_of.get(key) if row.dedupe_key is not None else None
+            if place is None:
+                place = place_of[key] = len(folded)
+                folded.append(row)
+            elif row.replace:
+                row.id = folded[place].id
+                folded[place] = row
+            self._places.append(place)
+        return folded
+
+
+def _check_size(calls: Sequence[Call[Any]]) -> None:
+    size = sum(len(call.payload) for call in calls)
+    if size > BYTES_MAX:
+        raise EncodeError("payload", f"{size} bytes in one statement, at most {BYTES_MAX} are allowed; send parts")
+
+
+def _new_execution(id: str, call: Call[Any], options: CallOptions) -> NewExecution:
+    if options is NO_OPTIONS:
+        return NewExecution(id, call.task, Raw(call.payload))
+    return NewExecution(
+        id,
+        call.task,
+        Raw(call.payload),
+        queue=options.queue,
+        priority=options.priority or 0,
+        run_at=options.run_at,
+        delay=None if options.delay is None else options.delay.total_seconds(),
+        dedupe_key=options.dedupe_key,
+        replace=options.on_duplicate == "replace",
+    )

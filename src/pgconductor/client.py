@@ -1,0 +1,304 @@
+"""What a conductor does on one event loop: enqueue, hint, wait; and how it gets a loop where there is none.
+
+**Enqueueing.** A call that comes alone is sent at once. Calls that come while others are on their way are gathered and
+sent together as soon as one of `FLIGHTS_MAX` statements is back: the busier the process, the fewer commits. If a
+statement of many is refused, each call is sent by itself, so that one bad call delays no other. Every call has its id
+before it is sent, so a lost reply is repeated.
+
+**Hints.** After the commit, and never on its path, the queues with new work are named on the channel, from a
+transaction of its own; one hint at a time is on its way, and what comes meanwhile is gathered. A lost hint costs a
+worker's poll.
+
+**Threads.** `invoke_sync` and `result_sync` run on an event loop in a thread of the process's own, shared by its
+threads, so that they gather and wait as the others do. A forked child makes its own.
+"""
+
+import asyncio
+import atexit
+import os
+import threading
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from contextlib import suppress
+from typing import Any, Final, TypeVar
+from weakref import WeakKeyDictionary
+
+from pgconductor.engine import Ended, Engine, Enqueued, Moved, NewExecution, Query
+from pgconductor.errors import ConductorError
+from pgconductor.pool import NotMigrated, Pool
+from pgconductor.results import Results
+
+T = TypeVar("T")
+
+FLIGHTS_MAX: Final = 2
+CALLS_PER_STATEMENT_MAX: Final = 1_000
+BYTES_PER_STATEMENT_MAX: Final = 8 * 1024 * 1024
+HINT_BYTES_MAX: Final = 7_900  # Postgres allows 8,000
+
+Loop = asyncio.AbstractEventLoop
+
+
+class _Waiting:
+    """A call on its way, and where its answer goes."""
+
+    __slots__ = ("answer", "row", "size")
+
+    def __init__(self, row: NewExecution) -> None:
+        self.row = row
+        self.size = len(bytes(row.payload))
+        self.answer: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+
+class LoopClient:
+    """A conductor's client on one event loop.
+
+    Args:
+        engine: Builds the queries.
+        address: Where the server is.
+        migrate: Installs the engine where that is ours to do; returns False where it is not.
+    """
+
+    def __init__(
+        self, engine: Engine, address: Callable[[], Awaitable[str]], migrate: Callable[[], Awaitable[bool]]
+    ) -> None:
+        self._engine = engine
+        self._migrate = migrate
+        self.pool = Pool(address, engine.schema, "pgconductor client")
+        self.results = Results(engine, self.pool)
+        self._gathered: list[_Waiting] = []
+        self._flight_count = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._queues: set[int] = set()
+        self._watchers: set[str] = set()
+        self._is_hinting = False
+
+    async def run(self, query: Query[T], again: Query[T] | None = None) -> T:
+        """Run a query; see `Pool.run`. On a development server of ours, install the engine first if it is missing."""
+        try:
+            return await self.pool.run(query, again)
+        except NotMigrated:
+            if not await self._migrate():
+                raise
+        return await self.pool.run(query, again)
+
+    async def move(self, query: Query[Moved]) -> str:
+        """Run an operation, tell whom it concerns, and return its result."""
+        moved = await self.run(query)
+        self.hint(moved.queues, moved.watchers)
+        return moved.result
+
+    async def enqueue(self, row: NewExecution) -> str:
+        """Enqueue one call, together with others that come at the same time; return its id."""
+        if row.replace:  # replaces what stands committed, so it cannot share a statement with what it replaces
+            return (await self.enqueue_many([row]))[0]
+        if self._flight_count == 0 and not self._gathered:
+            return await self._send_alone(row)
+        waiting = _Waiting(row)
+        self._gathered.append(waiting)
+        self._take_off()
+        return await waiting.answer
+
+    async def enqueue_many(self, rows: Sequence[NewExecution]) -> list[str]:
+        """Enqueue calls in one statement; return their ids, which a dedupe key may have changed."""
+        enqueued = await self.run(self._engine.enqueue(rows), self._engine.enqueue(rows, again=True))
+        self.hint(enqueued.queues)
+        return ids_of(rows, enqueued)
+
+    async def ended(self, execution_id: str) -> Ended:
+        """Wait for an execution's end."""
+        return await self.results.wait(execution_id)
+
+    def hint(self, queues: Sequence[int] | None = None, watchers: Sequence[str] | None = None) -> None:
+        """Name queues with new work, and who waited for what has ended, to whoever listens; soon, in the background."""
+        self._queues.update(queues or ())
+        self._watchers.update(watchers or ())
+        if (self._queues or self._watchers) and not self._is_hinting:
+            self._is_hinting = True
+            self._spawn(self._send_hints())
+
+    async def close(self) -> None:
+        """Let what is on its way arrive, then close the connections. May be used again."""
+        while self._tasks:
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.results.close()
+        await self.pool.close()
+
+    async def _send_alone(self, row: NewExecution) -> str:
+        self._flight_count += 1
+        try:
+            return (await self.enqueue_many([row]))[0]
+        finally:
+            self._flight_count -= 1
+            self._take_off()
+
+    def _take_off(self) -> None:
+        if self._gathered and self._flight_count < FLIGHTS_MAX:
+            self._flight_count += 1
+            self._spawn(self._fly())
+
+    async def _fly(self) -> None:
+        try:
+            while self._gathered:
+                await self._send(self._take_gathered())
+        finally:
+            self._flight_count -= 1
+            self._take_off()
+
+    def _take_gathered(self) -> list[_Waiting]:
+        count = size = 0
+        for waiting in self._gathered:
+            size += waiting.size
+            if count == CALLS_PER_STATEMENT_MAX or (count and size > BYTES_PER_STATEMENT_MAX):
+                break
+            count += 1
+        taken, self._gathered = self._gathered[:count], self._gathered[count:]
+        return taken
+
+    async def _send(self, batch: list[_Waiting]) -> None:
+        try:
+            ids = await self.enqueue_many([waiting.row for waiting in batch])
+        except ConductorError as error:
+            if len(batch) > 1:
+                for waiting in batch:
+                    await self._send([waiting])
+            elif not batch[0].answer.done():
+                batch[0].answer.set_exception(error)
+        else:
+            for waiting, execution_id in zip(batch, ids, strict=True):
+                if not waiting.answer.done():
+                    waiting.answer.set_result(execution_id)
+
+    async def _send_hints(self) -> None:
+        try:
+            while self._queues or self._watchers:
+                for hint in self._take_hints():
+                    await self.pool.run(self._engine.notify(hint))
+        except ConductorError:
+            self._queues.clear()  # only hints: workers and waiters look for themselves
+            self._watchers.clear()
+        finally:
+            self._is_hinting = False
+
+    def _take_hints(self) -> list[str]:
+        queues, self._queues = self._queues, set()
+        watchers, self._watchers = self._watchers, set()
+        return [*_hints("ready", map(str, sorted(queues))), *_hints("told", sorted(watchers))]
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+class Clients:
+    """A conductor's clients: one for each event loop that uses it, made on first use."""
+
+    def __init__(self, make: Callable[[], LoopClient]) -> None:
+        self._make = make
+        self._by_loop: WeakKeyDictionary[Loop, LoopClient] = WeakKeyDictionary()
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+
+    def here(self) -> LoopClient:
+        """Return the client of the running event loop."""
+        loop = asyncio.get_running_loop()
+        client = self._by_loop.get(loop)
+        if client is not None and self._pid == os.getpid():
+            return client
+        with self._lock:
+            self._forget_the_gone()
+            client = self._by_loop[loop] = self._make()
+        return client
+
+    def run_sync(self, work: Callable[[LoopClient], Coroutine[Any, Any, T]]) -> T:
+        """Do something with a client from code without an event loop, and wait for it."""
+
+        async def here() -> T:
+            return await work(self.here())
+
+        return background().run(here())
+
+    async def close(self) -> None:
+        """Close the clients of this loop and of the background thread; drop those of loops that have ended."""
+        self._forget_the_gone()
+        for loop, client in list(self._by_loop.items()):
+            if loop is asyncio.get_running_loop():
+                await client.close()
+            elif not loop.is_running():
+                client.pool.abandon()
+            else:
+                with suppress(RuntimeError):  # it ended just now
+                    await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(client.close(), loop))
+
+    def _forget_the_gone(self) -> None:
+        forked = self._pid != os.getpid()
+        for loop, client in list(self._by_loop.items()):
+            if forked:
+                del self._by_loop[loop]  # the connections are the parent's
+            elif loop.is_closed():
+                client.pool.abandon()
+                del self._by_loop[loop]
+        self._pid = os.getpid()
+
+
+class Background:
+    """An event loop in a daemon thread, for code that has none."""
+
+    def __init__(self) -> None:
+        self.pid = os.getpid()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="pgconductor client", daemon=True)
+        self._thread.start()
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine there and wait for it; an interrupt of the waiting thread cancels it."""
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def stop(self) -> None:
+        """Cancel what runs there, and end the thread."""
+        if self.pid == os.getpid() and self._thread.is_alive():
+            asyncio.run_coroutine_threadsafe(_cancel_others(), self._loop).add_done_callback(
+                lambda _: self._loop.call_soon_threadsafe(self._loop.stop)
+            )
+            self._thread.join(5)
+
+
+_background: Background | None = None
+_background_lock = threading.Lock()
+
+
+def background() -> Background:
+    """Return the process's background loop; make it on first use, and anew in a forked child."""
+    global _background  # noqa: PLW0603
+    with _background_lock:
+        if _background is None or _background.pid != os.getpid():
+            _background = Background()
+            atexit.register(_background.stop)
+        return _background
+
+
+def ids_of(rows: Sequence[NewExecution], enqueued: Enqueued) -> list[str]:
+    """Return the executions' ids: those that were sent, unless dedupe keys kept earlier executions."""
+    return [row.id for row in rows] if enqueued.ids is None else enqueued.ids
+
+
+async def _cancel_others() -> None:
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _hints(word: str, names: Any) -> list[str]:
+    """Write names behind a word, in as few texts as the server's limit allows."""
+    hints: list[str] = []
+    for name in names:
+        if hints and len(hints[-1]) + 1 + len(name) <= HINT_BYTES_MAX:
+            hints[-1] += f" {name}"
+        else:
+            hints.append(f"{word} {name}")
+    return hints

@@ -1,0 +1,196 @@
+"""A few connections of a client on one event loop, and what is done when one of them breaks.
+
+What a failure means is decided as in `session`. Two things differ, because a user waits for the answer: a call whose
+reply was lost is repeated in a form that is harmless to repeat (`again`), and patience has an end. A server that was
+never reached is reported at once; one that was there before has `PATIENCE_SECONDS` to come back from a restart or a
+fail-over.
+
+Connections are made on demand and kept; the one used last is used next, so that a quiet client holds one.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any, Final, TypeVar
+
+import psycopg
+from psycopg.pq import TransactionStatus
+
+from pgconductor.engine import Query
+from pgconductor.errors import ConductorError, ServerError
+from pgconductor.session import (
+    backoff_seconds,
+    connection_string,
+    is_lost,
+    is_rolled_back,
+    refuses_options,
+    translate,
+)
+
+T = TypeVar("T")
+Connection = psycopg.AsyncConnection[Any]
+
+SIZE_MAX: Final = 4
+PATIENCE_SECONDS: Final = 15.0
+_NOT_MIGRATED: Final = {"42883", "3F000", "42P01"}  # no such function, schema, table
+
+
+class NotMigrated(ServerError):
+    """The schema has no engine, or an older one's functions."""
+
+
+class _Unreachable(Exception):
+    """A connection could not be made; nothing was sent."""
+
+
+class Pool:
+    """Connections of one event loop.
+
+    Args:
+        address: Where the server is; asked before the first connection.
+        schema: The engine's schema, for errors.
+        name: For `pg_stat_activity`.
+    """
+
+    def __init__(self, address: Callable[[], Awaitable[str]], schema: str, name: str) -> None:
+        self.address = address
+        self._schema = schema
+        self._name = name
+        self._idle: list[Connection] = []
+        self._slots = asyncio.Semaphore(SIZE_MAX)
+        self._with_options = True
+        self._was_reached = False
+        self.query_count = 0
+
+    async def run(self, query: Query[T], again: Query[T] | None = None) -> T:
+        """Run a query and return its answer.
+
+        Args:
+            query: What to run.
+            again: What to run instead after a lost reply; needed for a query that is not harmless.
+
+        Raises:
+            NotMigrated: The engine, or this function of it, is not there. Nothing was done.
+            ServerError: The server cannot be reached or refuses; says if it is unknown whether the call was done.
+            ConductorError: What the engine reported. Nothing was done.
+        """
+        failure_count = 0
+        deadline = asyncio.get_running_loop().time() + PATIENCE_SECONDS
+        while True:
+            try:
+                return await self._try(query)
+            except (psycopg.Error, _Unreachable) as error:
+                failure_count += 1
+                pause = 0.0 if failure_count == 1 else backoff_seconds(failure_count)
+                is_late = asyncio.get_running_loop().time() + pause > deadline
+                if isinstance(error, _Unreachable):
+                    self._judge_unreachable(error, is_late=is_late)
+                else:
+                    self._judge(error, is_late=is_late, is_repeatable=query.harmless or again is not None)
+                    query = (again or query) if is_lost(error) else query
+            await asyncio.sleep(pause)
+
+    async def close(self) -> None:
+        """Close the idle connections; those in use are closed by their users' loops. The pool may be used again."""
+        idle, self._idle = self._idle, []
+        for connection in idle:
+            await connection.close()
+
+    def abandon(self) -> None:
+        """Drop the idle connections without a word, as is needed when their event loop is gone."""
+        idle, self._idle = self._idle, []
+        for connection in idle:
+            connection.pgconn.finish()
+
+    async def _connect(self) -> Connection:
+        dsn = await self.address()
+        try:
+            return await self._open(dsn)
+        except psycopg.OperationalError as error:
+            if not (self._with_options and refuses_options(error)):
+                raise
+            self._with_options = False
+            return await self._open(dsn)
+
+    async def _open(self, dsn: str) -> Connection:
+        address = connection_string(dsn, self._name, with_options=self._with_options)
+        threshold = 0 if self._with_options else None
+        connection = await Connection.connect(address, autocommit=True, prepare_threshold=threshold)
+        self._was_reached = True
+        return connection
+
+    async def _try(self, query: Query[T]) -> T:
+        async with self._slots:
+            connection = await self._take()
+            try:
+                answer = await self._ask(connection, query)
+            finally:
+                if connection.pgconn.transaction_status == TransactionStatus.IDLE:
+                    self._idle.append(connection)
+                else:
+                    connection.pgconn.finish()  # it broke, or its user was cancelled while it was at work
+        return query.read(answer)
+
+    async def _take(self) -> Connection:
+        while self._idle:
+            connection = self._idle.pop()
+            if not connection.closed:
+                return connection
+        try:
+            return await self._connect()
+        except (psycopg.Error, OSError) as error:
+            raise _Unreachable(
+                _first_line(error), isinstance(error, psycopg.Error) and is_rolled_back(error)
+            ) from error
+
+    async def _ask(self, connection: Connection, query: Query[T]) -> Any:
+        self.query_count += 1
+        if self._with_options:
+            cursor = await connection.execute(query.statement.encode(), query.parameters)
+        else:
+            async with connection.pipeline():
+                await connection.execute("begin isolation level read committed")
+                cursor = await connection.execute(query.statement.encode(), query.parameters)
+                await connection.execute("commit")
+        row = await cursor.fetchone()
+        return row[0] if row else None
+
+    def _judge_unreachable(self, error: _Unreachable, *, is_late: bool) -> None:
+        """Return if the query is to be tried again; raise what the caller is to see otherwise."""
+        message, is_passing = error.args
+        if is_late or not (is_passing or self._was_reached):
+            raise ServerError(
+                f"cannot connect to Postgres: {message}", "check the address, PGCONDUCTOR_URL and DATABASE_URL"
+            ) from error.__cause__
+
+    def _judge(self, error: psycopg.Error, *, is_late: bool, is_repeatable: bool) -> None:
+        """Return if the query is to be repeated; raise what the caller is to see otherwise."""
+        lost = is_lost(error)
+        if not lost and not is_rolled_back(error):
+            raise reported(error, self._schema) from error
+        if lost or error.sqlstate == "25006":
+            self.abandon()  # where one connection broke, the others have most likely broken too
+        if lost and (is_late or not is_repeatable):
+            raise ServerError(
+                f"the connection was lost, and whether the call was carried out is unknown ({_first_line(error)})",
+                "look before you repeat it, or repeat it with the same dedupe_key",
+            ) from error
+        if is_late:
+            raise reported(error, self._schema) from error
+
+
+def reported(error: psycopg.Error, schema: str) -> ConductorError:
+    """Return what the caller is to see for an error of the server."""
+    known = translate(error)
+    if isinstance(known, ConductorError):
+        return known
+    message = error.diag.message_primary or _first_line(error)
+    if error.sqlstate in _NOT_MIGRATED:
+        return NotMigrated(
+            f"schema {schema!r} has no engine, or an older one ({message})",
+            "run `pgconductor migrate`, or `await app.migrate()`",
+        )
+    return ServerError(f"the server refused: {message} (SQLSTATE {error.sqlstate})")
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]

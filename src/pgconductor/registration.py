@@ -1,0 +1,83 @@
+"""From a handler and its options to a task: everything that can be wrong is found here, at import time."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, Final, cast
+
+from pgconductor.annotations import admits, describe_type
+from pgconductor.errors import ConfigurationError
+from pgconductor.model import Change, Cron, Event, Invocable, OnChange, OnEvent, Tick, Trigger
+from pgconductor.options import TaskConfig, TaskOptions, configure_task
+from pgconductor.signature import Signature, signature_of, signature_of_reference
+from pgconductor.task import Client, Task
+
+_KINDS: Final[dict[type[Trigger], type]] = {Cron: Tick, OnEvent: Event, OnChange: Change}
+_HANDED_OVER: Final = (Tick, Event, Change)
+
+
+def make_task(fn: Callable[..., Any], options: TaskOptions, client: Client) -> Task[..., Any]:
+    """Check a handler and its options, and make the task.
+
+    Raises:
+        ConfigurationError: An option, the signature, or the two together cannot work. Nothing was registered.
+    """
+    name = getattr(fn, "__name__", "") or type(fn).__name__
+    if name == "<lambda>" and "name" not in options:
+        raise ConfigurationError("task: name", "a lambda has none", "give name=")
+    config = configure_task(name, is_async=_is_async(fn), options=options)
+    signature = signature_of(
+        fn, config.name, is_batch=config.batch is not None, is_trigger=lambda kind: admits(kind, _HANDED_OVER)
+    )
+    for trigger in config.triggers:
+        _check_trigger(trigger, config, signature)
+    return Task(fn, config, payload=signature, returns=signature.returns, client=client)
+
+
+def make_reference(name: str, payload: type[Any], returns: Any, queue: str, client: Client) -> Task[..., Any]:
+    """Make a task that stands for code that is elsewhere.
+
+    Raises:
+        ConfigurationError: The name, the queue or one of the types cannot be used.
+    """
+    config = configure_task(name, is_async=True, options=TaskOptions(queue=queue))
+    signature = signature_of_reference(config.name, payload, returns)
+    return Task(None, config, payload=signature, returns=signature.returns, client=client)
+
+
+def _is_async(fn: Callable[..., Any]) -> bool:
+    while hasattr(fn, "func") and hasattr(fn, "keywords"):  # functools.partial
+        fn = cast("Any", fn).func
+    return inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(cast("Any", fn).__call__)
+
+
+def _check_trigger(trigger: Trigger, config: TaskConfig, signature: Signature) -> None:
+    """Refuse a handler with a required parameter that one of its triggers cannot fill."""
+    place = f"task {config.name!r}"
+    kind = _KINDS.get(type(trigger))
+    for name in sorted(signature.required_triggers):
+        annotation = signature.triggers[name]
+        if kind is None or not admits(annotation, (kind,)):
+            raise ConfigurationError(
+                f"{place}: parameter {name!r}",
+                f"it takes {describe_type(annotation)}, which {_described(trigger)} does not bring",
+                f"give it a default, as in `{name}: {describe_type(annotation)} | None = None`",
+            )
+    if isinstance(trigger, Invocable) or config.batch is not None:
+        return
+    for parameter in signature.parameters:
+        if parameter.default is inspect.Parameter.empty:
+            raise ConfigurationError(
+                f"{place}: parameter {parameter.name!r}",
+                f"{_described(trigger)} brings no payload to fill it",
+                "give it a default, or start the task by invoke alone",
+            )
+
+
+def _described(trigger: Trigger) -> str:
+    names: dict[type[Trigger], str] = {
+        Invocable: "an invocation",
+        Cron: "a schedule",
+        OnEvent: "an event",
+        OnChange: "a row change",
+    }
+    return names.get(type(trigger), "the trigger")
