@@ -87,7 +87,7 @@ begin
       select json_agg(json_build_array(
         e.id, l.task_id, l.queue_id, e.payload, e.failures, e.crashes, e.depth, e.parent_id, e.root_id, e.trigger,
         t.cached_by = p_orchestrator,
-        case when t.ord < 0 or e.failures + e.crashes > 0 then
+        case when t.ord < 0 or e.started_at is not null then
           recorded_steps(e.id, case when t.cached_by = p_orchestrator then t.cached_seq else 0 end) end)
         order by t.priority desc, t.ord)
       from unnest(v_taken) t join execution e on e.id = t.execution_id join lane l on l.id = e.lane_id));

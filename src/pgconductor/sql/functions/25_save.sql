@@ -65,8 +65,8 @@ begin
   select array_agg(x.task), array_agg(x.queue) into v_tasks, v_queues
   from (select distinct c.task, c.queue
         from json_array_elements(p_ops) o
-        cross join lateral json_to_recordset(o -> 'children') as c(id uuid, task text, queue text)
-        where o -> 'children' is not null) x;
+        cross join lateral json_to_recordset(case json_typeof(o -> 'children') when 'array' then o -> 'children' end)
+          as c(id uuid, task text, queue text)) x;
   v_lanes := lanes_of(v_tasks, v_queues);
   return (
     select array_agg(row(

@@ -1,0 +1,174 @@
+"""claim: ready → running."""
+
+from uuid import UUID, uuid4
+
+import pytest
+
+from tests.sql.support import (
+    Background, Db, array, at, call, claim, claim_one, count, enqueue, enqueue_many, invoke, park, op, register,
+    release, retry, row, save, session, settle, state, wait_until_blocked, WORKER,
+)
+
+OTHER = UUID(int=2)
+
+
+@pytest.fixture(autouse=True)
+def worker(db: Db) -> None:
+    register(db, "work", "child")
+
+
+def test_a_claim_gives_what_a_run_needs(db: Db) -> None:
+    id = enqueue(db, payload={"a": [1, None, ""]})
+    (claimed,) = claim(db)
+    assert (claimed["id"], claimed["payload"], claimed["steps"]) == (id, {"a": [1, None, ""]}, None)
+    assert state(db, id) == "running"
+
+
+def test_nothing_ready_is_nothing_claimed(db: Db) -> None:
+    assert claim(db) == []
+
+
+@pytest.mark.parametrize("limit", [0, 1, 3, 5])
+def test_no_more_than_the_limit_is_claimed(db: Db, limit: int) -> None:
+    enqueue_many(db, *[{}] * 3)
+    assert len(claim(db, limit=limit)) == min(limit, 3)
+
+
+def test_higher_priority_goes_first_and_equals_in_the_order_of_their_call(db: Db) -> None:
+    priorities = [0, 5, -1, 5, 32_767, 0]
+    ids = enqueue_many(db, *[{"priority": priority} for priority in priorities])
+    expected = [ids[n] for n in (4, 1, 3, 0, 5, 2)]
+    assert [each["id"] for each in claim(db)] == expected
+
+
+def test_the_order_holds_over_lanes_and_limits(db: Db) -> None:
+    calls = [{"task": task, "priority": p} for p in (1, 2, 3) for task in ("work", "child")]
+    ids = enqueue_many(db, *calls)
+    got = [each["id"] for n in range(1, 4) for each in claim(db, limit=2, token=n)]
+    assert got == [ids[n] for n in (4, 5, 2, 3, 0, 1)]
+
+
+def test_woken_goes_before_fresh_of_its_priority(db: Db) -> None:
+    first = enqueue(db)
+    claim(db)
+    child = invoke(db, first)
+    fresh, urgent = enqueue_many(db, {}, {"priority": 1})
+    settle(db, {"id": claim_one(db, tasks=["child"]), "outcome": "completed", "result": 1})
+    assert child not in (got := [each["id"] for each in claim(db, token=2)])
+    assert got == [urgent, first, fresh]
+
+
+def test_future_work_is_not_claimed(db: Db) -> None:
+    enqueue(db, delay=60)
+    assert claim(db, now=59, fire=True) == []
+    assert len(claim(db, now=60, fire=True)) == 1
+
+
+def test_a_claim_says_when_the_next_timer_is_due(db: Db) -> None:
+    enqueue(db, delay=60)
+    answer = call(db, "claim", WORKER, 1, [], "{}", False, at(20))
+    assert answer["next_due"] == 40
+
+
+def test_an_unknown_task_is_not_claimed_and_costs_nothing(db: Db) -> None:
+    foreign, ours = enqueue(db, "foreign"), enqueue(db)
+    assert claim_one(db, tasks=["work"]) == ours
+    assert (state(db, foreign), row(db, foreign)["failures"]) == ("ready", 0)
+
+
+def test_another_queue_is_not_claimed(db: Db) -> None:
+    id = enqueue(db, queue="mail")
+    assert claim(db) == []
+    assert claim_one(db, queue="mail") == id
+
+
+def test_a_dead_orchestrator_claims_nothing(db: Db) -> None:
+    id = enqueue(db)
+    assert call(db, "claim", uuid4(), 1, [], "{}") is None
+    assert state(db, id) == "ready"
+
+
+def test_two_claimers_never_take_the_same(db: Db, database: str) -> None:
+    enqueue_many(db, *[{}] * 200)
+    register(db, worker=OTHER)
+
+    def drain(worker: UUID) -> list[str]:
+        with session(database) as mine:
+            return [each["id"] for n in range(60) for each in claim(mine, limit=7, token=n, worker=worker)]
+
+    got = [each.result() for each in [Background(lambda w=w: drain(w)) for w in (WORKER, OTHER)]]
+    assert len(got[0]) + len(got[1]) == len({*got[0], *got[1]}) == 200
+
+
+def test_a_claim_passes_over_what_another_is_taking(db: Db, database: str) -> None:
+    ids = enqueue_many(db, *[{}] * 4)
+    register(db, worker=OTHER)
+    with session(database) as other, other.transaction():
+        assert [each["id"] for each in claim(other, limit=2, worker=OTHER)] == ids[:2]
+        assert [each["id"] for each in claim(db)] == ids[2:]
+
+
+# ---------------------------------------------------------------- what a resumed execution is given
+
+
+def test_a_retry_is_given_its_recorded_steps(db: Db) -> None:
+    id = enqueue(db)
+    claim(db)
+    save(db, id, "a")
+    retry(db, id)
+    (claimed,) = claim(db, token=2)
+    assert [(s[0], s[4], s[5]) for s in claimed["steps"]] == [("a", "completed", "a")]
+    assert claimed["failures"] == 1
+
+
+def test_a_release_with_a_delay_is_given_its_recorded_steps(db: Db) -> None:
+    id = enqueue(db)
+    claim(db)
+    save(db, id, "a")
+    release(db, id, delay=5)
+    (claimed,) = claim(db, token=2, now=5, fire=True)
+    assert [s[0] for s in claimed["steps"]] == ["a"]
+
+
+def test_who_parked_with_a_cache_is_given_only_what_changed(db: Db) -> None:
+    id = enqueue(db)
+    claim(db)
+    save(db, id, "a")
+    sleep = op(id, "nap", "sleep", due_in=5)
+    awaits = [{"name": "nap", "round": 0, "kind": "sleep", "awaited": True}]
+    settle(db, {"id": id, "outcome": "parked", "ops": [sleep], "awaits": awaits, "cached": True})
+    (claimed,) = claim(db, token=2, now=5, fire=True)
+    assert (claimed["cached"], [s[0] for s in claimed["steps"]]) == (True, ["nap"])
+
+
+def test_another_process_is_given_everything(db: Db) -> None:
+    id = enqueue(db)
+    claim(db)
+    save(db, id, "a")
+    park(db, id, op(id, "nap", "sleep", due_in=5))
+    register(db, worker=OTHER)
+    (claimed,) = claim(db, token=1, now=5, fire=True, worker=OTHER)
+    assert {s[0] for s in claimed["steps"]} == {"a", "nap"}
+
+
+def test_a_claim_waits_for_nobody_but_the_sweep(db: Db, database: str) -> None:
+    id = enqueue(db)
+    with session(database) as sweeper:
+        sweeper.execute("begin")
+        sweeper.execute("select from orchestrator for update")
+        mine = session(database)
+        claimer = Background(lambda: claim(mine))
+        wait_until_blocked(db, mine)
+        sweeper.execute("commit")
+        assert [each["id"] for each in claimer.result()] == [id]
+        mine.close()
+
+
+def test_array_parameters_are_written_as_postgres_reads_them() -> None:
+    assert array([1, 2]) == "{1,2}"
+
+
+def test_a_claim_counts_no_rows_twice(db: Db) -> None:
+    enqueue_many(db, *[{}] * 5)
+    claim(db, limit=3)
+    assert (count(db, "lease"), count(db, "ready")) == (3, 2)
