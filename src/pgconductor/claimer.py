@@ -1,0 +1,236 @@
+"""The claimer: one per process, one claim at a time, for the free slots of all its queues.
+
+It claims when a queue wants something *and* there is reason to expect work: a hint, an own call that made work, a
+claim that brought as much as was asked for. A timer that is due is a reason too. Without any, it looks once a poll
+interval, so that the loss of every hint costs a second of waiting and nothing else.
+
+A claim whose reply was lost may have taken work that nobody knows of. The process tells the engine which claims it
+does know (`reconcile`); the rest is ready again, at no cost. It does so again now and then, since a claim that was
+lost may commit later than the first reconciliation.
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Final
+
+from pgconductor.engine import Claim, Want
+from pgconductor.faults import InjectedFault, fault
+from pgconductor.membership import Membership
+from pgconductor.session import ConnectionLost, Session, backoff_seconds
+
+if TYPE_CHECKING:
+    from pgconductor.crew import Crew
+    from pgconductor.engine import Engine
+    from pgconductor.worker import Worker
+
+log = logging.getLogger("pgconductor.claimer")
+RECONCILE_SECONDS: Final = 30.0
+RECONCILE_AGAIN_SECONDS: Final = 5.0
+LAST_CLAIM_SECONDS: Final = 1.0
+_FOR_EVER: Final = 1e9
+
+
+class Claimer:
+    """Runs the claim loop of a process.
+
+    Args:
+        session: A connection of its own.
+        engine: Builds the queries.
+        membership: The boot id to claim under.
+        crew: Who wants work and is given it.
+        unsettled_tokens: The claims of which outcomes are not stored yet.
+        is_listening: Whether hints arrive; without them the poll interval is halved.
+        on_declared_dead: Told that the engine no longer knows the boot id.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        engine: "Engine",
+        membership: Membership,
+        crew: "Crew",
+        *,
+        unsettled_tokens: Callable[[], set[int]],
+        is_listening: Callable[[], bool],
+        on_declared_dead: Callable[[str], None],
+    ) -> None:
+        self.error_count = 0
+        self.claim_count = 0
+        self.claimed_count = 0
+        self.poll_seconds = min((worker.poll_seconds for worker in crew.workers), default=1.0)
+        self._session = session
+        self._engine = engine
+        self._membership = membership
+        self._crew = crew
+        self._task_ids = sorted(crew.tasks)
+        self._unsettled_tokens = unsettled_tokens
+        self._is_listening = is_listening
+        self._on_declared_dead = on_declared_dead
+        self._token = 0
+        self._expected: set[int] = set()
+        self._wake = asyncio.Event()
+        self._poll_at = 0.0
+        self._due_at = 0.0
+        self._overdue_count = 0
+        self._reconcile_at = time.monotonic() + RECONCILE_SECONDS
+        self._is_claiming = False
+        self._is_stopping = False
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin to claim."""
+        self._task = asyncio.get_running_loop().create_task(self._run(), name="pgconductor claimer")
+
+    async def stop(self) -> None:
+        """Claim nothing more. A claim under way is waited for briefly; what it may still bring is retired later."""
+        if self._task is not None:
+            self._is_stopping = True
+            self._wake.set()
+            await asyncio.wait([self._task], timeout=LAST_CLAIM_SECONDS)
+            self._task.cancel()
+            await asyncio.wait([self._task])
+
+    # ------------------------------------------------------------ reasons to claim
+
+    def expect(self, queue_ids: Iterable[int]) -> None:
+        """Expect work in these queues."""
+        mine = self._crew.by_queue.keys() & set(queue_ids)
+        if mine:
+            self._expected |= mine
+            self._wake.set()
+
+    def look(self) -> None:
+        """Look at everything now."""
+        self._poll_at = 0.0
+        self._wake.set()
+
+    def on_slot_free(self, worker: "Worker") -> None:
+        """Claim again where more is expected."""
+        if worker.queue_id in self._expected:
+            self._wake.set()
+
+    def note_due(self, seconds: float | None) -> None:
+        """Remember when the next timer is due."""
+        if seconds is not None and time.monotonic() + seconds < self._due_at:
+            self._due_at = time.monotonic() + max(0.0, seconds)
+            self._wake.set()
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether everything was looked at, nothing more is expected and no timer is due."""
+        return not self._is_claiming and not self._expected and min(self._poll_at, self._due_at) > time.monotonic()
+
+    # ------------------------------------------------------------ the loop
+
+    async def _run(self) -> None:
+        failure_count = 0
+        while not self._is_stopping:
+            try:
+                await self._wait()
+                if not self._is_stopping:
+                    await self._round()
+                failure_count = 0
+            except (ConnectionLost, InjectedFault) as error:
+                log.warning("the outcome of a claim is unknown (%s): what it took is given back", error)
+                self._reconcile_at = 0.0
+                self.look()
+            except Exception:
+                self.error_count += 1
+                failure_count += 1
+                log.exception("a claim failed; the claimer goes on")
+                self.look()
+                await asyncio.sleep(backoff_seconds(failure_count))
+
+    async def _wait(self) -> None:
+        """Return when there is reason to claim."""
+        while not self._is_stopping and not self._has_reason():
+            self._wake.clear()
+            timeout = min(self._poll_at, self._due_at) - time.monotonic()
+            if self._crew.is_held() or self._membership.is_fenced():
+                timeout = self.poll_seconds
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(max(timeout, 0.001)):
+                    await self._wake.wait()
+
+    def _has_reason(self) -> bool:
+        if self._crew.is_held() or self._membership.is_fenced():
+            return False
+        if min(self._poll_at, self._due_at) <= time.monotonic():
+            return True
+        return any(self._wants(queue_id) for queue_id in self._expected)
+
+    def _wants(self, queue_id: int) -> bool:
+        worker = self._crew.by_queue[queue_id]
+        return len(worker.buffer) <= worker.low_water and worker.wanted() > 0
+
+    async def _round(self) -> None:
+        now = time.monotonic()
+        is_poll, is_due = self._poll_at <= now, self._due_at <= now
+        if is_poll:
+            self._poll_at = now + self.poll_seconds * (2 if self._is_listening() else 1)
+            self._crew.release_stuck()
+        if self._reconcile_at <= now:
+            await self._reconcile()
+        wants = self._collect_wants(everything=is_poll)
+        if wants or is_due:
+            await self._claim(wants, fire=is_due or is_poll)
+
+    def _collect_wants(self, *, everything: bool) -> list[Want]:
+        wants: list[Want] = []
+        for worker in self._crew.workers:
+            if everything or worker.queue_id in self._expected:
+                count = worker.wanted()
+                if count > 0:
+                    wants.append(Want(worker.queue_id, count))
+                    self._expected.discard(worker.queue_id)
+        return wants
+
+    async def _claim(self, wants: list[Want], *, fire: bool) -> None:
+        self._token += 1
+        id, token = self._membership.id, self._token
+        self._is_claiming = True
+        try:
+            fault("before_claim")
+            claim = await self._session.run(self._engine.claim(id, token, wants, self._task_ids, fire=fire))
+            fault("after_claim_reply")
+        finally:
+            self._is_claiming = False
+        if claim is None:
+            self._on_declared_dead(id)
+        elif id == self._membership.id and not self._membership.is_fenced():
+            self._distribute(claim, wants, token, fired=fire)
+
+    def _distribute(self, claim: Claim, wants: list[Want], token: int, *, fired: bool) -> None:
+        self._set_due(claim.next_due, fired=fired)
+        claimed = claim.claimed or []
+        counts: dict[int, int] = {}
+        for each in claimed:
+            counts[each.queue_id] = counts.get(each.queue_id, 0) + 1
+        for want in wants:
+            if counts.get(want.queue, 0) >= want.limit:
+                self._expected.add(want.queue)
+        self.claim_count += 1
+        self.claimed_count += len(claimed)
+        self._crew.take(claimed, token)
+
+    def _set_due(self, next_due: float | None, *, fired: bool) -> None:
+        """Plan the next look at the timers; one that stays overdue, since another process fires it, is not hunted."""
+        self._overdue_count = self._overdue_count + 1 if fired and next_due is not None and next_due <= 0 else 0
+        pause = backoff_seconds(self._overdue_count) if self._overdue_count > 1 else 0.0
+        self._due_at = time.monotonic() + (_FOR_EVER if next_due is None else max(next_due, pause))
+
+    async def _reconcile(self) -> None:
+        """Give back claims whose reply never came. No claim is under way: this is the same loop."""
+        was_lost = self._reconcile_at == 0.0
+        known = self._crew.known_tokens() | self._unsettled_tokens()
+        id = self._membership.id
+        moved = await self._session.run(self._engine.reconcile(id, sorted(known)))
+        self._reconcile_at = time.monotonic() + (RECONCILE_AGAIN_SECONDS if was_lost else RECONCILE_SECONDS)
+        if moved is None:
+            self._on_declared_dead(id)
+        elif moved.queues:
+            log.info("claims whose replies were lost have been given back")
+            self.expect(moved.queues)

@@ -1,0 +1,200 @@
+"""The heartbeat: shows the engine that the process lives, from a thread and a connection of its own.
+
+A handler that blocks the event loop must not cost the process its leases, so beats do not run on that loop; and a
+pool that is exhausted must not either, so they do not share a connection. The thread runs a small event loop of its
+own, where a call that gets no answer can be given up. What it learns it hands to the main loop: cancel signals, that
+the process was declared dead, and work that the sweep took over from others.
+
+Beside the beat it runs the sweep, and a watchdog: while handlers run, the main loop notes the time every quarter of a
+second; when it has not for longer than the stall limit, the watchdog logs what the loop is doing, once a stall.
+"""
+
+import asyncio
+import contextlib
+import logging
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Final, Protocol, TypeVar
+
+from pgconductor.engine import Moved
+from pgconductor.membership import Membership
+from pgconductor.session import Session
+
+if TYPE_CHECKING:
+    from pgconductor.engine import Engine
+
+T = TypeVar("T")
+log = logging.getLogger("pgconductor.heartbeat")
+PULSE_SECONDS: Final = 0.25
+
+
+class Listener(Protocol):
+    """Who hears of what the heartbeat learns; called in the main loop."""
+
+    def on_cancel(self, ids: list[str]) -> None:
+        """These executions are to be cancelled."""
+        ...
+
+    def on_declared_dead(self, id: str) -> None:
+        """The engine no longer knows this boot id."""
+        ...
+
+    def on_swept(self, moved: Moved) -> None:
+        """Work of dead processes was taken over."""
+        ...
+
+    def running_now(self) -> str:
+        """Say what the loop's current task runs; called from the heartbeat's thread."""
+        ...
+
+
+class Pulse:
+    """The main loop's sign of life, kept up only while handlers run."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.thread_id = threading.get_ident()
+        self.at = time.monotonic()
+        self.is_beating = False
+        self._timer: asyncio.TimerHandle | None = None
+
+    def start(self) -> None:
+        """Begin; called when handlers begin to run."""
+        if not self.is_beating:
+            self.is_beating = True
+            self._tick()
+
+    def stop(self) -> None:
+        """End; called when the process is idle."""
+        self.is_beating = False
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _tick(self) -> None:
+        self.at = time.monotonic()
+        self._timer = self.loop.call_later(PULSE_SECONDS, self._tick)
+
+
+class Heartbeat:
+    """Runs the thread.
+
+    Args:
+        dsn: Where to.
+        engine: Builds the queries.
+        membership: The boot id; confirmed from here.
+        listener: Who hears of what is learnt.
+        pulse: The main loop's sign of life.
+    """
+
+    def __init__(self, dsn: str, engine: "Engine", membership: Membership, listener: Listener, pulse: Pulse) -> None:
+        self.is_stopping = False
+        self.error_count = 0
+        self._dsn = dsn
+        self._engine = engine
+        self._membership = membership
+        self._timing = membership.timing
+        self._listener = listener
+        self._pulse = pulse
+        self._main = asyncio.get_running_loop()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._poke: asyncio.Event | None = None
+        self._ended = False
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="pgconductor heartbeat", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread; the first beat is sent at once."""
+        self._thread.start()
+
+    def poke(self) -> None:
+        """Beat now: a signal is waiting."""
+        if self._thread.ident is None or not self._ready.wait(1) or self._loop is None or self._poke is None:
+            return
+        with contextlib.suppress(RuntimeError):  # the thread's loop has just closed
+            self._loop.call_soon_threadsafe(self._poke.set)
+
+    def stop(self) -> None:
+        """Stop beating; returns when the thread has ended, or is stuck in a call that gets no answer."""
+        self._ended = True
+        self.poke()
+        if self._thread.ident is not None:
+            self._thread.join(timeout=2)
+
+    def _run(self) -> None:
+        with asyncio.Runner(loop_factory=asyncio.new_event_loop) as runner:
+            runner.run(self._beat_for_ever())
+
+    async def _beat_for_ever(self) -> None:
+        self._loop, self._poke = asyncio.get_running_loop(), asyncio.Event()
+        self._ready.set()
+        session = Session(self._dsn, "pgconductor heartbeat")
+        watchdog = self._loop.create_task(self._watch())
+        swept_at = 0.0
+        while not self._ended:
+            self._poke.clear()
+            began_at = time.monotonic()
+            await self._guard(self._beat(session))
+            if began_at - swept_at >= self._timing.sweep * 0.9 and not self._ended:
+                swept_at = began_at
+                await self._guard(self._sweep(session))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(max(0.0, began_at + self._timing.beat - time.monotonic())):
+                    await self._poke.wait()
+        watchdog.cancel()
+        await session.close()
+
+    async def _guard(self, work: Awaitable[None]) -> None:
+        try:
+            await work
+        except TimeoutError:
+            self.error_count += 1
+            log.warning("no answer from Postgres within %s s", self._timing.beat)
+        except Exception:
+            self.error_count += 1
+            log.exception("the heartbeat failed; it goes on")
+
+    async def _beat(self, session: Session) -> None:
+        id, asked_at = self._membership.id, time.monotonic()
+        # A call that is repeated after a broken connection would count from its first try: too early, never too late.
+        beat = await session.run(self._engine.beat(id, self.is_stopping), timeout=self._timing.beat)
+        if not beat.alive:
+            self._tell(self._listener.on_declared_dead, id)
+            return
+        self._membership.confirm(id, asked_at)
+        if beat.cancel:
+            self._tell(self._listener.on_cancel, beat.cancel)
+
+    async def _sweep(self, session: Session) -> None:
+        moved = await session.run(self._engine.sweep(self._timing.expiry), timeout=self._timing.expiry)
+        if moved.lost:
+            log.warning("took over %d executions of processes that stopped beating", moved.lost)
+        if moved.lost or moved.queues or moved.watchers:
+            self._tell(self._listener.on_swept, moved)
+
+    def _tell(self, hear: Callable[[T], None], fact: T) -> None:
+        with contextlib.suppress(RuntimeError):  # the main loop has just closed
+            self._main.call_soon_threadsafe(hear, fact)
+
+    async def _watch(self) -> None:
+        is_reported = False
+        while True:
+            await asyncio.sleep(PULSE_SECONDS * 2)
+            stalled = time.monotonic() - self._pulse.at if self._pulse.is_beating else 0.0
+            if stalled <= self._timing.stall_limit:
+                is_reported = False
+            elif not is_reported:
+                is_reported = True
+                self._report(stalled)
+
+    def _report(self, stalled: float) -> None:
+        frame = sys._current_frames().get(self._pulse.thread_id)  # pyright: ignore[reportPrivateUsage]
+        stack = "".join(traceback.format_stack(frame)) if frame else ""
+        log.warning(
+            "the event loop has been blocked for %.1f s by %s; await something, or make it a plain `def` task\n%s",
+            stalled,
+            self._listener.running_now(),
+            stack,
+        )

@@ -1,0 +1,518 @@
+"""The process: its workers, what claims and settles for them, its heartbeat, and how it starts and stops.
+
+    claimer ──► crew ──► worker ──► attempt ──► settler         each on the event loop, claim and settle on their own
+       ▲          │ kept memos        │ steps ──► saver          connections
+       └── hints, timers, poll        └── signals ◄── heartbeat  on its own thread and connection
+
+When the engine can no longer be sure of this process, or the process of itself, it is *fenced*: all runs are dropped,
+the old boot id is retired, which gives the work back at no cost, and the process joins anew. It never exits for it.
+"""
+
+import asyncio
+import importlib.metadata
+import logging
+import os
+import platform
+import time
+from collections.abc import Awaitable, Generator, Mapping, Sequence
+from contextlib import AsyncExitStack
+from typing import TYPE_CHECKING, Any, Final, Self
+from uuid import UUID, uuid4
+
+from pgconductor import stop_signals
+from pgconductor.claimer import Claimer
+from pgconductor.crew import Crew
+from pgconductor.durations import Duration, parse_duration
+from pgconductor.engine import Moved, TaskRow
+from pgconductor.errors import ConfigurationError
+from pgconductor.heartbeat import Heartbeat, Pulse
+from pgconductor.host import ProcessHost
+from pgconductor.membership import Membership, Timing
+from pgconductor.notify import Listener, Notifier
+from pgconductor.session import Session, backoff_seconds
+from pgconductor.settler import Effects, Saver, Settler
+from pgconductor.task import Task
+from pgconductor.threads import Threads
+from pgconductor.worker import Worker
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from pgconductor.conductor import Conductor
+
+log = logging.getLogger("pgconductor.orchestrator")
+GRACE_SECONDS: Final = 30.0
+LAST_SECONDS: Final = 5.0
+START_SECONDS: Final = 30.0
+
+
+class Orchestrator:
+    """Runs workers in this process.
+
+    Args:
+        conductor: Whose tasks to run, and where. Several orchestrators may share one.
+        queues: The queues to work on, with a concurrency each if given as a dict; None means every queue that a task
+            of the conductor names, unless `workers` are given.
+        workers: Workers made by `Conductor.create_worker`, for queues with settings of their own.
+        concurrency: How many executions run at once in each of the other queues.
+
+    Attributes:
+        id: The boot id under which the process is known; another after the process was declared dead.
+
+    Raises:
+        ConfigurationError: A queue is named twice.
+    """
+
+    def __init__(
+        self,
+        conductor: "Conductor[Any]",
+        *,
+        queues: Sequence[str] | Mapping[str, int] | None = None,
+        workers: Sequence[Worker] = (),
+        concurrency: int = 10,
+        _timing: Timing | None = None,
+        _listen: bool = True,
+    ) -> None:
+        self._conductor = conductor
+        self._engine = conductor.engine
+        self._queues = queues
+        self._given_workers = list(workers)
+        self._concurrency = concurrency
+        self._timing = _timing or Timing()
+        self._listen = _listen
+        self._membership = Membership(self._timing)
+        self._process: _Process | None = None
+        self._state = "new"
+        self._stopping: asyncio.Task[None] | None = None
+        self._ended = asyncio.Event()
+        self._workers = self._make_workers() if queues is not None or workers else []
+
+    @property
+    def id(self) -> UUID:
+        """The boot id under which the process is known."""
+        return UUID(self._membership.id)
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it has started and not begun to stop."""
+        return self._state == "running"
+
+    @property
+    def is_shutting_down(self) -> bool:
+        """Whether it is stopping."""
+        return self._state == "stopping"
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether it has stopped."""
+        return self._state == "stopped"
+
+    @property
+    def stopped(self) -> Awaitable[None]:
+        """Something to await: ends when the orchestrator has stopped."""
+        return _Stopped(self._ended)
+
+    async def __aenter__(self) -> Self:
+        """Start."""
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: "TracebackType | None"
+    ) -> None:
+        """Stop gracefully."""
+        await self.stop()
+
+    async def start(self) -> None:
+        """Migrate if needed, register, and begin to run executions.
+
+        Raises:
+            ConfigurationError: It was started before, or has nothing to do. Nothing is left running.
+            Exception: What the lifespan or the database raised. Nothing is left running.
+        """
+        if self._state != "new":
+            raise ConfigurationError("orchestrator", f"is {self._state}", "create another one")
+        self._state = "starting"
+        self._workers = self._workers or self._make_workers()
+        process = _Process(self, self._conductor, self._membership, self._workers)
+        try:
+            await process.start(listen=self._listen)
+        except BaseException:
+            self._state = "new"
+            await process.tear_down()
+            raise
+        self._process = process
+        self._state = "running"
+        stop_signals.subscribe(self._on_signal)
+        log.info("orchestrator %s works on %s", self.id, ", ".join(worker.queue for worker in self._workers))
+
+    async def stop(self, *, grace: Duration = GRACE_SECONDS) -> None:
+        """Stop: claim nothing new, give back what has not started, let running handlers come to their next operation.
+
+        Args:
+            grace: How long handlers may take until then; what still runs after it is cancelled and given back.
+
+        A second call with a shorter grace hurries the first. Returns when everything is settled and closed.
+        """
+        if self._process is None:
+            return
+        seconds = parse_duration(grace).total_seconds()
+        self._process.hurry(seconds)
+        if self._stopping is None:
+            self._state = "stopping"
+            self._stopping = asyncio.get_running_loop().create_task(self._stop(self._process), name="pgconductor stop")
+        await asyncio.shield(self._stopping)
+
+    async def drain(self) -> None:
+        """Run until nothing is left that could run now, then stop; starts first if need be."""
+        if self._state == "new":
+            await self.start()
+        if self._process is not None:
+            await self._process.wait_until_drained()
+        await self.stop()
+
+    def _make_workers(self) -> list[Worker]:
+        workers = list(self._given_workers)
+        queues = self._queues
+        if queues is None and not workers:
+            queues = sorted({task.queue for task in self._conductor.tasks.values() if task.fn is not None})
+        sizes = queues if isinstance(queues, Mapping) else dict.fromkeys(queues or (), self._concurrency)
+        workers.extend(Worker(queue, concurrency=size) for queue, size in sizes.items())
+        names = [worker.queue for worker in workers]
+        for name in names:
+            if names.count(name) > 1:
+                raise ConfigurationError(f"orchestrator: queue {name!r}", "is given twice", "give it one worker")
+        return workers
+
+    async def _stop(self, process: "_Process") -> None:
+        try:
+            await process.stop()
+        finally:
+            self._state = "stopped"
+            stop_signals.unsubscribe(self._on_signal)
+            self._ended.set()
+            log.info("orchestrator %s has stopped", self.id)
+
+    def _on_signal(self, is_now: bool) -> None:
+        stop = self.stop(grace=0 if is_now else GRACE_SECONDS)
+        self._signal_task = asyncio.get_running_loop().create_task(stop)
+
+
+class _Stopped:
+    """Awaitable as often as one likes, and by several."""
+
+    def __init__(self, ended: asyncio.Event) -> None:
+        self._ended = ended
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        yield from self._ended.wait().__await__()
+
+
+class _Process:
+    """What exists between start and stop."""
+
+    def __init__(
+        self, owner: Orchestrator, conductor: "Conductor[Any]", membership: Membership, workers: list[Worker]
+    ) -> None:
+        self.owner = owner
+        self._conductor = conductor
+        self._engine = conductor.engine
+        self._membership = membership
+        self._workers = workers
+        self._queue_ids: dict[str, int] = {}
+        self._stack = AsyncExitStack()
+        self._rejoining: asyncio.Task[None] | None = None
+        self._deadline = 0.0
+        self._fence_timer: asyncio.TimerHandle | None = None
+        self._is_stopping = False
+        self._stop_hurried = asyncio.Event()
+
+    # ------------------------------------------------------------ start
+
+    async def start(self, *, listen: bool) -> None:
+        tasks = {name: task for name, task in self._conductor.tasks.items() if task.fn is not None}
+        if not tasks or not self._workers:
+            raise ConfigurationError("orchestrator", "has no task to run", "register tasks with @app.task first")
+        await self._conductor.migrate()
+        deps = await self._stack.enter_async_context(self._conductor.lifespan_context())
+        self._open_sessions()
+        known = await self._register(tasks)
+        self._assemble(known, deps)
+        await self._join()
+        self._begin(listen=listen)
+
+    def _open_sessions(self) -> None:
+        dsn = self._conductor.dsn
+        self._claim_session = Session(dsn, "pgconductor claim")
+        self._settle_session = Session(dsn, "pgconductor settle")
+        self._save_session = Session(dsn, "pgconductor save")
+        self._other_session = Session(dsn, "pgconductor worker")
+        self._notify_session = Session(dsn, "pgconductor notify")
+        for session in (
+            self._claim_session,
+            self._settle_session,
+            self._save_session,
+            self._other_session,
+            self._notify_session,
+        ):
+            self._stack.push_async_callback(session.close)
+
+    async def _register(self, tasks: Mapping[str, Task[..., Any]]) -> dict[int, Task[..., Any]]:
+        rows = [
+            TaskRow(task.name, task.queue, task.config.max_attempts, task.config.max_crashes) for task in tasks.values()
+        ]
+        engine, session = self._engine, self._other_session
+        names = await session.run(engine.register_tasks(self._conductor.name, rows), timeout=START_SECONDS)
+        wanted = [worker.queue for worker in self._workers]
+        queues = await session.run(engine.register_queues(wanted), timeout=START_SECONDS)
+        self._queue_ids = {queue.name: queue.id for queue in queues or ()}
+        return {named.id: tasks[named.name] for named in names or ()}
+
+    def _assemble(self, known: dict[int, Task[..., Any]], deps: Any) -> None:
+        engine, membership = self._engine, self._membership
+        self.settler = Settler(self._settle_session, engine, membership, self._on_effects, self.on_declared_dead)
+        self._saver = Saver(self._save_session, engine, membership, self._on_effects, self.on_declared_dead)
+        threads = Threads(sum(worker.concurrency for worker in self._workers))
+        self._host = ProcessHost(
+            self._conductor.dsn, engine, membership, self._saver, self._other_session, threads, deps
+        )
+        self._stack.push_async_callback(self._host.close)
+        self._pulse = Pulse()
+        self._stack.callback(self._pulse.stop)
+        self.crew = Crew(
+            self._workers,
+            known,
+            self._host,
+            engine,
+            self.settler,
+            on_slot_free=self._on_slot_free,
+            on_busy=self._pulse.start,
+            on_idle=self._pulse.stop,
+        )
+        self.crew.attach(self._queue_ids)
+        self._stack.callback(self.crew.detach)
+        self._notifier = Notifier(self._notify_session, engine)
+        self.claimer = Claimer(
+            self._claim_session,
+            engine,
+            membership,
+            self.crew,
+            unsettled_tokens=self._unsettled_tokens,
+            is_listening=self._is_listening,
+            on_declared_dead=self.on_declared_dead,
+        )
+        self._heartbeat = Heartbeat(self._conductor.dsn, engine, membership, self, self._pulse)
+        self._listener = Listener(self._conductor.dsn, engine.schema, self._hear)
+
+    async def _join(self, timeout: float | None = START_SECONDS) -> None:
+        """Register under a new boot id."""
+        id, asked_at = str(uuid4()), time.monotonic()
+        query = self._engine.register_orchestrator(
+            id,
+            self._conductor.name,
+            importlib.metadata.version("pgconductor"),
+            platform.node(),
+            os.getpid(),
+            [worker.queue for worker in self._workers],
+        )
+        await self._other_session.run(query, timeout=timeout)
+        self._membership.join(id, asked_at)
+        self._host.orchestrator_id = id
+
+    def _begin(self, *, listen: bool) -> None:
+        self._stack.push_async_callback(self._notifier.close)
+        self._stack.push_async_callback(self._retire)
+        self._stack.push_async_callback(self.settler.batcher.close)
+        self._stack.push_async_callback(self._saver.batcher.close)
+        self._heartbeat.start()
+        self._stack.push_async_callback(asyncio.to_thread, self._heartbeat.stop)
+        if listen:
+            self._listener.start()
+            self._stack.push_async_callback(self._listener.stop)
+        self._watch_fence()
+        self._stack.callback(self._unwatch_fence)
+        self.claimer.start()
+        self._stack.push_async_callback(self.claimer.stop)
+
+    # ------------------------------------------------------------ what is heard
+
+    def _hear(self, kind: str, words: list[str]) -> None:
+        if kind == "ready":
+            if words:
+                self.claimer.expect(int(word) for word in words if word.isdecimal())
+            else:
+                self.claimer.look()
+        elif kind == "told" and self._membership.id in words:
+            self._heartbeat.poke()
+
+    def _on_slot_free(self, worker: Worker) -> None:
+        self.claimer.on_slot_free(worker)
+
+    def _is_listening(self) -> bool:
+        return self._listener.is_live
+
+    def _unsettled_tokens(self) -> set[int]:
+        return {each.token for each in self.settler.batcher.pending}
+
+    def _on_effects(self, effects: Effects) -> None:
+        self.claimer.note_due(effects.next_due)
+        if effects.queues:
+            self.claimer.expect(effects.queues)
+            elsewhere = [id for id in effects.queues if not self._has_room(id)]
+            if elsewhere:
+                self._notifier.tell("ready", elsewhere)
+        if effects.watchers:
+            if self._membership.id in effects.watchers:
+                self._heartbeat.poke()
+            self._notifier.tell("told", [name for name in effects.watchers if name != self._membership.id])
+
+    def _has_room(self, queue_id: int) -> bool:
+        """Whether this process will take the work itself at once, so that nobody else need be woken for it."""
+        worker = self.crew.by_queue.get(queue_id)
+        return worker is not None and not self._is_stopping and worker.wanted() > 0
+
+    def on_cancel(self, ids: list[str]) -> None:
+        """Tell runs that their executions are being cancelled."""
+        self.crew.cancel(ids)
+
+    def on_swept(self, moved: Moved) -> None:
+        """Look for the work that was taken over, and tell others of it."""
+        self._on_effects(Effects(moved.queues, moved.watchers))
+        if moved.queues:
+            self._notifier.tell("ready", moved.queues)
+
+    def running_now(self) -> str:
+        """Say what the loop's current task runs; called from the heartbeat's thread."""
+        return self.crew.name_of(asyncio.current_task(self._pulse.loop))
+
+    # ------------------------------------------------------------ fencing
+
+    def on_declared_dead(self, id: str) -> None:
+        """The engine no longer knows a boot id; if it is the present one, drop everything and join anew."""
+        if id == self._membership.id:
+            self._fence("was declared dead")
+
+    def _watch_fence(self) -> None:
+        """Give up in time when beats are no longer confirmed, whether or not a handler asks."""
+        left = self._membership.seconds_left()
+        if left <= 0:
+            self._fence("could not confirm its lease")
+        delay = max(left, self._membership.timing.trust / 20)
+        self._fence_timer = asyncio.get_running_loop().call_later(delay, self._watch_fence)
+
+    def _unwatch_fence(self) -> None:
+        if self._fence_timer is not None:
+            self._fence_timer.cancel()
+
+    def _fence(self, reason: str) -> None:
+        if self._rejoining is not None:
+            return
+        log.warning(
+            "orchestrator %s %s: %d running executions are dropped",
+            self._membership.id,
+            reason,
+            self.crew.running_count,
+        )
+        self._membership.give_up()
+        self.crew.abandon()
+        self._saver.give_up()
+        if not self._is_stopping:
+            self._rejoining = asyncio.get_running_loop().create_task(self._rejoin(), name="pgconductor rejoin")
+
+    async def _rejoin(self) -> None:
+        """Settle under the old id what had ended, give the rest back at no cost, join under a new id."""
+        failure_count = 0
+        while True:
+            try:
+                await self.settler.batcher.flush()
+                await self._retire(None)
+                await self._join(None)
+                break
+            except Exception:
+                failure_count += 1
+                log.exception("could not join again; trying on")
+                await asyncio.sleep(backoff_seconds(failure_count))
+        self._rejoining = None
+        log.warning("works again, as orchestrator %s", self._membership.id)
+        self.claimer.look()
+
+    async def _retire(self, timeout: float | None = LAST_SECONDS) -> None:
+        try:
+            moved = await self._other_session.run(self._engine.retire(self._membership.id), timeout=timeout)
+        except TimeoutError:
+            log.warning("could not say good-bye to Postgres; others take over after the lease's end")
+            return
+        if moved.queues:
+            self._notifier.tell("ready", moved.queues)
+
+    # ------------------------------------------------------------ drain and stop
+
+    async def wait_until_drained(self) -> None:
+        """Return when nothing that could be claimed, and nothing claimed, is left; or when stopping begins."""
+        pause = 0.005
+        self.claimer.look()
+        while not self._is_stopping:
+            if self._is_locally_quiet() and await self._is_nothing_left():
+                return
+            pause = min(pause * 1.5, 0.1) if self._is_locally_quiet() else 0.005
+            await asyncio.sleep(pause)
+
+    def _is_locally_quiet(self) -> bool:
+        return (
+            self.crew.is_idle
+            and self.claimer.is_quiet
+            and not len(self.settler.batcher)
+            and not self._membership.is_fenced()
+        )
+
+    async def _is_nothing_left(self) -> bool:
+        query = self._engine.outstanding(self._membership.id, sorted(self.crew.by_queue), sorted(self.crew.tasks))
+        left = await self._other_session.run(query)
+        if left.ready:
+            self.claimer.expect(self.crew.by_queue)
+        return not left.ready and not left.leased and self._is_locally_quiet()
+
+    def hurry(self, grace_seconds: float) -> None:
+        """Stop by then at the latest."""
+        deadline = time.monotonic() + grace_seconds
+        self._deadline = min(self._deadline, deadline) if self._is_stopping else deadline
+        self._stop_hurried.set()
+
+    async def stop(self) -> None:
+        """Stop gracefully, then tear down."""
+        self._is_stopping = True
+        self._heartbeat.is_stopping = True
+        self._heartbeat.poke()
+        self._host.is_leaving = True
+        self.crew.close()
+        await self.claimer.stop()
+        await self._let_runs_end()
+        await self._flush()
+        await self.tear_down()
+
+    async def _let_runs_end(self) -> None:
+        """Wait for handlers until the deadline, which a second call may bring nearer; then cut them short."""
+        while self.crew.running_count and time.monotonic() < self._deadline:
+            await self.crew.wait_until_empty(min(0.1, self._deadline - time.monotonic()))
+        if self.crew.running_count:
+            log.warning("the grace time is over: %d running executions are cut short", self.crew.running_count)
+            self.crew.interrupt()
+            if not await self.crew.wait_until_empty(LAST_SECONDS):
+                log.error("%d handlers do not end; their executions go back all the same", self.crew.running_count)
+
+    async def _flush(self) -> None:
+        """Store what has been handed over. Without a database there is an end to waiting: leases end by themselves."""
+        seconds = max(LAST_SECONDS, self._deadline - time.monotonic())
+        try:
+            async with asyncio.timeout(seconds):
+                await self._saver.batcher.flush()
+                await self.settler.batcher.flush()
+        except TimeoutError:
+            log.error("%d outcomes could not be stored; the executions run again", len(self.settler.batcher))
+
+    async def tear_down(self) -> None:
+        """Close and put back everything that was opened, last first."""
+        if self._rejoining is not None:
+            self._rejoining.cancel()
+            await asyncio.wait([self._rejoining])
+        await self._stack.aclose()

@@ -1,0 +1,248 @@
+"""One queue of one process: slots, what is buffered for them, and the runs that hold them.
+
+A slot is free as soon as its run has returned; settling does not hold it. The next buffered execution starts in the
+same callback, so a slot is never idle while there is work at hand. How much is fetched beyond the free slots follows
+the measured rate at which the queue finishes work: about what it finishes in `PREFETCH_SECONDS`, nothing at all for
+slow handlers, so that nothing is hoarded behind a long one. What was fetched and then stands still goes back at no
+cost.
+"""
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Final, Protocol
+
+from pgconductor.attempt import Attempt
+from pgconductor.checks import check_integer, check_name
+from pgconductor.durations import Duration, parse_duration
+from pgconductor.engine import Claimed, Completion, Outcome
+from pgconductor.errors import ConfigurationError
+from pgconductor.memos import Memos
+from pgconductor.task import Task
+
+log = logging.getLogger("pgconductor.worker")
+
+FETCH_SIZE: Final = 500
+PREFETCH_SECONDS: Final = 0.1
+RATE_WINDOW_SECONDS: Final = 0.02
+Settlement = Completion | Outcome
+
+
+class Floor(Protocol):
+    """What a worker needs of the process around it."""
+
+    tasks: dict[int, Task[..., Any]]
+
+    def settle(self, settlement: Settlement, /) -> None:
+        """Have an outcome stored."""
+        ...
+
+    def is_held(self) -> bool:
+        """Tell whether nothing new may start."""
+        ...
+
+    def on_slot_free(self, worker: "Worker", /) -> None:
+        """A slot of the worker is free and it has nothing buffered, or soon will have nothing."""
+        ...
+
+    def attempt(
+        self, claimed: Claimed, token: int, task: Task[..., Any], queue: str, memos: Memos | None, /
+    ) -> Attempt:
+        """Make the run of a claimed execution."""
+        ...
+
+    def recall(self, claimed: Claimed, /) -> Memos | None:
+        """Return the memos that this process kept of an execution, brought up to date; None: they are gone."""
+        ...
+
+    async def reload(self, claimed: Claimed, /) -> Memos:
+        """Load the memos of an execution whose kept ones are gone."""
+        ...
+
+    def keep(self, execution_id: str, memos: Memos, /) -> None:
+        """Keep the memos of a parked execution."""
+        ...
+
+
+class Worker:
+    """Runs the executions of one queue, up to `concurrency` at once. Made by `Conductor.create_worker`.
+
+    Args:
+        queue: The queue's name.
+        concurrency: How many run at once, 1 to 10,000.
+        fetch_size: The most that is fetched ahead.
+        poll_interval: How often to look for work that no hint announced.
+
+    Raises:
+        ConfigurationError: A number is out of bounds.
+    """
+
+    def __init__(
+        self, queue: str, *, concurrency: int = 10, fetch_size: int | None = None, poll_interval: Duration = 1
+    ) -> None:
+        place = f"worker {queue!r}"
+        self.queue = check_name(queue, f"{place}: queue")
+        self.concurrency = check_integer(concurrency, f"{place}: concurrency", 1, 10_000)
+        self.fetch_size = check_integer(
+            FETCH_SIZE if fetch_size is None else fetch_size, f"{place}: fetch_size", 1, 10_000
+        )
+        self.poll_seconds = parse_duration(poll_interval).total_seconds()
+        if self.poll_seconds < 0.01:
+            raise ConfigurationError(f"{place}: poll_interval", "is too short", "10 milliseconds are the least")
+        self.queue_id = 0
+        self.buffer: deque[tuple[Claimed, int]] = deque()
+        self.running: dict[str, tuple[Attempt, asyncio.Task[None]]] = {}
+        self.low_water = 0
+        self.prefetch_max = 0
+        self._floor: Floor | None = None
+        self._finished_count = 0
+        self._window_began_at = 0.0
+        self._stuck_at = -1
+
+    def attach(self, floor: Floor, queue_id: int) -> None:
+        """Become a part of a process.
+
+        Raises:
+            ConfigurationError: It is part of one already.
+        """
+        if self._floor is not None:
+            raise ConfigurationError(f"worker {self.queue!r}", "already belongs to an orchestrator", "create another")
+        self._floor = floor
+        self.queue_id = queue_id
+        self._window_began_at = time.monotonic()
+
+    def detach(self) -> None:
+        """Cease to be part of the process."""
+        self._floor = None
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing runs and nothing is buffered."""
+        return not self.running and not self.buffer
+
+    # ------------------------------------------------------------ how much to fetch
+
+    def wanted(self) -> int:
+        """Return how many executions to claim now."""
+        self._measure()
+        free = self.concurrency - len(self.running)
+        return min(free + self.prefetch_max - len(self.buffer), self.fetch_size)
+
+    def _measure(self) -> None:
+        """Set the prefetch to what the queue finished lately; it may double from one measurement to the next."""
+        now = time.monotonic()
+        elapsed = now - self._window_began_at
+        if elapsed < RATE_WINDOW_SECONDS and self._finished_count < self.prefetch_max:
+            return
+        finished = self._finished_count * PREFETCH_SECONDS / max(elapsed, 0.001)
+        ceiling = min(self.fetch_size, 2 * self.prefetch_max + self.concurrency)
+        self.prefetch_max = int(min(finished, ceiling))
+        self.low_water = self.prefetch_max * 2 // 3
+        self._window_began_at, self._finished_count = now, 0
+
+    def take_stuck(self) -> list[tuple[Claimed, int]]:
+        """Return what has been buffered while nothing finished since the last call, to be given back."""
+        is_stuck = bool(self.buffer) and self._finished_count == self._stuck_at
+        self._stuck_at = self._finished_count
+        return self.take_buffered() if is_stuck else []
+
+    def take_buffered(self) -> list[tuple[Claimed, int]]:
+        """Empty the buffer and return what was in it."""
+        taken = list(self.buffer)
+        self.buffer.clear()
+        return taken
+
+    # ------------------------------------------------------------ running
+
+    def fill(self) -> None:
+        """Start buffered executions in the free slots."""
+        floor = self._floor
+        if floor is None or floor.is_held():
+            return
+        while self.buffer and len(self.running) < self.concurrency:
+            claimed, token = self.buffer.popleft()
+            self.start(claimed, token)
+
+    def start(self, claimed: Claimed, token: int) -> None:
+        """Start one execution."""
+        floor = self._owner()
+        memos = None
+        if claimed.cached is not None:
+            memos = floor.recall(claimed)
+            if memos is None and claimed.cached:
+                task = asyncio.get_running_loop().create_task(self._reload(claimed, token))
+                self.running[claimed.id] = (self._attempt(claimed, token, Memos()), task)
+                return
+        self._run_as_task(self._attempt(claimed, token, memos))
+
+    def _attempt(self, claimed: Claimed, token: int, memos: Memos | None) -> Attempt:
+        floor = self._owner()
+        return floor.attempt(claimed, token, floor.tasks[claimed.task_id], self.queue, memos)
+
+    def _run_as_task(self, attempt: Attempt) -> None:
+        self.running[attempt.claimed.id] = (attempt, asyncio.get_running_loop().create_task(self._run(attempt)))
+
+    async def _reload(self, claimed: Claimed, token: int) -> None:
+        floor = self._owner()
+        placeholder = self.running[claimed.id][0]
+        try:
+            memos = await floor.reload(claimed)
+        except Exception as error:  # noqa: BLE001 (logged and released: the run has not begun)
+            self._end(placeholder, self._broken(placeholder, error))
+            return
+        if placeholder.exit or placeholder.cancelled:
+            self._end(placeholder, None if placeholder.exit else Outcome(claimed.id, token, "released"))
+            return
+        attempt = self._attempt(claimed, token, memos)
+        self.running[claimed.id] = (attempt, self.running[claimed.id][1])
+        await self._run(attempt)
+
+    async def _run(self, attempt: Attempt) -> None:
+        try:
+            settlement = await attempt.run()
+        except BaseException as error:  # noqa: BLE001 (a run that breaks must not take its slot along)
+            settlement = self._broken(attempt, error)
+        self._end(attempt, settlement)
+
+    def _end(self, attempt: Attempt, settlement: Settlement | None) -> None:
+        """Free the slot, pass the outcome on, start what is next."""
+        floor = self._owner()
+        del self.running[attempt.claimed.id]
+        self._finished_count += 1
+        if settlement is not None:
+            if type(settlement) is Outcome and settlement.cached:
+                floor.keep(settlement.id, attempt.memos)
+            floor.settle(settlement)
+        buffer = self.buffer
+        if buffer and not floor.is_held():
+            self.start(*buffer.popleft())
+        if len(buffer) <= self.low_water:
+            floor.on_slot_free(self)
+
+    def _broken(self, attempt: Attempt, error: BaseException) -> Outcome | None:
+        claimed = attempt.claimed
+        if not isinstance(error, asyncio.CancelledError):
+            log.error("the run of execution %s broke; it is released", claimed.id, exc_info=error)
+        if attempt.exit == "abandoned":
+            return None
+        return Outcome(
+            claimed.id, attempt.token, "released", delay=0.0 if isinstance(error, asyncio.CancelledError) else 5.0
+        )
+
+    def _owner(self) -> Floor:
+        if self._floor is None:
+            raise ConfigurationError(f"worker {self.queue!r}", "is not part of a running orchestrator")
+        return self._floor
+
+    # ------------------------------------------------------------ leaving
+
+    def each(self, act: Callable[[Attempt], None]) -> None:
+        """Do something to every run."""
+        for attempt, _ in list(self.running.values()):
+            act(attempt)
+
+    def tasks(self) -> list[asyncio.Task[None]]:
+        """Return the asyncio tasks of the runs."""
+        return [task for _, task in self.running.values()]
