@@ -181,7 +181,7 @@ class Attempt:
         """
         self._main = asyncio.current_task()
         if self.is_over():
-            return self._leave(self.exit or "released")
+            return self.leave(self.exit or "released")
         fault("before_handler")
         try:
             value = await self._call_handler()
@@ -189,7 +189,7 @@ class Attempt:
         except asyncio.CancelledError as error:
             outcome = self._stopped(error)
         except (Suspend, Crash):
-            outcome = self._leave(self.exit or "abandoned")
+            outcome = self.leave(self.exit or "abandoned")
         except GeneratorExit:
             raise
         except BaseException as error:  # noqa: BLE001  (a handler's SystemExit is its failure, not the process')
@@ -221,7 +221,7 @@ class Attempt:
     def _returned(self, value: Any) -> Completion | Outcome | None:
         if self.exit:
             self._warn_of_swallowing()
-            return self._leave(self.exit)
+            return self.leave(self.exit)
         fault("handler_returned")
         result = Raw(self.task.returns.encode(value).encode())
         if self.claimed.parent_id is None and not self.journal.has_children:
@@ -233,12 +233,13 @@ class Attempt:
         if self.exit or self.cancelled or self._hard:
             while main.cancelling():
                 main.uncancel()
-            return self._leave(self.exit or "released")
+            return self.leave(self.exit or "released")
         if main.cancelling():
             raise error
         return self._failed(error)
 
-    def _leave(self, way: Exit) -> Outcome | None:
+    def leave(self, way: Exit) -> Outcome | None:
+        """Return what is to be settled of a run that is left."""
         if way == "abandoned":
             return None
         if way == "parked" and not self.cancelled:
@@ -255,27 +256,29 @@ class Attempt:
     def _failed(self, error: BaseException) -> Outcome | None:
         if self.exit:
             log.warning("task %r raised while it was being %s", self.task.name, self.exit, exc_info=error)
-            return self._leave(self.exit)
+            return self.leave(self.exit)
         if isinstance(error, StaleLease):
             return None
         config, number = self.task.config, self.claimed.failures + 1
         stored = Raw(error_to_json(error).encode())
         if is_permanent(error) or config.retry.gives_up_on(error) or number >= config.max_attempts:
-            log.error("%s failed after %d attempts", self._label(), number, exc_info=error)
+            log.error("%s failed after %d attempts", self.label, number, exc_info=error)
             return Outcome(self.claimed.id, self.token, "failed", error=stored)
         delay = error.after.total_seconds() if isinstance(error, Retry) else config.retry.delay(number, _chance)
-        log.warning("%s failed, attempt %d; again in %.3gs", self._label(), number, delay, exc_info=error)
+        log.warning("%s failed, attempt %d; again in %.3gs", self.label, number, delay, exc_info=error)
         fresh = [Fresh(name, round_) for name, round_ in sorted(timed_out_operations(error))]
         return Outcome(self.claimed.id, self.token, "retried", error=stored, delay=delay, fresh=fresh or None)
 
-    def _label(self) -> str:
+    @property
+    def label(self) -> str:
+        """How log lines name the run."""
         return f"task {self.task.name!r} execution {self.claimed.id}"
 
     def _warn_of_swallowing(self) -> None:
         log.warning(
             "%s returned although it was being %s: it catches BaseException or CancelledError around an operation; "
             "its return value is dropped",
-            self._label(),
+            self.label,
             self.exit,
         )
 
@@ -402,7 +405,7 @@ class Attempt:
     def _stored(self, future: "asyncio.Future[None]") -> None:
         self._storing.discard(future)
         if not future.cancelled() and future.exception() is not None and not self.exit:
-            log.warning("%s could not start its children", self._label(), exc_info=future.exception())
+            log.warning("%s could not start its children", self.label, exc_info=future.exception())
             self._unwind("abandoned")
 
     def _unwind(self, way: Exit) -> None:

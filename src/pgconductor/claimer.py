@@ -174,7 +174,7 @@ class Claimer:
             self._crew.release_stuck()
         if self._reconcile_at <= now:
             await self._reconcile()
-        wants = self._collect_wants(everything=is_poll)
+        wants = self._collect_wants(everything=is_poll or is_due)
         if wants or is_due:
             await self._claim(wants, fire=is_due or is_poll)
 

@@ -437,7 +437,7 @@ def call_handler(attempt: Attempt) -> Awaitable[Any]:
     if task.config.batch is not None:
         return _call_batch(fn, attempt, signature.decode_element(bytes(attempt.claimed.payload)))
     args, kwargs = signature.decode_payload(bytes(attempt.claimed.payload))
-    if task.config.executor == "loop":
+    if inspect.iscoroutinefunction(fn):
         return cast("Awaitable[Any]", fn(Context[Any](attempt), *args, **kwargs))
     from pgconductor.sync_context import call_in_thread
 

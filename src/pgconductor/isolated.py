@@ -1,0 +1,250 @@
+"""`executor="process"`: a handler in a process of its own, so that it may use a core, leak or crash.
+
+A child process serves one run at a time. It is sent what was claimed, runs the same `Attempt` as any worker does, over
+a database connection of its own, and sends back the outcome, which is settled with all the others. Both directions
+carry one JSON message a line; nothing is pickled, and the child finds the task by importing the module that defines
+it. A child that dies during a run costs that execution one crash; one whose handler outlives its run is replaced. When
+this process dies, its children see the end of their pipe and exit.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+import sys
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+import msgspec
+from msgspec import Raw, Struct
+
+from pgconductor.attempt import Attempt
+from pgconductor.engine import Claimed, Completion, Outcome
+from pgconductor.errors import ConfigurationError, WorkerLost
+from pgconductor.stored_error import error_to_json
+
+log = logging.getLogger("pgconductor.isolated")
+LINE_BYTES_MAX = 256 * 1024 * 1024
+
+
+class Home(Struct):
+    """Where a child finds the database and the code. `main_path`: the script, where the module is `__main__`."""
+
+    dsn: str
+    schema: str
+    module: str
+    main_path: str | None
+    search_path: list[str]
+
+
+class Start(Struct, tag="start"):
+    """Run this."""
+
+    claimed: Claimed
+    token: int
+    task: str
+    queue: str
+    orchestrator_id: str
+
+
+class Control(Struct, tag="control"):
+    """Tell the run something."""
+
+    action: Literal["cancel", "release", "abandon"]
+
+
+class Answer(Struct):
+    """What became of the run. `spent`: its handler still runs, the process is of no further use."""
+
+    completion: Completion | None = None
+    outcome: Outcome | None = None
+    error: str | None = None
+    spent: bool = False
+
+
+Message = Start | Control
+_encode = msgspec.json.Encoder().encode
+_answer = msgspec.json.Decoder(Answer)
+
+
+class _Child:
+    """One child process and the pipe to it."""
+
+    def __init__(
+        self, process: asyncio.subprocess.Process, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        self.process = process
+        self.reader = reader
+        self.writer = writer
+
+    def send(self, message: Message | Home) -> None:
+        self.writer.write(_encode(message) + b"\n")
+
+    async def run(self, start: Start) -> Answer | None:
+        """Have one run done; None when the process died under it."""
+        self.send(start)
+        with contextlib.suppress(ConnectionError):
+            line = await self.reader.readline()
+            if line:
+                return _answer.decode(line)
+        return None
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            self.process.kill()
+        self.writer.close()
+
+
+class Processes:
+    """The child processes of one orchestrator, started when needed and kept.
+
+    Args:
+        dsn: For the children's own connections.
+        schema: The engine's schema.
+    """
+
+    def __init__(self, dsn: str, schema: str) -> None:
+        self._dsn = dsn
+        self._schema = schema
+        self._idle: dict[str, deque[_Child]] = {}
+        self._all: set[_Child] = set()
+
+    async def take(self, module: str) -> _Child:
+        """Return an idle child that has imported a module, or start one."""
+        idle = self._idle.setdefault(module, deque())
+        return idle.pop() if idle else await self._start(module)
+
+    def give_back(self, module: str, child: _Child) -> None:
+        """Keep a child for the next run."""
+        self._idle[module].append(child)
+
+    def discard(self, child: _Child) -> None:
+        """End a child."""
+        self._all.discard(child)
+        child.kill()
+
+    async def close(self) -> None:
+        """End all children."""
+        children = list(self._all)
+        for child in children:
+            self.discard(child)
+        for child in children:
+            await child.process.wait()
+
+    async def _start(self, module: str) -> _Child:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "pgconductor.isolated_child", str(theirs.fileno()),
+                pass_fds=[theirs.fileno()], stdin=asyncio.subprocess.DEVNULL,
+            )  # fmt: skip
+        reader, writer = await asyncio.open_connection(sock=ours, limit=LINE_BYTES_MAX)
+        child = _Child(process, reader, writer)
+        self._all.add(child)
+        child.send(Home(self._dsn, self._schema, *locate(module), [each or os.getcwd() for each in sys.path]))  # noqa: PTH109
+        return child
+
+
+def locate(module: str) -> tuple[str, str | None]:
+    """Return how another process can import a module: its name, or for a script, its path.
+
+    Raises:
+        ConfigurationError: It has no file: it was typed into an interpreter.
+    """
+    if module != "__main__":
+        return module, None
+    main: ModuleType = sys.modules["__main__"]
+    if main.__spec__ is not None:
+        return main.__spec__.name, None
+    path = getattr(main, "__file__", None)
+    if path is None:
+        raise ConfigurationError('executor="process"', "its task is defined interactively", "put it into a module")
+    return module, str(Path(path).resolve())
+
+
+class IsolatedAttempt(Attempt):
+    """A run whose handler is in a child process."""
+
+    __slots__ = ("_child", "_processes")
+
+    def __init__(self, processes: Processes, *args: Any) -> None:
+        super().__init__(*args)
+        self._processes = processes
+        self._child: _Child | None = None
+
+    async def run(self) -> Completion | Outcome | None:
+        """Have the handler run in a child process; see `Attempt.run`."""
+        if self.is_over():
+            return self.leave(self.exit or "released")
+        module = str(getattr(self.task.fn, "__module__", "__main__"))
+        child = await self._processes.take(module)
+        self._child = child
+        answer: Answer | None = None
+        try:
+            answer = await child.run(self._order())
+        finally:
+            self._child = None
+            if answer is None or answer.spent:
+                self._processes.discard(child)
+            else:
+                self._processes.give_back(module, child)
+        return self._outcome(answer)
+
+    def _order(self) -> Start:
+        # what a kept memo says is loaded again by the child: it has its own connection
+        claimed = msgspec.structs.replace(self.claimed, steps=[*self.memos.operations.values(), *self._children()])
+        return Start(claimed, self.token, self.task.name, self.queue, self.host.orchestrator_id)
+
+    def _children(self) -> list[Any]:
+        return [row for rows in self.memos.children.values() for row in rows.values()]
+
+    def _outcome(self, answer: Answer | None) -> Completion | Outcome | None:
+        if self.exit == "abandoned":
+            return None
+        if answer is None:
+            return self._crashed()
+        if answer.error is not None:
+            log.error("%s could not run in a process of its own: %s", self.label, answer.error)
+        return answer.completion or answer.outcome
+
+    def _crashed(self) -> Outcome:
+        if self.exit or self.cancelled:
+            return Outcome(self.claimed.id, self.token, "released")
+        count = self.claimed.crashes + 1
+        log.error("%s: its process died, crash %d of %d", self.label, count, self.task.config.max_crashes)
+        if count < self.task.config.max_crashes:
+            return Outcome(self.claimed.id, self.token, "crashed")
+        error = Raw(error_to_json(WorkerLost(self.task.name, count)).encode())
+        return Outcome(self.claimed.id, self.token, "failed", error=error)
+
+    # ------------------------------------------------------------ from outside
+
+    def request_cancel(self) -> None:
+        """Pass the request on."""
+        self.cancelled = True
+        self._tell("cancel")
+
+    def request_release(self, *, hard: bool = False) -> None:
+        """Pass the request on; with `hard`, end the process."""
+        if not hard:
+            self._tell("release")
+        elif self._child is not None:
+            self.exit = "released"
+            self._child.kill()
+
+    def abandon(self) -> None:
+        """End the process: the lease is lost."""
+        self.exit = "abandoned"
+        if self._child is not None:
+            self._child.kill()
+
+    def _tell(self, action: Literal["cancel", "release", "abandon"]) -> None:
+        if self._child is not None:
+            self._child.send(Control(action))
+
+
+AttemptFactory = Callable[..., Attempt]

@@ -1,0 +1,139 @@
+"""The child process of isolated.py: one run at a time, over its own connection to the database."""
+
+import asyncio
+import importlib
+import os
+import runpy
+import socket
+import sys
+from collections.abc import Mapping
+from typing import Any, cast
+
+import msgspec
+
+from pgconductor.attempt import Attempt
+from pgconductor.conductor import Conductor
+from pgconductor.engine import Completion, Engine, Operation, SavedStep
+from pgconductor.errors import StaleLease
+from pgconductor.host import ProcessHost
+from pgconductor.isolated import LINE_BYTES_MAX, Answer, Control, Home, Message, Start
+from pgconductor.session import Session
+from pgconductor.threads import Threads
+
+SCRIPT = "__pgconductor_child__"
+"""The `__name__` of a script that is run for its definitions."""
+
+
+class _Identity:
+    """The boot id of the process whose leases are used; it is that process which confirms them."""
+
+    id = ""
+
+    def is_fenced(self) -> bool:
+        return False
+
+
+class _DirectSaver:
+    """Stores a step or operation by itself."""
+
+    def __init__(self, session: Session, engine: Engine, identity: _Identity) -> None:
+        self._session = session
+        self._engine = engine
+        self._identity = identity
+
+    def add(self, item: SavedStep | Operation) -> "asyncio.Task[None]":
+        return asyncio.ensure_future(self._save(item))
+
+    async def _save(self, item: SavedStep | Operation) -> None:
+        steps = [item] if isinstance(item, SavedStep) else []
+        operations = [item] if isinstance(item, Operation) else []
+        saved = await self._session.run(self._engine.save(self._identity.id, steps, operations))
+        if saved is None or saved.lost:
+            raise StaleLease
+
+
+class _Runner:
+    """Serves the parent: reads its messages, keeps the current run."""
+
+    def __init__(
+        self, app: Conductor[Any], host: ProcessHost, identity: _Identity, threads: Threads,
+        reader: asyncio.StreamReader, writer: asyncio.StreamWriter,
+    ) -> None:  # fmt: skip
+        self._app = app
+        self._host = host
+        self._identity = identity
+        self._threads = threads
+        self._reader = reader
+        self._writer = writer
+        self._attempt: Attempt | None = None
+        self._decoder = msgspec.json.Decoder(Message)
+
+    async def serve(self) -> None:
+        running: asyncio.Task[None] | None = None
+        while line := await self._reader.readline():
+            message = self._decoder.decode(line)
+            if isinstance(message, Start):
+                running = asyncio.create_task(self._run(message))
+            else:
+                self._control(message)
+        del running  # the parent is gone, and with it the lease
+
+    def _control(self, message: Control) -> None:
+        if self._attempt is None:
+            return
+        if message.action == "cancel":
+            self._attempt.request_cancel()
+        elif message.action == "release":
+            self._attempt.request_release()
+        else:
+            self._attempt.abandon()
+
+    async def _run(self, start: Start) -> None:
+        self._identity.id = self._host.orchestrator_id = start.orchestrator_id
+        task = self._app.tasks[start.task]
+        self._attempt = Attempt(start.claimed, start.token, task, start.queue, self._host)
+        try:
+            settlement = await self._attempt.run()
+        finally:
+            self._attempt = None
+        answer = Answer(spent=self._threads.is_busy)
+        if isinstance(settlement, Completion):
+            answer.completion = settlement
+        elif settlement is not None:
+            settlement.cached = False
+            answer.outcome = settlement
+        self._writer.write(msgspec.json.encode(answer) + b"\n")
+
+
+def find_app(module: Mapping[str, Any], schema: str) -> Conductor[Any]:
+    """Return the conductor that a module defines or imports."""
+    for value in module.values():
+        if isinstance(value, Conductor):
+            app = cast("Conductor[Any]", value)
+            if app.schema == schema:
+                return app
+    raise LookupError("the module of the task has no conductor of this schema among its names")
+
+
+def _load(home: Home) -> Conductor[Any]:
+    sys.path[:] = home.search_path
+    if home.main_path is not None:
+        return find_app(runpy.run_path(home.main_path, run_name=SCRIPT), home.schema)
+    return find_app(vars(importlib.import_module(home.module)), home.schema)
+
+
+async def _main(descriptor: int) -> None:
+    reader, writer = await asyncio.open_connection(sock=socket.socket(fileno=descriptor), limit=LINE_BYTES_MAX)
+    home = msgspec.json.decode(await reader.readline(), type=Home)
+    app = _load(home)
+    identity, threads = _Identity(), Threads(4)
+    session = Session(home.dsn, "pgconductor isolated")
+    saver = _DirectSaver(session, app.engine, identity)
+    async with app.lifespan_context() as deps:
+        host = ProcessHost(home.dsn, app.engine, cast("Any", identity), cast("Any", saver), session, threads, deps)
+        await _Runner(app, host, identity, threads, reader, writer).serve()
+
+
+if __name__ == "__main__":
+    asyncio.run(_main(int(sys.argv[1])))
+    os._exit(0)  # threads of handlers that outlived their run must not keep the process
