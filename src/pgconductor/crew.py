@@ -14,8 +14,10 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
-from pgconductor.attempt import Attempt, Host
+from pgconductor.attempt import Attempt
 from pgconductor.engine import Claimed, Engine, Outcome, Recorded
+from pgconductor.host import ProcessHost
+from pgconductor.isolated import IsolatedAttempt
 from pgconductor.memos import Memos
 from pgconductor.settler import Settlement, Settler
 from pgconductor.task import Task
@@ -76,7 +78,7 @@ class Crew:
         self,
         workers: Sequence[Worker],
         tasks: dict[int, Task[..., Any]],
-        host: Host,
+        host: ProcessHost,
         engine: Engine,
         settler: Settler,
         *,
@@ -165,6 +167,8 @@ class Crew:
 
     def attempt(self, claimed: Claimed, token: int, task: Task[..., Any], queue: str, memos: Memos | None) -> Attempt:
         """Make the run of a claimed execution."""
+        if task.config.executor == "process":
+            return IsolatedAttempt(self._host.processes, claimed, token, task, queue, self._host, memos)
         return Attempt(claimed, token, task, queue, self._host, memos)
 
     def release(self, items: Iterable[tuple[Claimed, int]]) -> None:

@@ -11,6 +11,7 @@ import psycopg
 from psycopg_pool import AsyncConnectionPool, ConnectionPool
 
 from pgconductor.engine import Operation, SavedStep
+from pgconductor.isolated import Processes
 from pgconductor.session import Session, connection_string
 from pgconductor.threads import Threads
 
@@ -54,6 +55,7 @@ class ProcessHost:
         self.engine = engine
         self.is_leaving = False
         self.is_fenced: Callable[[], bool] = membership.is_fenced
+        self.processes = Processes(dsn, engine.schema)
         self._dsn = dsn
         self._saver = saver
         self._session = session
@@ -107,6 +109,7 @@ class ProcessHost:
     async def close(self) -> None:
         """Close the connections of transactions and let the threads end."""
         self._threads.close()
+        await self.processes.close()
         if self._pool is not None:
             await self._pool.close(timeout=1)
         if self._sync_pool is not None:

@@ -41,6 +41,12 @@ class Threads:
         self._jobs.put((future, fn))
         return future
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether a function still runs in one of them."""
+        with self._lock:
+            return self._idle_count < self._thread_count
+
     def close(self) -> None:
         """Let every thread end after what it is running."""
         for _ in range(self._thread_count):

@@ -1,0 +1,48 @@
+"""`executor="process"`: handlers in processes of their own."""
+
+import os
+from collections.abc import AsyncIterator
+from typing import Any
+
+import psycopg
+import pytest
+
+from pgconductor import Conductor, ExecutionFailed, Orchestrator
+from tests.integration import isolated_app
+
+
+@pytest.fixture
+async def working(database: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Conductor[None]]:
+    monkeypatch.setenv("PGCONDUCTOR_URL", database)
+    monkeypatch.setattr(isolated_app.app, "_given_dsn", database)
+    monkeypatch.setattr(isolated_app.app, "_dsn", None)
+    async with Orchestrator(isolated_app.app):
+        yield isolated_app.app
+    await isolated_app.app.close()
+
+
+async def test_a_plain_handler_runs_in_another_process_and_keeps_its_steps(working: Conductor[None]) -> None:
+    pid, doubled = await (await isolated_app.where.invoke(4)).result(30)
+    assert pid != os.getpid()
+    assert doubled == 8
+
+
+async def test_a_coroutine_runs_on_the_loop_of_its_process(working: Conductor[None]) -> None:
+    assert await (await isolated_app.on_its_loop.invoke(4)).result(30) == 8
+
+
+async def test_a_handler_that_kills_its_process_uses_up_the_crash_budget_alone(
+    working: Conductor[None], db: psycopg.Connection[dict[str, Any]]
+) -> None:
+    with pytest.raises(ExecutionFailed) as caught:
+        await (await isolated_app.deadly.invoke()).result(60)
+    assert caught.value.error_type == "pgconductor.errors.WorkerLost"
+    row = db.execute("select crashes, attempt from executions").fetchone()
+    assert row == {"crashes": 2, "attempt": 1}
+
+
+async def test_a_handler_that_outlives_its_timeout_is_replaced_with_its_process(working: Conductor[None]) -> None:
+    with pytest.raises(ExecutionFailed) as caught:
+        await (await isolated_app.endless.invoke()).result(30)
+    assert caught.value.error_type == "pgconductor.errors.AttemptTimeout"
+    assert await (await isolated_app.on_its_loop.invoke(1)).result(30) == 2
