@@ -9,8 +9,9 @@
 -- Returns {lost, queues: [queue ids with new work], watchers: [who is to be told], next_due: seconds}.
 
 -- Completes executions without parent and children. p_completed: [{id, token, result}]
-create or replace function settle_plain(p_orchestrator uuid, p_completed json, p_now timestamptz, inout p_lost uuid[])
-returns uuid[]
+create or replace function settle_plain(
+  p_orchestrator uuid, p_completed json, p_now timestamptz, inout p_lost uuid[], out p_effects effects
+)
 language plpgsql volatile set search_path from current set enable_seqscan = off as $$
 declare
   v_ids uuid[];
@@ -18,7 +19,9 @@ declare
   v_results json[];
   v_count int;
 begin
-  select array_agg(l.execution_id), array_agg(l.claimed_at), array_agg(g.result) into v_ids, v_claimed, v_results
+  select array_agg(l.execution_id order by l.execution_id), array_agg(l.claimed_at order by l.execution_id),
+         array_agg(g.result order by l.execution_id)
+  into v_ids, v_claimed, v_results
   from json_to_recordset(p_completed) as g(id uuid, token bigint, result json)
   join lease l on l.execution_id = g.id and l.token = g.token and l.orchestrator_id = p_orchestrator;
 
@@ -26,13 +29,14 @@ begin
   set outcome = 'completed', result = h.result, error = null, finished_at = p_now,
       started_at = coalesce(e.started_at, h.claimed_at)
   from unnest(v_ids, v_claimed, v_results) as h(id, claimed_at, result)
-  where e.id = h.id and e.cancel_requested_at is null;
+  where e.id = h.id and e.cancel_requested_at is null and e.outcome is null;
   get diagnostics v_count = row_count;
 
   if v_count < coalesce(cardinality(v_ids), 0) then
-    perform finish(cancelled(array(
+    p_effects := finish(cancelled(array(
       select id from execution where id = any(v_ids) and outcome is null)), p_now);
   end if;
+  p_effects := merge(p_effects, row('{}', watchers_of(v_ids))::effects);
   delete from lease where execution_id = any(v_ids);
   if coalesce(cardinality(v_ids), 0) < json_array_length(p_completed) then
     p_lost := p_lost || array(select g.id from json_to_recordset(p_completed) as g(id uuid)
@@ -174,6 +178,7 @@ create or replace function settle(
 language plpgsql volatile set search_path from current set enable_seqscan = off as $$
 declare
   v_now timestamptz := instant(p_now);
+  v_plain record;
   v_lost uuid[] := '{}'::uuid[];
   v_held settlement[];
   v_effects effects := row('{}'::int[], '{}'::text[]);
@@ -182,7 +187,9 @@ begin
     return null;
   end if;
   if json_array_length(p_completed) > 0 then
-    v_lost := settle_plain(p_orchestrator, p_completed, v_now, v_lost);
+    select * into v_plain from settle_plain(p_orchestrator, p_completed, v_now, v_lost);
+    v_lost := v_plain.p_lost;
+    v_effects := v_plain.p_effects;
   end if;
   if json_array_length(p_outcomes) > 0 then
     select array_agg(row(o.id, o.outcome, o.result, o.error, o.delay, o.ops, o.awaits, o.fresh, o.cached,
@@ -193,7 +200,7 @@ begin
       delay float8, ops json, awaits json, fresh json, cached boolean)
     left join lease l on l.execution_id = o.id and l.token = o.token and l.orchestrator_id = p_orchestrator;
     if v_held is not null then
-      v_effects := settle_held(p_orchestrator, v_held, v_now);
+      v_effects := merge(v_effects, settle_held(p_orchestrator, v_held, v_now));
     end if;
   end if;
   return json_build_object(
@@ -206,6 +213,7 @@ end $$;
 create or replace function settle_held(p_orchestrator uuid, p_held settlement[], p_now timestamptz) returns effects
 language plpgsql volatile set search_path from current set enable_seqscan = off as $$
 declare
+  v_held settlement[];
   v_flagged uuid[];
   v_again settlement[];
   v_parked settlement[];
@@ -213,13 +221,20 @@ declare
   v_effects effects := row('{}'::int[], '{}'::text[]);
 begin
   perform lock_for_settle(p_held);
-  v_flagged := array(select e.id from unnest(p_held) h join execution e on e.id = h.id
+  -- a first try of this very call may have gone on while its sender had given it up
+  v_held := array(select distinct on (h.id) h from unnest(p_held) h join lease l on l.execution_id = h.id
+                  where l.orchestrator_id = p_orchestrator and l.claimed_at = h.claimed_at);
+  v_flagged := array(select e.id from unnest(v_held) h join execution e on e.id = h.id
                      where e.cancel_requested_at is not null);
   select array_agg(h) filter (where h.outcome in ('retried', 'released', 'crashed')),
          array_agg(h) filter (where h.outcome = 'parked'),
          array_agg(row(h.id, h.outcome, h.result, h.error)::ended) filter (where h.outcome in ('completed', 'failed'))
   into v_again, v_parked, v_ended
-  from unnest(p_held) h where h.id <> all(v_flagged);
+  from unnest(v_held) h where h.id <> all(v_flagged);
+  if coalesce(cardinality(v_again), 0) + coalesce(cardinality(v_parked), 0) + coalesce(cardinality(v_ended), 0)
+     + cardinality(v_flagged) < cardinality(v_held) then
+    raise exception 'an outcome is not one of those that settle knows' using errcode = 'PC003';
+  end if;
 
   update execution e set failures = e.failures + 1
   from unnest(v_ended) x where e.id = x.id and x.outcome = 'failed';
@@ -235,6 +250,6 @@ begin
   if v_ended is not null then
     v_effects := merge(v_effects, finish(v_ended, p_now));
   end if;
-  delete from lease where execution_id in (select h.id from unnest(p_held) h);
+  delete from lease where execution_id in (select h.id from unnest(v_held) h);
   return v_effects;
 end $$;
