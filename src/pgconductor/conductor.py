@@ -2,8 +2,8 @@
 
 import asyncio
 import os
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, Protocol, Self, cast, overload
 from uuid import UUID
@@ -111,7 +111,7 @@ class Conductor(Generic[D]):
         self._dsn: str | None = None
         self._lifespan = lifespan
         self._deps = context
-        self._clients = Clients(lambda: LoopClient(self.engine, self._address, self._migrate_development_server))
+        self._clients = self._make_clients()
 
     # ---------------------------------------------------------------- registering
 
@@ -415,6 +415,25 @@ class Conductor(Generic[D]):
             self._dsn = embedded.resolve_dsn(self._given_dsn)
         return self._dsn
 
+    @contextmanager
+    def bound_to(self, dsn: str, engine: Engine, deps: D = _UNSET) -> Generator[None]:
+        """Lead to another database for the length of a block. For the testing kit.
+
+        Args:
+            dsn: Of a migrated database.
+            engine: Builds the queries; may carry a clock of its own.
+            deps: What handlers find as `ctx.deps`, if not what the lifespan or context provides.
+        """
+        kept = dict(vars(self))
+        self.engine, self._given_dsn, self._dsn = engine, dsn, dsn
+        self._clients = self._make_clients()
+        if deps is not _UNSET:
+            self._lifespan, self._deps = None, deps
+        try:
+            yield
+        finally:
+            vars(self).update(kept)
+
     async def migrate(self) -> None:
         """Install the engine in its schema, or bring it up to this release; safe to repeat and to run at once.
 
@@ -451,6 +470,9 @@ class Conductor(Generic[D]):
             raise ConfigurationError(f"task {task.name!r}", "the name is taken by another task", "give name=")
         self.tasks[task.name] = task
         return task
+
+    def _make_clients(self) -> Clients:
+        return Clients(lambda: LoopClient(self.engine, self._address, self._migrate_development_server))
 
     def _plan(self, options: Options) -> CallPlan:
         return CallPlan(parse_options("invoke", **options), self.tasks)
