@@ -57,14 +57,14 @@ begin
 end $$;
 
 create or replace function lock_executions(p_ids uuid[]) returns void
-language plpgsql volatile set search_path from current set enable_seqscan = off as $$
+language plpgsql volatile set search_path from current as $$
 begin
   perform from execution where id = any(p_ids) order by depth desc, id for no key update;
 end $$;
 
 -- Unfinished attached children, at any depth. Stable while the tree lock is held exclusively.
 create or replace function open_descendants(p_ids uuid[]) returns setof uuid
-language sql stable set search_path from current set enable_seqscan = off as $$
+language sql stable set search_path from current as $$
   with recursive tree (id) as (
     select child_id from step
     where execution_id = any(p_ids) and status = 'pending' and child_id is not null

@@ -5,12 +5,19 @@
 -- Returns [{name, id}]. Ready work that was enqueued for a task before its first registration moves to its queue.
 create or replace function register_tasks(p_deployment text, p_tasks json, p_now timestamptz default null)
 returns json
-language plpgsql volatile set search_path from current as $$
+language plpgsql volatile set search_path from current set enable_seqscan = off set jit = off as $$
 declare
   v_now timestamptz := instant(p_now);
 begin
   insert into queue (name)
   select distinct t.queue from json_to_recordset(p_tasks) as t(queue text) order by 1 on conflict do nothing;
+  -- what was enqueued before anybody knew the task's queue moves with its lane
+  update lane l set queue_id = q.id
+  from json_to_recordset(p_tasks) as t(name text, queue text)
+  join task k on k.name = t.name and k.registered_at is null
+  join queue q on q.name = t.queue
+  where l.task_id = k.id and l.queue_id = k.queue_id
+    and not exists (select from lane o where o.task_id = k.id and o.queue_id = q.id);
   insert into task as k (name, queue_id, deployment, max_attempts, max_crashes, registered_at)
   select t.name, q.id, p_deployment, t.max_attempts, t.max_crashes, v_now
   from json_to_recordset(p_tasks) as t(name text, queue text, max_attempts smallint, max_crashes smallint)
@@ -31,7 +38,7 @@ end $$;
 
 -- Makes queues that do not exist yet; returns [{name, id}].
 create or replace function register_queues(p_names text[]) returns json
-language plpgsql volatile set search_path from current as $$
+language plpgsql volatile set search_path from current set enable_seqscan = off set jit = off as $$
 begin
   insert into queue (name)
   select n from unnest(p_names) n where not exists (select from queue q where q.name = n) order by 1
@@ -42,7 +49,7 @@ end $$;
 create or replace function register_orchestrator(
   p_id uuid, p_name text, p_version text, p_host text, p_pid int, p_queues text[], p_now timestamptz default null
 ) returns void
-language plpgsql volatile set search_path from current as $$
+language plpgsql volatile set search_path from current set enable_seqscan = off set jit = off as $$
 declare
   v_now timestamptz := instant(p_now);
 begin

@@ -8,13 +8,12 @@ create or replace function ensure_lanes(p_tasks text[], p_queues text[]) returns
 language plpgsql volatile set search_path from current as $$
 begin
   insert into queue (name)
-  select distinct x.name from (select coalesce(q, 'default') as name from unnest(p_queues) q) x
-  where not exists (select from queue where queue.name = x.name)
+  select distinct x.name from (select unnest(p_queues || array['default']) as name) x
+  where x.name is not null and not exists (select from queue where queue.name = x.name)
   order by 1 on conflict do nothing;
   insert into task (name, queue_id)
-  select distinct on (x.name) x.name, q.id
-  from (select unnest(p_tasks) as name, unnest(p_queues) as queue) x
-  join queue q on q.name = coalesce(x.queue, 'default')
+  select distinct x.name, q.id from (select unnest(p_tasks) as name) x
+  join queue q on q.name = 'default'
   where not exists (select from task where task.name = x.name)
   order by 1 on conflict do nothing;
   insert into lane (queue_id, task_id)
@@ -109,7 +108,7 @@ end $$;
 create or replace function enqueue(
   p_calls json, p_notify boolean default false, p_again boolean default false, p_now timestamptz default null
 ) returns json
-language plpgsql volatile set search_path from current as $$
+language plpgsql volatile set search_path from current set enable_seqscan = off set jit = off as $$
 declare
   v_now timestamptz := instant(p_now);
   v_tasks text[];
@@ -165,7 +164,7 @@ create or replace function invoke(
   run_at timestamptz default null, delay interval default null, dedupe_key text default null,
   on_duplicate text default 'keep'
 ) returns uuid
-language plpgsql volatile set search_path from current as $$
+language plpgsql volatile set search_path from current set enable_seqscan = off set jit = off as $$
 declare
   v_id uuid := uuid7();
 begin

@@ -6,7 +6,7 @@
 
 -- Splits a limit over lanes so that the best rows of all of them are taken, in (priority, order).
 create or replace function share_limit(p_lanes int[], p_limit int) returns table (lane_id int, take int)
-language sql stable set search_path from current set enable_seqscan = off as $$
+language sql stable set search_path from current as $$
   select n.lane_id, count(*)::int
   from (select r.lane_id from unnest(p_lanes) l
         cross join lateral (select * from ready r where r.lane_id = l order by r.priority desc, r.ord limit p_limit) r
@@ -16,7 +16,7 @@ $$;
 
 -- Removes and returns the first ready rows of one lane.
 create or replace function take_ready(p_lane int, p_take int) returns ready[]
-language plpgsql volatile set search_path from current set enable_seqscan = off as $$
+language plpgsql volatile set search_path from current as $$
 declare
   v_taken ready[];
 begin
@@ -34,7 +34,7 @@ end $$;
 
 -- The recorded operations of a resumed execution, newest rounds included, as arrays; only those after p_since.
 create or replace function recorded_steps(p_execution uuid, p_since bigint default 0) returns json
-language sql stable set search_path from current set enable_seqscan = off as $$
+language sql stable set search_path from current as $$
   select json_agg(json_build_array(name, round, index, kind, status, value, error, child_id, child_task, dropped)
                   order by name, round, index)
   from step where execution_id = p_execution and seq > p_since
@@ -46,7 +46,7 @@ create or replace function claim(
   p_orchestrator uuid, p_token bigint, p_wants json, p_tasks int[], p_fire boolean default false,
   p_now timestamptz default null
 ) returns json
-language plpgsql volatile set search_path from current set enable_seqscan = off as $$
+language plpgsql volatile set search_path from current set enable_seqscan = off set jit = off as $$
 declare
   v_now timestamptz := instant(p_now);
   v_want record;

@@ -9,17 +9,20 @@
 -- p_ops: [{id (execution), name, round, kind, due_at?, due_in? (seconds), keep, timeout_error?, window?, detached?,
 --          children: [{id, task, queue, payload, priority, delay, run_at}]}]
 create or replace function open_operations(p_ops json, p_now timestamptz) returns int[]
-language plpgsql volatile set search_path from current set enable_seqscan = off as $$
+language plpgsql volatile set search_path from current as $$
 declare
   v_opened uuid[];
   v_new new_execution[];
 begin
   -- headers of fan-outs, sleeps and waits
-  insert into step (execution_id, name, round, index, kind, status, keep_on_timeout, created_at, due_at, error)
-  select o.id, o.name, o.round, 0, o.kind, 'pending', coalesce(o.keep, false), p_now,
+  insert into step (execution_id, name, round, index, kind, status, keep_on_timeout, created_at, finished_at, due_at,
+                    error)
+  select o.id, o.name, o.round, 0, o.kind,
+         case when json_array_length(o.children) = 0 then 'completed' else 'pending' end::step_status,
+         coalesce(o.keep, false), p_now, case when json_array_length(o.children) = 0 then p_now end,
          coalesce(o.due_at, p_now + make_interval(secs => o.due_in)), o.timeout_error
   from json_to_recordset(p_ops) as o(id uuid, name text, round smallint, kind step_kind, due_at timestamptz,
-    due_in float8, keep boolean, timeout_error json)
+    due_in float8, keep boolean, timeout_error json, children json)
   where o.kind not in ('invoke', 'start')
   on conflict do nothing;
 
@@ -56,7 +59,7 @@ end $$;
 
 -- The rows of new children. Those beyond a fan-out's window are due at infinity until one before them ends.
 create or replace function child_executions(p_ops json, p_opened uuid[], p_now timestamptz) returns new_execution[]
-language plpgsql volatile set search_path from current set enable_seqscan = off as $$
+language plpgsql volatile set search_path from current as $$
 declare
   v_tasks text[];
   v_queues text[];
@@ -98,7 +101,7 @@ end $$;
 -- p_steps: [{id, token, name, round, kind, value}]; p_ops: as open_operations takes them, with token.
 create or replace function save(p_orchestrator uuid, p_steps json, p_ops json, p_now timestamptz default null)
 returns json
-language plpgsql volatile set search_path from current set enable_seqscan = off as $$
+language plpgsql volatile set search_path from current set enable_seqscan = off set jit = off as $$
 declare
   v_now timestamptz := instant(p_now);
   v_lost uuid[];
@@ -128,7 +131,7 @@ end $$;
 -- Opens operations of executions that go on running. A parent with a cancel request creates nothing: its worker is
 -- told by signal.
 create or replace function start_children(p_ops json, p_lost uuid[], p_now timestamptz) returns int[]
-language plpgsql volatile set search_path from current set enable_seqscan = off as $$
+language plpgsql volatile set search_path from current as $$
 declare
   v_parents uuid[];
   v_roots uuid[];
@@ -152,7 +155,7 @@ create or replace function save_transaction(
   p_orchestrator uuid, p_id uuid, p_token bigint, p_name text, p_round smallint, p_value json,
   p_now timestamptz default null
 ) returns text
-language plpgsql volatile set search_path from current set enable_seqscan = off as $$
+language plpgsql volatile set search_path from current set enable_seqscan = off set jit = off as $$
 declare
   v_now timestamptz := instant(p_now);
 begin

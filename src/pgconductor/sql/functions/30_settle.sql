@@ -12,7 +12,7 @@
 create or replace function settle_plain(
   p_orchestrator uuid, p_completed json, p_now timestamptz, inout p_lost uuid[], out p_effects effects
 )
-language plpgsql volatile set search_path from current set enable_seqscan = off as $$
+language plpgsql volatile set search_path from current as $$
 declare
   v_ids uuid[];
   v_claimed timestamptz[];
@@ -54,7 +54,7 @@ $$;
 
 -- Locks what outcomes touch: their executions and parents, and the open descendants of those that end.
 create or replace function lock_for_settle(p_held settlement[]) returns void
-language plpgsql volatile set search_path from current set enable_seqscan = off as $$
+language plpgsql volatile set search_path from current as $$
 declare
   v_creating uuid[];
   v_ending uuid[];
@@ -76,7 +76,7 @@ end $$;
 -- Parks: opens what is new, then waits, unless something awaited has been answered already.
 -- awaits: [{name, round, kind, awaited, members?: [step names], count?}]
 create or replace function park(p_orchestrator uuid, p_parked settlement[], p_now timestamptz) returns effects
-language plpgsql volatile set search_path from current set enable_seqscan = off as $$
+language plpgsql volatile set search_path from current as $$
 declare
   v_lanes int[] := '{}'::int[];
   v_ops json;
@@ -109,7 +109,7 @@ end $$;
 
 -- Makes a row a wait on started children, with how many of them are still to answer.
 create or replace function count_waits(p_parked settlement[], p_now timestamptz) returns void
-language plpgsql volatile set search_path from current set enable_seqscan = off as $$
+language plpgsql volatile set search_path from current as $$
 declare
   v_full answer[];
 begin
@@ -144,7 +144,7 @@ end $$;
 -- The position in step_seq after which the worker that parked has seen nothing. Operations it thought open may have
 -- been answered while it ran.
 create or replace function unseen_since(p_execution uuid, p_open json) returns bigint
-language sql volatile set search_path from current set enable_seqscan = off as $$
+language sql volatile set search_path from current as $$
   select least(
     (select last_value from step_seq),
     (select min(s.seq) - 1 from json_to_recordset(p_open) as a(name text, round smallint)
@@ -154,7 +154,7 @@ $$;
 
 -- Makes executions ready again, at once or after their delay. Those released keep their place before fresh work.
 create or replace function requeue(p_again settlement[], p_now timestamptz) returns effects
-language plpgsql volatile set search_path from current set enable_seqscan = off as $$
+language plpgsql volatile set search_path from current as $$
 begin
   update execution e
   set failures = e.failures + (a.outcome = 'retried')::int, crashes = e.crashes + (a.outcome = 'crashed')::int, error = coalesce(a.error, e.error),
@@ -175,7 +175,7 @@ end $$;
 create or replace function settle(
   p_orchestrator uuid, p_completed json, p_outcomes json, p_now timestamptz default null
 ) returns json
-language plpgsql volatile set search_path from current set enable_seqscan = off as $$
+language plpgsql volatile set search_path from current set enable_seqscan = off set jit = off as $$
 declare
   v_now timestamptz := instant(p_now);
   v_plain record;
@@ -211,7 +211,7 @@ end $$;
 
 -- Settles outcomes whose leases are held.
 create or replace function settle_held(p_orchestrator uuid, p_held settlement[], p_now timestamptz) returns effects
-language plpgsql volatile set search_path from current set enable_seqscan = off as $$
+language plpgsql volatile set search_path from current as $$
 declare
   v_held settlement[];
   v_flagged uuid[];

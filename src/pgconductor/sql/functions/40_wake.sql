@@ -6,7 +6,7 @@
 -- Makes executions ready before fresh work of the same priority.
 create or replace function make_ready(p_ids uuid[], p_cached_by uuid default null, p_cached_seq bigint default null)
 returns int[]
-language plpgsql volatile set search_path from current set enable_seqscan = off as $$
+language plpgsql volatile set search_path from current as $$
 begin
   insert into ready (lane_id, priority, ord, execution_id, cached_by, cached_seq)
   select e.lane_id, e.priority, e.ord - 4611686018427387904, e.id, p_cached_by, p_cached_seq
@@ -16,7 +16,7 @@ end $$;
 
 -- Makes parked executions ready; those that are not parked are left alone.
 create or replace function wake(p_ids uuid[]) returns effects
-language plpgsql volatile set search_path from current set enable_seqscan = off as $$
+language plpgsql volatile set search_path from current as $$
 declare
   v_woken wait[];
   v_ids uuid[];
@@ -38,7 +38,7 @@ end $$;
 
 -- The members of a wait that have answered, by step name, as they stand now.
 create or replace function done_members(p_execution uuid, p_name text, p_round smallint) returns json
-language sql stable set search_path from current set enable_seqscan = off as $$
+language sql stable set search_path from current as $$
   select coalesce(json_agg(distinct s.name), '[]')
   from wait_link l join step s on s.execution_id = l.execution_id and s.name = l.child_step and s.index = 0
   where l.execution_id = p_execution and l.item_name = p_name and l.item_round = p_round and s.status <> 'pending'
@@ -46,13 +46,14 @@ $$;
 
 -- Writes outcomes into pending steps, each once; returns those it wrote.
 create or replace function write_answers(p_answers answer[], p_now timestamptz) returns answer[]
-language plpgsql volatile set search_path from current set enable_seqscan = off as $$
+language plpgsql volatile set search_path from current as $$
 declare
   v_written answer[];
 begin
   with written as (
     update step s
-    set status = a.status, value = a.value, error = coalesce(a.error, s.error), finished_at = p_now,
+    set status = a.status, value = a.value, finished_at = p_now,
+        error = case when a.status = 'timed_out' then s.error else a.error end,
         seq = nextval('step_seq')
     from unnest(p_answers) a
     where s.execution_id = a.execution_id and s.name = a.name and s.round = a.round and s.index = a.index
@@ -65,7 +66,7 @@ end $$;
 
 -- Answers operations and wakes the executions that need no more.
 create or replace function answer(p_answers answer[], p_now timestamptz) returns effects
-language plpgsql volatile set search_path from current set enable_seqscan = off as $$
+language plpgsql volatile set search_path from current as $$
 declare
   v_written answer[] := write_answers(p_answers, p_now);
   v_counted uuid[];
@@ -86,7 +87,7 @@ end $$;
 
 -- Counts answered children of fan-outs; answers the fan-outs that are complete and returns their executions.
 create or replace function count_fan_outs(p_written answer[], p_now timestamptz) returns uuid[]
-language plpgsql volatile set search_path from current set enable_seqscan = off as $$
+language plpgsql volatile set search_path from current as $$
 declare
   v_full answer[];
 begin
@@ -104,13 +105,12 @@ begin
   end if;
   delete from wait_item i using unnest(v_full) f
   where i.execution_id = f.execution_id and i.name = f.name and i.round = f.round;
-  perform write_answers(v_full, p_now);
-  return array(select execution_id from unnest(v_full));
+  return array(select execution_id from unnest(write_answers(v_full, p_now)));
 end $$;
 
 -- Counts answered children for the waits that name them; answers the waits that are full.
 create or replace function count_links(p_written answer[], p_now timestamptz) returns uuid[]
-language plpgsql volatile set search_path from current set enable_seqscan = off as $$
+language plpgsql volatile set search_path from current as $$
 declare
   v_full answer[];
 begin
@@ -129,13 +129,12 @@ begin
   if v_full is null then
     return '{}'::uuid[];
   end if;
-  perform write_answers(v_full, p_now);
-  return array(select execution_id from unnest(v_full));
+  return array(select execution_id from unnest(write_answers(v_full, p_now)));
 end $$;
 
 -- Makes the next held children of a fan-out with a window ready, one for each that ended inside the window.
 create or replace function release_next(p_written answer[]) returns int[]
-language plpgsql volatile set search_path from current set enable_seqscan = off as $$
+language plpgsql volatile set search_path from current as $$
 declare
   v_item record;
   v_next record;
@@ -167,7 +166,7 @@ end $$;
 
 -- Ends executions: writes the outcome, cancels open descendants, answers the parents.
 create or replace function finish(p_ended ended[], p_now timestamptz) returns effects
-language plpgsql volatile set search_path from current set enable_seqscan = off as $$
+language plpgsql volatile set search_path from current as $$
 declare
   v_ids uuid[] := array(select id from unnest(p_ended));
   v_open uuid[];

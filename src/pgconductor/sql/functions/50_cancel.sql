@@ -5,7 +5,7 @@
 
 -- Requests the end of locked executions: those that do not run end at once, those that run are told.
 create or replace function cancel_locked(p_ids uuid[], p_reason text, p_now timestamptz) returns effects
-language plpgsql volatile set search_path from current set enable_seqscan = off as $$
+language plpgsql volatile set search_path from current as $$
 declare
   v_ids uuid[];
   v_stopped uuid[];
@@ -44,7 +44,7 @@ end $$;
 
 -- Returns {result: cancelled | requested | ended | unknown, queues, watchers}.
 create or replace function cancel(p_id uuid, p_reason text, p_now timestamptz default null) returns json
-language plpgsql volatile set search_path from current set enable_seqscan = off as $$
+language plpgsql volatile set search_path from current set enable_seqscan = off set jit = off as $$
 declare
   v_now timestamptz := instant(p_now);
   v_root uuid;
@@ -72,7 +72,7 @@ end $$;
 -- Cancels the execution that a task's dedupe key names.
 create or replace function cancel_by_key(p_task text, p_key text, p_reason text, p_now timestamptz default null)
 returns json
-language sql volatile set search_path from current as $$
+language sql volatile set search_path from current set enable_seqscan = off set jit = off as $$
   select coalesce(
     (select cancel(d.execution_id, p_reason, p_now) from dedupe d join task t on t.id = d.task_id
      where t.name = p_task and d.key = p_key),
@@ -82,7 +82,7 @@ $$;
 -- Opens a new life of an execution that failed or was cancelled: its recorded steps stay, its budgets begin anew.
 -- Its parent, if any, has had its answer and hears nothing more. Returns {result: ready | refused | unknown, queues}.
 create or replace function redrive(p_id uuid) returns json
-language plpgsql volatile set search_path from current set enable_seqscan = off as $$
+language plpgsql volatile set search_path from current set enable_seqscan = off set jit = off as $$
 declare
   v_execution execution;
 begin
@@ -97,6 +97,14 @@ begin
   set outcome = null, finished_at = null, error = null, failures = 0, crashes = 0,
       cancel_requested_at = null, cancel_reason = null
   where id = p_id;
+  -- its fan-outs lost their counters when it ended: count again what is still open, and answer those that are not
+  insert into wait_item (execution_id, name, round, kind, left_count)
+  select s.execution_id, s.name, s.round, s.kind, count(*) from step s
+  where s.execution_id = p_id and s.kind = 'invoke_all' and s.index > 0 and s.status = 'pending'
+  group by 1, 2, 3, 4;
+  update step s set status = 'completed', finished_at = instant(null), seq = nextval('step_seq')
+  where s.execution_id = p_id and s.kind = 'invoke_all' and s.index = 0 and s.status = 'pending'
+    and not exists (select from wait_item i where i.execution_id = p_id and i.name = s.name and i.round = s.round);
   return json_build_object('result', 'ready', 'queues', queues_of(make_ready(array[p_id])));
 end $$;
 
@@ -105,7 +113,7 @@ create or replace function cancel_as_step(
   p_orchestrator uuid, p_id uuid, p_token bigint, p_name text, p_target uuid, p_reason text,
   p_now timestamptz default null
 ) returns json
-language plpgsql volatile set search_path from current set enable_seqscan = off as $$
+language plpgsql volatile set search_path from current set enable_seqscan = off set jit = off as $$
 declare
   v_now timestamptz := instant(p_now);
   v_answer json;

@@ -5,7 +5,7 @@
 -- Returns {alive, cancel: [execution ids to tell]}. A process that is not alive must stop what it runs.
 create or replace function beat(p_orchestrator uuid, p_stopping boolean default false, p_now timestamptz default null)
 returns json
-language plpgsql volatile set search_path from current as $$
+language plpgsql volatile set search_path from current set enable_seqscan = off set jit = off as $$
 declare
   v_now timestamptz := instant(p_now);
   v_told json;
@@ -22,7 +22,7 @@ end $$;
 
 -- Makes due work ready and answers due waits, a bounded number at a time. Returns how many.
 create or replace function fire_timers(p_now timestamptz default null, p_limit int default 1000) returns int
-language plpgsql volatile set search_path from current set enable_seqscan = off as $$
+language plpgsql volatile set search_path from current set enable_seqscan = off set jit = off as $$
 declare
   v_now timestamptz := instant(p_now);
   v_due uuid[];
@@ -32,25 +32,28 @@ begin
      or not pg_try_advisory_xact_lock(hashtext(current_schema()), 1000) then
     return 0;
   end if;
-  v_due := array(select execution_id from timer where due_at <= v_now order by due_at limit p_limit);
-  v_parked := array(select execution_id from wait where execution_id = any(v_due));
-
-  with fired as (
-    delete from timer where execution_id = any(v_due) and execution_id <> all(v_parked) and due_at <= v_now
-    returning execution_id
-  )
-  insert into ready (lane_id, priority, ord, execution_id)
-  select e.lane_id, e.priority, e.ord, e.id from fired f join execution e on e.id = f.execution_id;
+  v_parked := array(
+    select t.execution_id from (select execution_id from timer where due_at <= v_now order by due_at limit p_limit) t
+    join wait w on w.execution_id = t.execution_id);
   if cardinality(v_parked) > 0 then
     perform expire_waits(v_parked, v_now);
   end if;
-  return cardinality(v_due);
+
+  -- last, and passing over what a cancel holds: no lock on a timer is held while waiting for trees and executions
+  v_due := array(
+    select t.execution_id from timer t
+    where t.due_at <= v_now and not exists (select from wait w where w.execution_id = t.execution_id)
+    order by t.due_at limit p_limit for update skip locked);
+  delete from timer where execution_id = any(v_due);
+  insert into ready (lane_id, priority, ord, execution_id)
+  select lane_id, priority, ord, id from execution where id = any(v_due);
+  return cardinality(v_parked) + cardinality(v_due);
 end $$;
 
 -- Answers what is due of parked executions: sleeps end; invocations and fan-outs time out, and their children are
 -- cancelled unless they are to be kept; waits on started children return what there is.
 create or replace function expire_waits(p_parked uuid[], p_now timestamptz) returns effects
-language plpgsql volatile set search_path from current set enable_seqscan = off as $$
+language plpgsql volatile set search_path from current as $$
 declare
   v_roots uuid[];
   v_due answer[];
@@ -86,7 +89,7 @@ end $$;
 
 -- The unfinished children of due operations that are not to be kept.
 create or replace function due_children(p_parked uuid[], p_now timestamptz) returns uuid[]
-language sql stable set search_path from current set enable_seqscan = off as $$
+language sql stable set search_path from current as $$
   select coalesce(array_agg(c.child_id), '{}')
   from step s
   join step c on c.execution_id = s.execution_id and c.name = s.name and c.round = s.round
@@ -98,7 +101,7 @@ $$;
 -- Cancels the children of operations that timed out; a fan-out's open rows are answered first, so that the children
 -- wake nobody.
 create or replace function time_out_children(p_due answer[], p_doomed uuid[], p_now timestamptz) returns effects
-language plpgsql volatile set search_path from current set enable_seqscan = off as $$
+language plpgsql volatile set search_path from current as $$
 begin
   update step s set status = 'timed_out', finished_at = p_now, seq = nextval('step_seq')
   from unnest(p_due) d
@@ -113,33 +116,28 @@ end $$;
 -- lease lasts: an outage of the database is nobody's crash.
 -- Returns {lost: how many executions were taken over, queues, watchers}.
 create or replace function sweep(p_expiry interval default '20 seconds', p_now timestamptz default null) returns json
-language plpgsql volatile set search_path from current set enable_seqscan = off as $$
+language plpgsql volatile set search_path from current set enable_seqscan = off set jit = off as $$
 declare
   v_now timestamptz := instant(p_now);
-  v_dead uuid;
+  v_dead uuid[];
   v_lost uuid[];
-  v_count int := 0;
-  v_effects effects := row('{}'::int[], '{}'::text[]);
+  v_effects effects;
 begin
   if not pg_try_advisory_xact_lock(hashtext(current_schema()), 1001)
      or (p_now is null and pg_postmaster_start_time() + p_expiry > v_now) then
     return json_build_object('lost', 0);
   end if;
-  for v_dead in
-    select id from orchestrator where beat_at < v_now - p_expiry order by id for update skip locked
-  loop
-    v_lost := array(select execution_id from lease where orchestrator_id = v_dead);
-    v_effects := merge(v_effects, lose(v_lost, v_now));
-    v_count := v_count + cardinality(v_lost);
-    delete from signal where orchestrator_id = v_dead;
-    delete from orchestrator where id = v_dead;
-  end loop;
-  return json_build_object('lost', v_count, 'queues', queues_of(v_effects.lane_ids), 'watchers', v_effects.watchers);
+  v_dead := array(select id from orchestrator where beat_at < v_now - p_expiry order by id for update skip locked);
+  v_lost := array(select execution_id from lease where orchestrator_id = any(v_dead));
+  v_effects := lose(v_lost, v_now);
+  delete from signal where orchestrator_id = any(v_dead);
+  delete from orchestrator where id = any(v_dead);
+  return json_build_object('lost', cardinality(v_lost), 'queues', queues_of(v_effects.lane_ids), 'watchers', v_effects.watchers);
 end $$;
 
 -- Counts a crash for executions whose process is gone: they run again, or end when the budget is used up.
 create or replace function lose(p_lost uuid[], p_now timestamptz) returns effects
-language plpgsql volatile set search_path from current set enable_seqscan = off as $$
+language plpgsql volatile set search_path from current as $$
 declare
   v_over uuid[];
   v_flagged uuid[];
@@ -173,7 +171,7 @@ end $$;
 -- Gives back, at no cost, what a living process holds and does not know of: a claim whose reply was lost.
 -- p_known: the tokens of the claims whose replies it has.
 create or replace function reconcile(p_orchestrator uuid, p_known bigint[], p_now timestamptz default null) returns json
-language plpgsql volatile set search_path from current set enable_seqscan = off as $$
+language plpgsql volatile set search_path from current set enable_seqscan = off set jit = off as $$
 declare
   v_free uuid[];
 begin
@@ -186,25 +184,27 @@ end $$;
 
 -- Makes leased executions ready without counting anything against them; a cancelled one ends.
 create or replace function give_back(p_ids uuid[], p_now timestamptz) returns int[]
-language plpgsql volatile set search_path from current set enable_seqscan = off as $$
+language plpgsql volatile set search_path from current as $$
 declare
+  v_held uuid[];
   v_flagged uuid[];
   v_effects effects := row('{}'::int[], '{}'::text[]);
 begin
   perform lock_executions(p_ids || array(select parent_id from execution where id = any(p_ids)
                                          and parent_id is not null));
-  v_flagged := array(select id from execution where id = any(p_ids) and cancel_requested_at is not null);
+  v_held := array(select execution_id from lease where execution_id = any(p_ids));
+  v_flagged := array(select id from execution where id = any(v_held) and cancel_requested_at is not null);
   if cardinality(v_flagged) > 0 then
     v_effects := finish(cancelled(v_flagged), p_now);
   end if;
-  delete from lease where execution_id = any(p_ids);
-  return v_effects.lane_ids || make_ready(array(select id from unnest(p_ids) id where id <> all(v_flagged)));
+  delete from lease where execution_id = any(v_held);
+  return v_effects.lane_ids || make_ready(array(select id from unnest(v_held) id where id <> all(v_flagged)));
 end $$;
 
 -- Ends a process' membership; whatever it still holds goes back at no cost. Called at the end of a stop, and with
 -- the old id by a process that fenced itself.
 create or replace function retire(p_orchestrator uuid, p_now timestamptz default null) returns json
-language plpgsql volatile set search_path from current set enable_seqscan = off as $$
+language plpgsql volatile set search_path from current set enable_seqscan = off set jit = off as $$
 declare
   v_lanes int[];
 begin
