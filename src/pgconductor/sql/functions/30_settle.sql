@@ -128,7 +128,7 @@ begin
   from unnest(p_parked) p
   cross join lateral json_to_recordset(p.awaits)
     as a(name text, round smallint, kind step_kind, members json, count int)
-  cross join lateral json_array_elements_text(a.members) m
+  cross join lateral (select distinct value from json_array_elements_text(a.members)) m
   left join step s on s.execution_id = p.id and s.name = m.value and s.index = 0
     and s.round = (select max(r.round) from step r where r.execution_id = p.id and r.name = m.value)
   group by p.id, a.name, a.round, a.kind, a.count
@@ -175,7 +175,7 @@ end $$;
 create or replace function settle(
   p_orchestrator uuid, p_completed json, p_outcomes json, p_now timestamptz default null
 ) returns json
-language plpgsql volatile set search_path from current set enable_seqscan = off set jit = off as $$
+language plpgsql volatile set search_path from current set enable_seqscan = off set jit = off set plan_cache_mode = force_generic_plan as $$
 declare
   v_now timestamptz := instant(p_now);
   v_plain record;

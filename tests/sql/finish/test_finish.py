@@ -1,0 +1,83 @@
+"""finish and wake: every end of a child reaches its parent, at any depth."""
+
+import pytest
+
+from tests.sql.support import (
+    Db, cancel, chain, claim, count, fail, finish, op, parent_and_child, row, save, settle, state, states, step,
+)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_a_value_goes_up_one_level_at_a_time(db: Db, depth: int) -> None:
+    ids = chain(db, depth)
+    for level in range(depth, 0, -1):
+        token = 1 if level == depth else 100 + level
+        finish(db, ids[level], level, token=token)
+        assert (state(db, ids[level - 1]), step(db, ids[level - 1], "call")["value"]) == ("ready", level)
+        claim(db, token=100 + level - 1)
+    assert [row(db, id)["depth"] for id in ids] == list(range(depth + 1))
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_a_failure_goes_up_one_level_at_a_time(db: Db, depth: int) -> None:
+    ids = chain(db, depth)
+    for level in range(depth, 0, -1):
+        fail(db, ids[level], f"level {level}", token=1 if level == depth else 100 + level)
+        answered = step(db, ids[level - 1], "call")
+        assert (answered["status"], answered["error"]["message"]) == ("failed", f"level {level}")
+        claim(db, token=100 + level - 1)
+
+
+def test_a_cancelled_child_answers_its_parent(db: Db) -> None:
+    parent, child = parent_and_child(db)
+    assert cancel(db, child, reason="because") == "cancelled"
+    answered = step(db, parent, "call")
+    assert (state(db, parent), answered["status"], answered["error"]["message"]) == ("ready", "cancelled", "because")
+
+
+def test_a_cancelled_running_child_answers_when_it_has_unwound(db: Db) -> None:
+    parent, child = parent_and_child(db)
+    claim(db)
+    assert cancel(db, child) == "requested"
+    assert state(db, parent) == "waiting"
+    finish(db, child, "too late")
+    assert (state(db, parent), step(db, parent, "call")["status"]) == ("ready", "cancelled")
+
+
+def test_an_answer_is_written_once(db: Db) -> None:
+    parent, child = parent_and_child(db)
+    claim(db)
+    finish(db, child, 1)
+    fail(db, child)
+    assert (step(db, parent, "call")["value"], count(db, "ready")) == (1, 1)
+
+
+def test_a_completed_call_shows_no_error_of_the_timeout_that_did_not_come(db: Db) -> None:
+    timeout = {"type": "ChildTimeout", "message": "timed out"}
+    parent, child = parent_and_child(db, due_in=60, timeout_error=timeout)
+    claim(db)
+    finish(db, child, 1)
+    assert step(db, parent, "call")["error"] is None
+    assert count(db, "timer") == 0
+
+
+def test_a_child_and_its_parent_may_end_in_one_batch(db: Db) -> None:
+    parent, child = parent_and_child(db)
+    claim(db)
+    finish(db, child)
+    claim(db, token=2)
+    start = op(parent, "s", "start", {})
+    save(db, parent, token=2, ops=[start])
+    grandchild = start["children"][0]["id"]
+    claim(db, token=3)
+    settle(db, {"id": parent, "outcome": "completed", "token": 2}, {"id": grandchild, "outcome": "completed", "token": 3})
+    assert states(db, [parent, grandchild])[0] == "completed"
+    assert count(db, "lease") <= 1
+
+
+def test_the_children_of_a_failed_parent_are_cancelled_to_any_depth(db: Db) -> None:
+    ids = chain(db, 3)
+    assert cancel(db, ids[0]) == "cancelled"
+    assert states(db, ids) == ["cancelled", "cancelled", "cancelled", "running"]
+    finish(db, ids[3])
+    assert state(db, ids[3]) == "cancelled"
