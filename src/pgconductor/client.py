@@ -20,7 +20,6 @@ import threading
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
 from typing import Any, Final, TypeVar
-from weakref import WeakKeyDictionary
 
 from pgconductor.engine import Ended, Engine, Enqueued, Moved, NewExecution, Query
 from pgconductor.errors import ConductorError
@@ -99,7 +98,8 @@ class LoopClient:
 
     async def enqueue_many(self, rows: Sequence[NewExecution]) -> list[str]:
         """Enqueue calls in one statement; return their ids, which a dedupe key may have changed."""
-        enqueued = await self.run(self._engine.enqueue(rows), self._engine.enqueue(rows, again=True))
+        query = self._engine.enqueue(rows)
+        enqueued = await self.run(query, self._engine.enqueue_again(query))
         self.hint(enqueued.queues)
         return ids_of(rows, enqueued)
 
@@ -194,7 +194,7 @@ class Clients:
 
     def __init__(self, make: Callable[[], LoopClient]) -> None:
         self._make = make
-        self._by_loop: WeakKeyDictionary[Loop, LoopClient] = WeakKeyDictionary()
+        self._by_loop: dict[Loop, LoopClient] = {}
         self._pid = os.getpid()
         self._lock = threading.Lock()
 

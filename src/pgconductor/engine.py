@@ -317,7 +317,8 @@ class Engine:
         statement = self._statements.get(function)
         if statement is None:
             marks = ", ".join(f"cast(%s as {cast})" for cast in casts.split()) if casts else ""
-            statement = f"select cast({quote(self.schema)}.{function}({marks}) as text)"
+            schema = quote(self.schema).replace("%", "%%")
+            statement = f"select cast({schema}.{function}({marks}) as text)"
             self._statements[function] = statement
         return Query(statement, parameters, read, harmless)
 
@@ -343,6 +344,12 @@ class Engine:
         """See 10_enqueue.sql. `again`: a repetition after a lost reply."""
         parameters = (_text(calls), notify, again, self._now())
         return self._query("enqueue", "json boolean boolean timestamptz", parameters, _enqueued, harmless=False)
+
+    @staticmethod
+    def enqueue_again(query: Query[Enqueued]) -> Query[Enqueued]:
+        """Return the repetition of an `enqueue` whose reply was lost, without encoding it again."""
+        calls, notify, _, now = query.parameters
+        return Query(query.statement, (calls, notify, True, now), query.read, query.harmless)
 
     def enqueue_within(self, calls: Sequence[NewExecution]) -> Query[Enqueued]:
         """The same for a connection of any library: one text parameter, and the hint goes out with the commit."""

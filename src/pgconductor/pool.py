@@ -27,11 +27,17 @@ from pgconductor.session import (
 )
 
 T = TypeVar("T")
-Connection = psycopg.AsyncConnection[Any]
 
 SIZE_MAX: Final = 4
 PATIENCE_SECONDS: Final = 15.0
 _NOT_MIGRATED: Final = {"42883", "3F000", "42P01"}  # no such function, schema, table
+
+
+class Connection(psycopg.AsyncConnection[Any]):
+    """A connection that goes with its pool: a script that ends without `close` is not scolded for it."""
+
+    def __del__(self, _warn: Any = None, /) -> None:
+        """Let libpq close the socket, without the warning."""
 
 
 class NotMigrated(ServerError):

@@ -1,6 +1,7 @@
-"""How a result is waited for: told by a hint, found by the clock where no hint comes, and never by a storm of queries."""
+"""How a result is waited for: told by a hint, found by the clock where none comes, never by a storm of queries."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from pgconductor import Conductor, Context, ExecutionCancelled, ExecutionFailed,
 from pgconductor.client import LoopClient
 from pgconductor.errors import ConductorError, DecodeError
 from pgconductor.stored_error import error_to_json
-from tests.sql.support import Db, call, claim, complete, fail, register, settle
+from tests.sql.support import Db, claim, complete, fail, register, session, settle
 
 
 @dataclass
@@ -51,7 +52,8 @@ async def watched(db: Db, count: int) -> None:
 
 
 async def listening(app: Conductor) -> None:
-    while not (client_of(app).results._listener and client_of(app).results._listener.is_live):  # noqa: ASYNC110
+    results_of = client_of(app).results
+    while results_of._listener is None or not results_of._listener.is_live:  # noqa: ASYNC110
         await asyncio.sleep(0.005)
 
 
@@ -143,18 +145,9 @@ async def test_a_failure_carries_its_facts(app: Conductor, db: Db) -> None:
     claim_all(db)
     try:
         raise ValueError("card declined")
-    except ValueError as error:
-        stored = error_to_json(error)
-    call(
-        db,
-        "settle",
-        register.__defaults__[0],
-        [],
-        [  # type: ignore[index]
-            {"id": str(run.id), "token": 1, "outcome": "failed", "error": __import__("json").loads(stored)}
-        ],
-        None,
-    )
+    except ValueError as raised:
+        stored = error_to_json(raised)
+    settle(db, {"id": str(run.id), "outcome": "failed", "error": json.loads(stored)})
 
     with pytest.raises(ExecutionFailed) as caught:
         await run.result()
@@ -257,8 +250,6 @@ async def test_a_cancelled_waiter_does_not_disturb_the_others(app: Conductor, db
 @pytest.mark.fault
 async def test_an_end_that_is_being_committed_is_not_missed(app: Conductor, database: str, db: Db) -> None:
     """The end is written and its watch rows were removed, but not committed, when the client begins to watch."""
-    from tests.sql.support import session
-
     run = await app.create_task(charge).invoke(1)
     claim_all(db)
     with session(database) as worker:

@@ -1,10 +1,12 @@
 """`conn=`: the execution exists when the caller's transaction commits, and never existed when it rolls back."""
 
-from collections.abc import AsyncIterator, Callable, Iterator
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager, contextmanager
 from typing import Any, TypeAlias
 
 import asyncpg
+import django
 import django.conf
 import psycopg
 import pytest
@@ -12,7 +14,7 @@ import sqlalchemy
 import sqlalchemy.ext.asyncio
 import sqlalchemy.orm
 from psycopg.conninfo import conninfo_to_dict
-from psycopg.rows import dict_row
+from psycopg.rows import DictRow, dict_row
 
 from pgconductor import Conductor, Context
 from pgconductor.errors import ConfigurationError
@@ -39,7 +41,7 @@ async def app(database: str) -> AsyncIterator[Conductor]:
 
 def url(dsn: str, driver: str) -> sqlalchemy.URL:
     given = {key: str(value) for key, value in conninfo_to_dict(dsn).items()}
-    options = {key: given[key] for key in ("host", "port") if key in given}
+    options: dict[str, str] = {key: value for key, value in given.items() if key in ("host", "port")}
     return sqlalchemy.URL.create(
         f"postgresql+{driver}", given.get("user"), given.get("password"), database=given["dbname"], query=options
     )
@@ -49,19 +51,20 @@ def url(dsn: str, driver: str) -> sqlalchemy.URL:
 
 
 @contextmanager
-def psycopg_sync(dsn: str) -> Iterator[Any]:
+def psycopg_sync(dsn: str) -> Generator[Any]:
     with psycopg.connect(dsn) as conn, conn.transaction():
         yield conn
 
 
 @contextmanager
-def psycopg_with_factories(dsn: str) -> Iterator[Any]:
-    with psycopg.connect(dsn, row_factory=dict_row, cursor_factory=psycopg.ClientCursor) as conn, conn.transaction():
+def psycopg_with_factories(dsn: str) -> Generator[Any]:
+    conn = psycopg.Connection[DictRow].connect(dsn, row_factory=dict_row, cursor_factory=psycopg.ClientCursor[DictRow])
+    with conn, conn.transaction():
         yield conn
 
 
 @contextmanager
-def sqlalchemy_connection(dsn: str) -> Iterator[Any]:
+def sqlalchemy_connection(dsn: str) -> Generator[Any]:
     engine = sqlalchemy.create_engine(url(dsn, "psycopg"))
     try:
         with engine.begin() as conn:
@@ -71,7 +74,7 @@ def sqlalchemy_connection(dsn: str) -> Iterator[Any]:
 
 
 @contextmanager
-def sqlalchemy_session(dsn: str) -> Iterator[Any]:
+def sqlalchemy_session(dsn: str) -> Generator[Any]:
     engine = sqlalchemy.create_engine(url(dsn, "psycopg"))
     try:
         with sqlalchemy.orm.Session(engine) as session, session.begin():
@@ -81,11 +84,12 @@ def sqlalchemy_session(dsn: str) -> Iterator[Any]:
 
 
 @contextmanager
-def django_connection(dsn: str) -> Iterator[Any]:
+def django_connection(dsn: str) -> Generator[Any]:
     from django.db.utils import ConnectionHandler
 
     if not django.conf.settings.configured:
         django.conf.settings.configure()
+        django.setup()
     given = {key: str(value) for key, value in conninfo_to_dict(dsn).items()}
     names = {"NAME": "dbname", "USER": "user", "PASSWORD": "password", "HOST": "host", "PORT": "port"}
     settings = {name: given.get(key, "") for name, key in names.items()}
@@ -99,7 +103,7 @@ def django_connection(dsn: str) -> Iterator[Any]:
 
 
 @contextmanager
-def _atomic(connection: Any) -> Iterator[None]:
+def _atomic(connection: Any) -> Generator[None]:
     connection.set_autocommit(False)
     try:
         yield
@@ -110,13 +114,13 @@ def _atomic(connection: Any) -> Iterator[None]:
 
 
 @asynccontextmanager
-async def psycopg_async(dsn: str) -> AsyncIterator[Any]:
+async def psycopg_async(dsn: str) -> AsyncGenerator[Any]:
     async with await psycopg.AsyncConnection.connect(dsn) as conn, conn.transaction():
         yield conn
 
 
 @asynccontextmanager
-async def asyncpg_connection(dsn: str) -> AsyncIterator[Any]:
+async def asyncpg_connection(dsn: str) -> AsyncGenerator[Any]:
     conn = await asyncpg.connect(**_asyncpg_options(dsn))
     try:
         async with conn.transaction():
@@ -126,7 +130,7 @@ async def asyncpg_connection(dsn: str) -> AsyncIterator[Any]:
 
 
 @asynccontextmanager
-async def asyncpg_from_pool(dsn: str) -> AsyncIterator[Any]:
+async def asyncpg_from_pool(dsn: str) -> AsyncGenerator[Any]:
     async with (
         asyncpg.create_pool(min_size=1, max_size=1, **_asyncpg_options(dsn)) as pool,
         pool.acquire() as conn,
@@ -142,7 +146,7 @@ def _asyncpg_options(dsn: str) -> dict[str, Any]:
 
 
 @asynccontextmanager
-async def _sqlalchemy_async(dsn: str, driver: str, *, is_session: bool) -> AsyncIterator[Any]:
+async def _sqlalchemy_async(dsn: str, driver: str, *, is_session: bool) -> AsyncGenerator[Any]:
     engine = sqlalchemy.ext.asyncio.create_async_engine(url(dsn, driver))
     try:
         if is_session:
@@ -207,7 +211,7 @@ def test_a_committed_transaction_enqueues(database: str, db: Db, opened: SyncOpe
 def test_a_transaction_that_rolls_back_never_enqueued(database: str, db: Db, opened: SyncOpener) -> None:
     task = Conductor(database).create_task(add)
 
-    with pytest.raises(Undo), opened(database) as conn:
+    with pytest.raises(Undo), opened(database) as conn:  # noqa: PT012
         task.with_options(conn=conn).invoke_sync(1)
         raise Undo
 
@@ -237,7 +241,7 @@ async def test_an_async_transaction_that_rolls_back_never_enqueued(
 ) -> None:
     task = app.create_task(add)
 
-    with pytest.raises(Undo):
+    with pytest.raises(Undo):  # noqa: PT012
         async with opened(database) as conn:
             await task.with_options(conn=conn).invoke(1)
             raise Undo
@@ -246,11 +250,12 @@ async def test_an_async_transaction_that_rolls_back_never_enqueued(
 
 
 @pytest.mark.parametrize("opened", SYNC)
-async def test_a_synchronous_connection_is_for_invoke_sync(
-    app: Conductor, database: str, db: Db, opened: SyncOpener
-) -> None:
+def test_a_synchronous_connection_is_for_invoke_sync(database: str, db: Db, opened: SyncOpener) -> None:
+    task = Conductor(database).create_task(add)
+
     with opened(database) as conn, pytest.raises(TypeError, match=r"is synchronous; use `invoke_sync\(\.\.\.\)`"):
-        await app.create_task(add).with_options(conn=conn).invoke(1)
+        asyncio.run(task.with_options(conn=conn).invoke(1))
+
     assert payloads(db) == []
 
 
