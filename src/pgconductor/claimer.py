@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("pgconductor.claimer")
 RECONCILE_SECONDS: Final = 30.0
 RECONCILE_AGAIN_SECONDS: Final = 5.0
+STUCK_SECONDS: Final = 0.5
 LAST_CLAIM_SECONDS: Final = 1.0
 _FOR_EVER: Final = 1e9
 
@@ -75,6 +76,7 @@ class Claimer:
         self._poll_at = 0.0
         self._due_at = 0.0
         self._overdue_count = 0
+        self._stuck_at = 0.0
         self._reconcile_at = time.monotonic() + RECONCILE_SECONDS
         self._is_claiming = False
         self._is_stopping = False
@@ -151,9 +153,18 @@ class Claimer:
             timeout = min(self._poll_at, self._due_at) - time.monotonic()
             if self._crew.is_held() or self._membership.is_fenced():
                 timeout = self.poll_seconds
+            if self._crew.has_buffered:
+                timeout = min(timeout, STUCK_SECONDS)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(max(timeout, 0.001)):
                     await self._wake.wait()
+            self._release_stuck()
+
+    def _release_stuck(self) -> None:
+        """Give back, now and then, what is buffered behind handlers that do not end."""
+        if self._stuck_at <= time.monotonic():
+            self._stuck_at = time.monotonic() + STUCK_SECONDS
+            self._crew.release_stuck()
 
     def _has_reason(self) -> bool:
         if self._crew.is_held() or self._membership.is_fenced():
@@ -171,7 +182,6 @@ class Claimer:
         is_poll, is_due = self._poll_at <= now, self._due_at <= now
         if is_poll:
             self._poll_at = now + self.poll_seconds * (2 if self._is_listening() else 1)
-            self._crew.release_stuck()
         if self._reconcile_at <= now:
             await self._reconcile()
         wants = self._collect_wants(everything=is_poll or is_due)

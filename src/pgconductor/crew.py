@@ -121,6 +121,11 @@ class Crew:
         return sum(len(worker.running) for worker in self.workers)
 
     @property
+    def has_buffered(self) -> bool:
+        """Whether anything was claimed and has not started."""
+        return any(worker.buffer for worker in self.workers)
+
+    @property
     def is_idle(self) -> bool:
         """Whether nothing runs and nothing is buffered."""
         return not self._alone and all(worker.is_idle for worker in self.workers)

@@ -111,10 +111,11 @@ class Notifier:
 
     async def close(self) -> None:
         """Send what is left, for a second at most."""
-        if self._sender is not None:
-            await asyncio.wait([self._sender], timeout=1)
-            self._sender.cancel()
-            await asyncio.wait([self._sender])
+        sender = self._sender
+        if sender is not None:
+            await asyncio.wait([sender], timeout=1)
+            sender.cancel()
+            await asyncio.wait([sender])
 
     async def _send(self) -> None:
         try:

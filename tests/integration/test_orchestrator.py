@@ -1,0 +1,271 @@
+"""Starting and stopping a process of workers."""
+
+import asyncio
+import os
+import signal
+import threading
+import time
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+
+import psycopg
+import pytest
+from psycopg.rows import DictRow
+
+from pgconductor import Conductor, Context, Orchestrator, SyncContext
+from pgconductor.errors import ConfigurationError
+from pgconductor.membership import Timing
+from tests.waiting import until
+
+App = Conductor[None]
+Db = psycopg.Connection[DictRow]
+
+
+def state_of(db: Db) -> list[str]:
+    return [row["state"] for row in db.execute("select state from executions order by id")]
+
+
+def connections(db: Db) -> list[str]:
+    """The connections that orchestrators have open."""
+    rows = db.execute(
+        "select application_name from pg_stat_activity where datname = current_database()"
+        " and application_name ~ '^pgconductor (claim|settle|save|worker|notify|heartbeat|listener)'"
+    )
+    return [row["application_name"] for row in rows]
+
+
+def flags(orchestrator: Orchestrator) -> tuple[bool, bool, bool]:
+    return orchestrator.is_running, orchestrator.is_shutting_down, orchestrator.is_stopped
+
+
+async def test_the_states_of_an_orchestrator(app: App) -> None:
+    @app.task
+    async def work(ctx: Context) -> None: ...
+
+    orchestrator = Orchestrator(app)
+    assert flags(orchestrator) == (False, False, False)
+    await orchestrator.start()
+    assert flags(orchestrator) == (True, False, False)
+    waiting = asyncio.gather(*(_await(orchestrator) for _ in range(2)))
+    await orchestrator.stop()
+    await waiting
+    assert flags(orchestrator) == (False, False, True)
+    with pytest.raises(ConfigurationError, match="stopped"):
+        await orchestrator.start()
+
+
+async def _await(orchestrator: Orchestrator) -> None:
+    await orchestrator.stopped
+
+
+async def test_stop_releases_what_has_not_ended_at_no_cost(app: App, db: Db) -> None:
+    started = asyncio.Event()
+
+    @app.task
+    async def work(ctx: Context) -> None:
+        started.set()
+        while True:
+            await asyncio.sleep(0)
+            await ctx.checkpoint()
+
+    await app.invoke_many([work.bind() for _ in range(3)])
+    orchestrator = Orchestrator(app, concurrency=1)
+    await orchestrator.start()
+    await started.wait()
+    await orchestrator.stop()
+
+    rows = db.execute("select state, attempt, crashes from executions").fetchall()
+    assert [tuple(row.values()) for row in rows] == [("ready", 1, 0)] * 3
+    assert db.execute("select from orchestrator").rowcount == 0
+    await until(lambda: connections(db) == [])
+
+
+async def test_stop_lets_a_handler_end_within_the_grace_time(app: App, db: Db) -> None:
+    started, release = asyncio.Event(), asyncio.Event()
+
+    @app.task
+    async def work(ctx: Context) -> int:
+        started.set()
+        await release.wait()
+        return 7
+
+    run = await work.invoke()
+    orchestrator = Orchestrator(app)
+    await orchestrator.start()
+    await started.wait()
+    stopping = asyncio.create_task(orchestrator.stop())
+    await until(lambda: orchestrator.is_shutting_down)
+    release.set()
+    await stopping
+    assert await run.result() == 7
+
+
+async def test_a_handler_that_outlasts_the_grace_time_is_cut_short_at_no_cost(app: App, db: Db) -> None:
+    started = asyncio.Event()
+
+    @app.task
+    async def work(ctx: Context) -> None:
+        started.set()
+        await asyncio.Event().wait()
+
+    await work.invoke()
+    orchestrator = Orchestrator(app)
+    await orchestrator.start()
+    await started.wait()
+    await orchestrator.stop(grace=0)
+    rows = db.execute("select state, attempt, crashes from executions").fetchall()
+    assert [tuple(row.values()) for row in rows] == [("ready", 1, 0)]
+
+
+async def test_sigterm_stops_and_the_handlers_before_it_are_put_back(app: App) -> None:
+    @app.task
+    async def work(ctx: Context) -> None: ...
+
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    first, second = Orchestrator(app), Orchestrator(app)
+    await first.start()
+    await second.start()
+    os.kill(os.getpid(), signal.SIGTERM)
+    await first.stopped
+    await second.stopped
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+async def test_a_second_signal_stops_now(app: App, db: Db) -> None:
+    started = asyncio.Event()
+
+    @app.task
+    async def work(ctx: Context) -> None:
+        started.set()
+        await asyncio.Event().wait()
+
+    await work.invoke()
+    orchestrator = Orchestrator(app)
+    await orchestrator.start()
+    await started.wait()
+    os.kill(os.getpid(), signal.SIGINT)
+    await until(lambda: orchestrator.is_shutting_down)
+    os.kill(os.getpid(), signal.SIGINT)
+    await orchestrator.stopped
+    assert state_of(db) == ["ready"]
+
+
+async def test_a_start_that_raises_leaves_nothing_running(database: str, db: Db) -> None:
+    closed: list[str] = []
+
+    @asynccontextmanager
+    async def lifespan() -> AsyncGenerator[str]:
+        try:
+            yield "deps"
+        finally:
+            closed.append("lifespan")
+
+    async with Conductor(database, lifespan=lifespan) as app:
+
+        @app.task
+        async def work(ctx: Context[str]) -> None: ...
+
+        db.execute("alter function register_orchestrator rename to gone")
+        threads = threading.active_count()
+        with pytest.raises(psycopg.errors.UndefinedFunction):
+            await Orchestrator(app).start()
+        db.execute("alter function gone rename to register_orchestrator")
+        assert closed == ["lifespan"]
+        await until(lambda: connections(db) == [])
+        assert threading.active_count() <= threads + 1
+        assert db.execute("select from orchestrator").rowcount == 0
+
+
+async def test_an_orchestrator_without_tasks_is_refused(app: App) -> None:
+    with pytest.raises(ConfigurationError, match="no task"):
+        await Orchestrator(app).start()
+
+
+async def test_a_queue_given_twice_is_refused(app: App) -> None:
+    with pytest.raises(ConfigurationError, match="twice"):
+        Orchestrator(app, queues=["a"], workers=[app.create_worker("a")])
+
+
+async def test_a_handler_that_blocks_the_loop_keeps_its_lease_and_is_reported(
+    app: App, db: Db, caplog: pytest.LogCaptureFixture
+) -> None:
+    timing = Timing(beat=0.1, expiry=1.5, sweep=0.1, stall_limit=0.3)
+
+    @app.task
+    async def block(ctx: Context) -> str:
+        until_at = time.monotonic() + 3 * timing.expiry
+        while time.monotonic() < until_at:
+            pass
+        return "kept"
+
+    run = await block.invoke()
+    async with Orchestrator(app, _timing=timing):
+        assert await run.result(timeout=60) == "kept"
+    rows = db.execute("select attempt, crashes from executions").fetchall()
+    assert [tuple(row.values()) for row in rows] == [(1, 0)]
+    reports = [record.getMessage() for record in caplog.records if "event loop has been blocked" in record.getMessage()]
+    assert len(reports) == 1
+    assert "task 'block'" in reports[0]
+    assert "in block" in reports[0]
+
+
+async def test_a_cancel_reaches_a_running_handler_by_signal(app: App, db: Db) -> None:
+    started = asyncio.Event()
+
+    @app.task
+    async def work(ctx: Context) -> None:
+        started.set()
+        await asyncio.Event().wait()
+
+    run = await work.invoke()
+    async with Orchestrator(app):
+        await started.wait()
+        assert await run.cancel("enough")
+        await until(lambda: state_of(db) == ["cancelled"])
+
+
+async def test_plain_functions_run_beside_each_other_up_to_the_concurrency(app: App) -> None:
+    together = threading.Barrier(4)
+
+    @app.task
+    def work(ctx: SyncContext) -> int:
+        return together.wait(30)
+
+    runs = await app.invoke_many([work.bind() for _ in range(4)])
+    async with Orchestrator(app, concurrency=4):
+        assert sorted([await run.result(timeout=60) for run in runs]) == [0, 1, 2, 3]
+
+
+async def test_an_execution_on_its_last_life_runs_alone(app: App, db: Db) -> None:
+    running: set[str] = set()
+    beside: list[set[str]] = []
+    release = asyncio.Event()
+
+    async def work(ctx: Context) -> None:
+        running.add(ctx.task)
+        if ctx.task == "risky":
+            beside.append(set(running))
+        elif not release.is_set():
+            await release.wait()
+        running.discard(ctx.task)
+
+    plain = app.create_task(work, name="plain", max_crashes=5)
+    risky = app.create_task(work, name="risky", max_crashes=2)
+    await plain.invoke()
+    orchestrator = Orchestrator(app)
+    await orchestrator.start()
+    await until(lambda: running == {"plain"})
+    run = await risky.with_options(delay=3600).invoke()
+    db.execute("update execution set crashes = 1 where id = %s", (run.id,))
+    db.execute("update timer set due_at = clock_timestamp()")
+    await plain.invoke()
+    await until(
+        lambda: (
+            db.execute("select from lease l join executions e on e.id = l.execution_id where e.task = 'risky'").rowcount
+            == 1
+        )
+    )
+    assert beside == []
+    release.set()
+    await orchestrator.drain()
+    assert beside == [{"risky"}]

@@ -1,0 +1,166 @@
+"""What a worker takes, how much of it, and what it leaves alone."""
+
+import asyncio
+from collections import Counter
+
+import psycopg
+from psycopg.rows import DictRow
+
+from pgconductor import Conductor, Context, Orchestrator
+from tests.waiting import until
+
+App = Conductor[None]
+Db = psycopg.Connection[DictRow]
+
+
+def states(db: Db) -> Counter[str]:
+    return Counter(row["state"] for row in db.execute("select state from executions"))
+
+
+async def test_drain_runs_everything_and_stops(app: App, db: Db) -> None:
+    @app.task
+    async def double(ctx: Context, number: int) -> int:
+        return 2 * number
+
+    runs = await app.invoke_many([double.bind(i) for i in range(1500)])
+    orchestrator = Orchestrator(app)
+    await orchestrator.drain()
+
+    assert orchestrator.is_stopped
+    assert states(db) == {"completed": 1500}
+    assert await runs[700].result() == 1400
+    assert db.execute("select from orchestrator").rowcount == 0
+
+
+async def test_drain_of_nothing_ends(app: App) -> None:
+    @app.task
+    async def idle(ctx: Context) -> None: ...
+
+    orchestrator = Orchestrator(app)
+    await orchestrator.drain()
+    assert orchestrator.is_stopped
+
+
+async def test_drain_takes_due_timers_along_and_leaves_later_ones(app: App, db: Db) -> None:
+    @app.task
+    async def soon(ctx: Context) -> None: ...
+
+    await soon.with_options(delay=0.05).invoke()
+    await soon.with_options(delay=3600).invoke()
+    until_due = db.execute("select pg_sleep(extract(epoch from min(due_at) - clock_timestamp())) from timer")
+    assert until_due.rowcount == 1
+    await Orchestrator(app).drain()
+    assert states(db) == {"completed": 1, "scheduled": 1}
+
+
+async def test_a_queue_runs_no_more_than_its_concurrency(app: App) -> None:
+    running: Counter[str] = Counter()
+    highest: Counter[str] = Counter()
+
+    async def work(ctx: Context) -> None:
+        running[ctx.queue] += 1
+        highest[ctx.queue] = max(highest[ctx.queue], running[ctx.queue])
+        await asyncio.sleep(0)
+        running[ctx.queue] -= 1
+
+    narrow = app.create_task(work, name="narrow", queue="narrow")
+    wide = app.create_task(work, name="wide", queue="wide")
+    await app.invoke_many([task.bind() for _ in range(60) for task in (narrow, wide)])
+    await Orchestrator(app, queues={"narrow": 2, "wide": 7}).drain()
+
+    assert highest == {"narrow": 2, "wide": 7}
+
+
+async def test_nothing_is_hoarded_behind_long_handlers(app: App, db: Db) -> None:
+    release = asyncio.Event()
+
+    @app.task
+    async def long(ctx: Context) -> None:
+        await release.wait()
+
+    await app.invoke_many([long.bind() for _ in range(30)])
+    async with Orchestrator(app, concurrency=3) as orchestrator:
+        await until(lambda: states(db)["running"] == 3)
+        assert states(db) == {"running": 3, "ready": 27}
+        release.set()
+        await orchestrator.drain()
+    assert states(db) == {"completed": 30}
+
+
+async def test_what_was_fetched_behind_handlers_that_turn_long_goes_back(app: App, db: Db) -> None:
+    release = asyncio.Event()
+
+    @app.task
+    async def quick_then_long(ctx: Context, is_long: bool) -> None:
+        if is_long:
+            await release.wait()
+
+    await app.invoke_many([quick_then_long.bind(i >= 300) for i in range(600)])
+    async with Orchestrator(app, concurrency=2) as orchestrator:
+        await until(lambda: states(db) == {"completed": 300, "running": 2, "ready": 298})
+        release.set()
+        await orchestrator.drain()
+    assert states(db) == {"completed": 600}
+
+
+async def test_a_paused_queue_is_left_alone_until_it_is_resumed(app: App, db: Db) -> None:
+    @app.task
+    async def work(ctx: Context) -> None: ...
+
+    await app.pause("default")
+    await work.invoke()
+    await Orchestrator(app).drain()
+    assert states(db) == {"ready": 1}
+
+    await app.resume("default")
+    await Orchestrator(app).drain()
+    assert states(db) == {"completed": 1}
+
+
+async def test_a_task_that_the_worker_does_not_know_stays_and_costs_nothing(app: App, db: Db) -> None:
+    @app.task
+    async def known(ctx: Context) -> None: ...
+
+    stranger = app.define_task("stranger", dict, int)
+    await app.invoke_many([stranger.bind({}), known.bind()])
+    await Orchestrator(app).drain()
+
+    rows = db.execute("select task, state, attempt, crashes from executions order by task").fetchall()
+    assert [tuple(row.values()) for row in rows] == [("known", "completed", 1, 0), ("stranger", "ready", 1, 0)]
+
+
+async def test_higher_priority_is_claimed_first(app: App) -> None:
+    order: list[int] = []
+
+    @app.task
+    async def note(ctx: Context, number: int) -> None:
+        order.append(number)
+
+    for number in (1, 3, 2):
+        await note.with_options(priority=number).invoke(number)
+    await Orchestrator(app, concurrency=1).drain()
+    assert order == [3, 2, 1]
+
+
+async def test_polling_alone_finds_work(app: App) -> None:
+    @app.task
+    async def work(ctx: Context) -> str:
+        return "found"
+
+    worker = app.create_worker("default", poll_interval=0.02)
+    async with Orchestrator(app, workers=[worker], _listen=False):
+        run = await work.invoke()
+        assert await run.result(timeout=30) == "found"
+
+
+async def test_two_orchestrators_share_a_conductor_and_run_each_execution_once(app: App, db: Db) -> None:
+    ran: Counter[int] = Counter()
+
+    @app.task
+    async def count(ctx: Context, number: int) -> None:
+        ran[number] += 1
+
+    await app.invoke_many([count.bind(i) for i in range(2000)])
+    await asyncio.gather(Orchestrator(app).drain(), Orchestrator(app).drain())
+    assert ran == Counter(range(2000))
+    assert states(db) == {"completed": 2000}
