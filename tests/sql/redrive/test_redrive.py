@@ -1,0 +1,109 @@
+"""redrive: failed, cancelled → ready, as a new life."""
+
+from uuid import UUID, uuid4
+
+import pytest
+
+from tests.sql.support import (
+    Db, call, cancel, claim, claim_one, complete, enqueue, fail, fan_out, finish, op, park, parent_and_child, register,
+    row, save, state, states, step,
+)
+
+
+def redrive(db: Db, id: str) -> str:
+    return str(call(db, "redrive", UUID(id))["result"])
+
+
+def test_a_failed_execution_runs_again_over_its_recorded_steps(db: Db) -> None:
+    register(db, "work")
+    id = enqueue(db)
+    claim(db)
+    save(db, id, "a")
+    fail(db, id)
+    assert redrive(db, id) == "ready"
+    (claimed,) = claim(db, token=2)
+    assert ([s[0] for s in claimed["steps"]], claimed["failures"]) == (["a"], 0)
+    complete(db, id, 1, token=2)
+    assert (row(db, id)["outcome"], row(db, id)["error"]) == ("completed", None)
+
+
+def test_a_cancelled_execution_can_complete_in_its_new_life(db: Db) -> None:
+    register(db, "work")
+    id = enqueue(db)
+    cancel(db, id)
+    redrive(db, id)
+    complete(db, claim_one(db))
+    assert state(db, id) == "completed"
+
+
+@pytest.mark.parametrize("name", ["ready", "running", "completed"])
+def test_what_lives_or_is_completed_is_refused(db: Db, name: str) -> None:
+    register(db, "work")
+    id = enqueue(db)
+    if name != "ready":
+        claim(db)
+    if name == "completed":
+        complete(db, id)
+    assert redrive(db, id) == "refused"
+    assert state(db, id) == name
+
+
+def test_an_unknown_id_is_unknown(db: Db) -> None:
+    assert redrive(db, str(uuid4())) == "unknown"
+
+
+def test_a_redrive_repeated_makes_one_ready_row(db: Db) -> None:
+    id = enqueue(db)
+    cancel(db, id)
+    assert [redrive(db, id), redrive(db, id)] == ["ready", "refused"]
+
+
+def test_a_parent_keeps_the_answer_that_it_had(db: Db) -> None:
+    parent, child = parent_and_child(db)
+    claim(db)
+    fail(db, child)
+    redrive(db, child)
+    finish(db, claim_one(db, tasks=["child"], token=2), token=2)
+    assert (state(db, child), step(db, parent, "call")["status"]) == ("completed", "failed")
+
+
+def test_a_redriven_parent_sees_its_cancelled_child(db: Db) -> None:
+    parent, child = parent_and_child(db)
+    cancel(db, parent)
+    redrive(db, parent)
+    (claimed,) = claim(db, token=2)
+    assert [s[4] for s in claimed["steps"]] == ["cancelled"]
+    assert state(db, child) == "cancelled"
+
+
+def test_a_redriven_fan_out_does_not_wait_for_the_dead(db: Db) -> None:
+    parent, _ = fan_out(db, 3)
+    cancel(db, parent)
+    redrive(db, parent)
+    claim(db, token=2)
+    park(db, parent, token=2, awaits=[{"name": "all", "round": 0, "kind": "invoke_all", "awaited": True}])
+    assert (state(db, parent), step(db, parent, "all")["status"]) == ("ready", "completed")
+
+
+def test_a_redriven_fan_out_waits_for_those_that_still_unwind(db: Db) -> None:
+    parent, children = fan_out(db, 2)
+    claim(db, limit=1, tasks=["child"])
+    cancel(db, parent)
+    redrive(db, parent)
+    claim(db, token=2)
+    park(db, parent, token=2, awaits=[{"name": "all", "round": 0, "kind": "invoke_all", "awaited": True}])
+    assert states(db, [parent, *children]) == ["waiting", "running", "cancelled"]
+    finish(db, children[0])
+    assert state(db, parent) == "ready"
+
+
+def test_a_sleep_that_was_due_meanwhile_is_over(db: Db) -> None:
+    register(db, "work")
+    id = enqueue(db)
+    claim(db)
+    park(db, id, op(id, "nap", "sleep", due_in=5))
+    cancel(db, id)
+    redrive(db, id)
+    claim(db, token=2)
+    park(db, id, token=2, now=9, awaits=[{"name": "nap", "round": 0, "kind": "sleep", "awaited": True}])
+    assert len(claim(db, now=9, fire=True, token=3)) == 1
