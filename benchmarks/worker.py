@@ -1,0 +1,45 @@
+"""One worker process: `python -m benchmarks.worker DSN DIRECTORY NUMBER COUNT CONCURRENCY`, until SIGTERM.
+
+It says that it is ready once it is connected; the queue is paused until all are.
+"""
+
+import asyncio
+import sys
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+from benchmarks.marks import Marks
+from benchmarks.tasks import QUEUE, register
+from pgconductor import Conductor, Orchestrator
+
+
+async def work(dsn: str, directory: Path, number: str, count: int, concurrency: int) -> None:
+    """Run until told to stop."""
+    app = Conductor(dsn)
+    register(app, Marks(directory / f"marks.{number}", count).hit)
+    orchestrator = Orchestrator(app, queues={QUEUE: concurrency})
+    await orchestrator.start()
+    (directory / f"ready.{number}").touch()
+    await orchestrator.stopped
+    await app.close()
+
+
+def run(main: Coroutine[Any, Any, Any]) -> Any:
+    """Run on uvloop where it is installed."""
+    with asyncio.Runner(loop_factory=loop_factory()) as runner:
+        return runner.run(main)
+
+
+def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """Return uvloop's factory; None where it is not installed."""
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return uvloop.new_event_loop
+
+
+if __name__ == "__main__":
+    dsn, directory, number, count, concurrency = sys.argv[1:]
+    run(work(dsn, Path(directory), number, int(count), int(concurrency)))
