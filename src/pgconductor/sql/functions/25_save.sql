@@ -101,7 +101,7 @@ end $$;
 -- p_steps: [{id, token, name, round, kind, value}]; p_ops: as open_operations takes them, with token.
 create or replace function save(p_orchestrator uuid, p_steps json, p_ops json, p_now timestamptz default null)
 returns json
-language plpgsql volatile set search_path from current set enable_seqscan = off set jit = off set plan_cache_mode = force_generic_plan as $$
+language plpgsql volatile set search_path from current set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set jit = off set plan_cache_mode = force_generic_plan as $$
 declare
   v_now timestamptz := instant(p_now);
   v_lost uuid[];
@@ -155,7 +155,7 @@ create or replace function save_transaction(
   p_orchestrator uuid, p_id uuid, p_token bigint, p_name text, p_round smallint, p_value json,
   p_now timestamptz default null
 ) returns text
-language plpgsql volatile set search_path from current set enable_seqscan = off set jit = off set plan_cache_mode = force_generic_plan as $$
+language plpgsql volatile set search_path from current set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set jit = off set plan_cache_mode = force_generic_plan as $$
 declare
   v_now timestamptz := instant(p_now);
 begin

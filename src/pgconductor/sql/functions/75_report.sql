@@ -1,0 +1,88 @@
+-- Reports: what the command line shows. Called by people. They read, take no locks, and are bounded.
+
+-- The newest executions, filtered: [{id, task, queue, state, ...}]. Those that have not ended are found by the small
+-- tables that hold them, so that a long history costs nothing.
+create or replace function list_runs(p_state text, p_task text, p_queue text, p_limit int) returns json
+language plpgsql stable set search_path from current as $$
+declare
+  v_ids uuid[];
+begin
+  if p_state in ('ready', 'running', 'waiting', 'scheduled') then
+    select array_agg(id) into v_ids from (
+      select execution_id as id from ready where p_state = 'ready'
+      union all select execution_id from lease where p_state = 'running'
+      union all select execution_id from wait where p_state = 'waiting'
+      union all select execution_id from timer where p_state = 'scheduled') held;
+  end if;
+  return (
+    select coalesce(json_agg(row_to_json(r)), '[]')
+    from (select id, task, queue, state, attempt, priority, dedupe_key, parent_id, created_at, run_at, started_at,
+                 finished_at, left(error ->> 'message', 300) as error
+          from executions
+          where (p_state is null or state = p_state) and (v_ids is null or id = any(v_ids))
+            and (p_task is null or task = p_task) and (p_queue is null or queue = p_queue)
+          order by id desc limit least(p_limit, 10000)) r);
+end $$;
+
+-- An execution with all that is known of it, its steps, and its descendants: {run, steps, tree}; null if unknown.
+-- tree: [{id, parent_id, step, level, task, state, ...}], parents first, at most p_limit.
+create or replace function show_run(p_id uuid, p_limit int) returns json
+language sql stable set search_path from current set enable_seqscan = off as $$
+  with recursive tree (id, parent_id, step, level, place) as (
+    select p_id, null::uuid, null::text, 0, array[]::text[] || p_id::text
+    union all
+    select c.child_id, t.id, c.name, t.level + 1, t.place || (c.created_at::text || c.child_id::text)
+    from tree t
+    cross join lateral (
+      select s.child_id, s.name, s.created_at from step s
+      where s.execution_id = t.id and s.child_id is not null and not s.dropped
+      order by s.created_at, s.index limit p_limit) c
+    where t.level < 100
+  ), shown as (
+    select * from tree limit p_limit
+  )
+  select json_build_object(
+    'run', row_to_json(e),
+    'steps', (select coalesce(json_agg(row_to_json(s)), '[]') from (
+      select name, kind, status, round, index, child_id, created_at, finished_at, due_at,
+             left(value::text, 2000) as value, error
+      from steps where execution_id = p_id order by created_at, name, index limit p_limit) s),
+    'tree', (select json_agg(row_to_json(n)) from (
+      select t.id, t.parent_id, t.step, t.level, d.task, d.queue, d.state, d.attempt, d.created_at, d.started_at,
+             d.finished_at, left(d.error ->> 'message', 300) as error
+      from shown t join executions d on d.id = t.id order by t.place) n))
+  from executions e where e.id = p_id
+$$;
+
+-- Every queue with its counts: [{name, paused_at, ready_count, running_count}].
+create or replace function list_queues() returns json
+language sql stable set search_path from current as $$
+  select coalesce(json_agg(row_to_json(q)), '[]')
+  from (select name, paused_at, ready_count, running_count from queues order by name limit 10000) q
+$$;
+
+-- Where everything stands: counts of what has not ended, processes, and work that nobody alive can run.
+-- stranded: tasks with ready work that nobody registered, or whose queue no live process works on.
+create or replace function overview(p_expiry interval default '20 seconds') returns json
+language sql stable set search_path from current as $$
+  with live as (
+    select * from orchestrator where beat_at > clock_timestamp() - p_expiry
+  )
+  select json_build_object(
+    'now', clock_timestamp(),
+    'ready', (select count(*) from ready), 'running', (select count(*) from lease),
+    'waiting', (select count(*) from wait), 'scheduled', (select count(*) from timer t
+      where not exists (select from wait w where w.execution_id = t.execution_id)),
+    'oldest_ready_at', (select min(e.created_at) from execution e
+      where e.id in (select execution_id from ready order by ord limit 100)),
+    'paused', (select coalesce(json_agg(name order by name), '[]') from queue where paused_at is not null),
+    'workers', (select coalesce(json_agg(row_to_json(w) order by w.started_at), '[]') from (
+      select w.id, w.name, w.version, w.host, w.pid, w.queues, w.started_at, w.beat_at, w.stopping_at, w.running_count,
+             w.beat_at > clock_timestamp() - p_expiry as live
+      from workers w limit 1000) w),
+    'stranded', (select coalesce(json_agg(json_build_object('task', t.name, 'queue', q.name,
+        'registered', t.registered_at is not null) order by t.name), '[]')
+      from lane l join task t on t.id = l.task_id join queue q on q.id = l.queue_id
+      where exists (select from ready r where r.lane_id = l.id)
+        and (t.registered_at is null or not exists (select from live where q.name = any(live.queues)))))
+$$;
