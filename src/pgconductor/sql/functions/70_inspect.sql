@@ -6,8 +6,11 @@ language plpgsql volatile set search_path from current set enable_seqscan = off 
 declare
   v_result json;
 begin
-  if p_watcher is not null and exists (select from execution where id = p_id and outcome is null) then
-    insert into watch (execution_id, watcher) values (p_id, p_watcher) on conflict do nothing;
+  if p_watcher is not null then
+    -- the share lock waits for an end that is being written: it could not see the new row
+    insert into watch (execution_id, watcher)
+    select e.id, p_watcher from (select id from execution where id = p_id and outcome is null for share) e
+    on conflict do nothing;
   end if;
   select json_build_object('outcome', e.outcome, 'result', e.result, 'error', e.error, 'task', t.name,
                            'reason', e.cancel_reason)
