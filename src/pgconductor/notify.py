@@ -34,12 +34,14 @@ class Listener:
 
     Attributes:
         is_live: Whether hints arrive at the moment.
+        error_count: How often the connection failed.
     """
 
     def __init__(
         self, dsn: str, channel: str, hear: Callable[[str, list[str]], None], name: str = "pgconductor listener"
     ) -> None:
         self.is_live = False
+        self.error_count = 0
         self._dsn = dsn
         self._channel = channel
         self._hear = hear
@@ -64,11 +66,12 @@ class Listener:
                 async with await self._connect() as connection:
                     failure_count = 0
                     await self._listen(connection)
-            except psycopg.Error as error:
-                if self._with_options and refuses_options(error):
+            except Exception as error:  # noqa: BLE001 (a loop that must outlive every error: logged, backed off)
+                if self._with_options and isinstance(error, psycopg.Error) and refuses_options(error):
                     self._with_options = False
                     continue
                 failure_count += 1
+                self.error_count += 1
                 level = logging.WARNING if failure_count == 1 else logging.DEBUG
                 log.log(level, "no hints: %s; polling meanwhile", error)
                 await asyncio.sleep(backoff_seconds(failure_count))

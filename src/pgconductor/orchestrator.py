@@ -11,6 +11,7 @@ the old boot id is retired, which gives the work back at no cost, and the proces
 import asyncio
 import importlib.metadata
 import logging
+import math
 import os
 import platform
 import time
@@ -222,10 +223,9 @@ class _Process:
         self._queue_ids: dict[str, int] = {}
         self._stack = AsyncExitStack()
         self._rejoining: asyncio.Task[None] | None = None
-        self._deadline = 0.0
+        self._deadline = math.inf
         self._fence_timer: asyncio.TimerHandle | None = None
         self._is_stopping = False
-        self._stop_hurried = asyncio.Event()
 
     # ------------------------------------------------------------ start
 
@@ -247,13 +247,11 @@ class _Process:
         self._settle_session = Session(dsn, "pgconductor settle")
         self._save_session = Session(dsn, "pgconductor save")
         self._other_session = Session(dsn, "pgconductor worker")
-        self._notify_session = Session(dsn, "pgconductor notify")
         for session in (
             self._claim_session,
             self._settle_session,
             self._save_session,
             self._other_session,
-            self._notify_session,
         ):
             self._stack.push_async_callback(session.close)
 
@@ -291,7 +289,7 @@ class _Process:
         )
         self.crew.attach(self._queue_ids)
         self._stack.callback(self.crew.detach)
-        self._notifier = Notifier(self._notify_session, engine)
+        self._notifier = Notifier(self._other_session, engine)
         self.claimer = Claimer(
             self._claim_session,
             engine,
@@ -474,9 +472,7 @@ class _Process:
 
     def hurry(self, grace_seconds: float) -> None:
         """Stop by then at the latest."""
-        deadline = time.monotonic() + grace_seconds
-        self._deadline = min(self._deadline, deadline) if self._is_stopping else deadline
-        self._stop_hurried.set()
+        self._deadline = min(self._deadline, time.monotonic() + grace_seconds)
 
     async def stop(self) -> None:
         """Stop gracefully, then tear down."""

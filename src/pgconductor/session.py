@@ -39,14 +39,17 @@ _OPTIONS: Final = "-c default_transaction_isolation=read\\ committed -c default_
 _DEFAULTS: Final[dict[str, str]] = {
     "connect_timeout": "5",
     "keepalives": "1",
-    "keepalives_idle": "10",
-    "keepalives_interval": "3",
+    "keepalives_idle": "5",
+    "keepalives_interval": "2",
     "keepalives_count": "3",
-    "tcp_user_timeout": "15000",
+    "tcp_user_timeout": "10000",
     "target_session_attrs": "read-write",
 }
 # The server rolled back and said so: the call did not happen.
 _ROLLED_BACK: Final = {"40001", "40P01", "55P03", "57014", "25006", "57P03"}
+# A statement timeout may be too short for what is asked; after so many the caller had better ask for less.
+_TOO_SLOW: Final = "57014"
+_TOO_SLOW_MAX: Final = 3
 # The server went away while it worked: unknown.
 _UNKNOWN: Final = {"57P01", "57P02", "57P04", "57P05", "25P03"}
 
@@ -118,6 +121,9 @@ class _Judge:
                 raise translate(error)
             if not is_harmless:
                 raise ConnectionLost(f"the connection was lost during a call: {error}") from error
+        if error.sqlstate == _TOO_SLOW and self.failure_count >= _TOO_SLOW_MAX:
+            self.failure_count = 0
+            raise error
         self.failure_count += 1
         pause = backoff_seconds(self.failure_count)
         level = logging.WARNING if self.failure_count in (1, 10) or self.failure_count % 100 == 0 else logging.DEBUG
@@ -168,11 +174,11 @@ class Session:
             ConductorError: The engine refused. Nothing happened.
             psycopg.Error: The server refused. Nothing happened.
         """
-        async with asyncio.timeout(timeout) if timeout is not None else self._lock:
-            if timeout is None:
-                return await self._run(query)
+        if timeout is None:
             async with self._lock:
                 return await self._run(query)
+        async with asyncio.timeout(timeout), self._lock:
+            return await self._run(query)
 
     async def close(self) -> None:
         """Close the connection; calls under way fail with `ConnectionLost`."""
