@@ -109,7 +109,7 @@ def find_app(module: Mapping[str, Any], schema: str) -> Conductor[Any]:
     """Return the conductor that a module defines or imports."""
     for value in module.values():
         if isinstance(value, Conductor):
-            app = cast("Conductor[Any]", value)
+            app: Conductor[Any] = value
             if app.schema == schema:
                 return app
     raise LookupError("the module of the task has no conductor of this schema among its names")

@@ -64,13 +64,17 @@ async def test_c2_the_value_comes_back_at_the_same_line_and_finished_steps_do_no
 ) -> None:
     bodies: list[str] = []
 
+    def seven() -> int:
+        bodies.append("before")
+        return 7
+
     @app.task
     async def child(ctx: Context, n: int) -> int:
         return n * 2
 
     @app.task
     async def parent(ctx: Context) -> list[int]:
-        first = await ctx.step("before", lambda: len(bodies) if bodies.append("before") else 7)
+        first = await ctx.step("before", seven)
         second = await ctx.invoke("child", child.bind(first))
         third = await ctx.step("after", lambda: second + 1)
         return [first, second, third]

@@ -5,7 +5,7 @@
 -- Returns [{name, id}]. Ready work that was enqueued for a task before its first registration moves to its queue.
 create or replace function register_tasks(p_deployment text, p_tasks json, p_now timestamptz default null)
 returns json
-language plpgsql volatile set search_path from current set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set jit = off set plan_cache_mode = force_generic_plan as $$
+language plpgsql volatile set search_path from current set enable_seqscan = off set enable_mergejoin = off set jit = off set plan_cache_mode = force_generic_plan as $$
 declare
   v_now timestamptz := instant(p_now);
 begin
@@ -38,7 +38,7 @@ end $$;
 
 -- Makes queues that do not exist yet; returns [{name, id}].
 create or replace function register_queues(p_names text[]) returns json
-language plpgsql volatile set search_path from current set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set jit = off set plan_cache_mode = force_generic_plan as $$
+language plpgsql volatile set search_path from current set enable_seqscan = off set enable_mergejoin = off set jit = off set plan_cache_mode = force_generic_plan as $$
 begin
   insert into queue (name)
   select n from unnest(p_names) n where not exists (select from queue q where q.name = n) order by 1
@@ -49,7 +49,7 @@ end $$;
 create or replace function register_orchestrator(
   p_id uuid, p_name text, p_version text, p_host text, p_pid int, p_queues text[], p_now timestamptz default null
 ) returns void
-language plpgsql volatile set search_path from current set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set jit = off set plan_cache_mode = force_generic_plan as $$
+language plpgsql volatile set search_path from current set enable_seqscan = off set enable_mergejoin = off set jit = off set plan_cache_mode = force_generic_plan as $$
 declare
   v_now timestamptz := instant(p_now);
 begin

@@ -108,7 +108,7 @@ end $$;
 create or replace function enqueue(
   p_calls json, p_notify boolean default false, p_again boolean default false, p_now timestamptz default null
 ) returns json
-language plpgsql volatile set search_path from current set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set jit = off set plan_cache_mode = force_generic_plan as $$
+language plpgsql volatile set search_path from current set enable_seqscan = off set enable_mergejoin = off set jit = off set plan_cache_mode = force_generic_plan as $$
 declare
   v_now timestamptz := instant(p_now);
   v_tasks text[];
@@ -164,7 +164,7 @@ create or replace function invoke(
   run_at timestamptz default null, delay interval default null, dedupe_key text default null,
   on_duplicate text default 'keep'
 ) returns uuid
-language plpgsql volatile set search_path from current set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set jit = off set plan_cache_mode = force_generic_plan as $$
+language plpgsql volatile set search_path from current set enable_seqscan = off set enable_mergejoin = off set jit = off set plan_cache_mode = force_generic_plan as $$
 declare
   v_id uuid := uuid7();
 begin

@@ -46,7 +46,7 @@ create or replace function claim(
   p_orchestrator uuid, p_token bigint, p_wants json, p_tasks int[], p_fire boolean default false,
   p_now timestamptz default null
 ) returns json
-language plpgsql volatile set search_path from current set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set jit = off set plan_cache_mode = force_generic_plan as $$
+language plpgsql volatile set search_path from current set enable_seqscan = off set enable_mergejoin = off set jit = off set plan_cache_mode = force_generic_plan as $$
 declare
   v_now timestamptz := instant(p_now);
   v_want record;

@@ -101,7 +101,7 @@ end $$;
 -- p_steps: [{id, token, name, round, kind, value}]; p_ops: as open_operations takes them, with token.
 create or replace function save(p_orchestrator uuid, p_steps json, p_ops json, p_now timestamptz default null)
 returns json
-language plpgsql volatile set search_path from current set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set jit = off set plan_cache_mode = force_generic_plan as $$
+language plpgsql volatile set search_path from current set enable_seqscan = off set enable_mergejoin = off set jit = off set plan_cache_mode = force_generic_plan as $$
 declare
   v_now timestamptz := instant(p_now);
   v_lost uuid[];
@@ -123,14 +123,15 @@ begin
   on conflict do nothing;
 
   if json_array_length(p_ops) > 0 then
-    v_lanes := start_children(p_ops, v_lost, v_now);
+    v_lanes := start_children(p_orchestrator, p_ops, v_lost, v_now);
   end if;
   return json_build_object('lost', to_json(v_lost), 'queues', queues_of(v_lanes));
 end $$;
 
 -- Opens operations of executions that go on running. A parent with a cancel request creates nothing: its worker is
--- told by signal.
-create or replace function start_children(p_ops json, p_lost uuid[], p_now timestamptz) returns int[]
+-- told by signal. Nor does one that a settle of the same process ended before the locks were had.
+create or replace function start_children(p_orchestrator uuid, p_ops json, p_lost uuid[], p_now timestamptz)
+returns int[]
 language plpgsql volatile set search_path from current as $$
 declare
   v_parents uuid[];
@@ -143,8 +144,10 @@ begin
   perform lock_executions(v_parents);
   return open_operations((
     select json_agg(o) from json_array_elements(p_ops) o
-    where (o ->> 'id')::uuid = any(v_parents)
-      and not exists (select from execution e where e.id = (o ->> 'id')::uuid and e.cancel_requested_at is not null)),
+    where exists (
+      select from lease l join execution e on e.id = l.execution_id
+      where l.execution_id = (o ->> 'id')::uuid and l.token = (o ->> 'token')::bigint
+        and l.orchestrator_id = p_orchestrator and e.cancel_requested_at is null)),
     p_now);
 end $$;
 
@@ -155,7 +158,7 @@ create or replace function save_transaction(
   p_orchestrator uuid, p_id uuid, p_token bigint, p_name text, p_round smallint, p_value json,
   p_now timestamptz default null
 ) returns text
-language plpgsql volatile set search_path from current set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set jit = off set plan_cache_mode = force_generic_plan as $$
+language plpgsql volatile set search_path from current set enable_seqscan = off set enable_mergejoin = off set jit = off set plan_cache_mode = force_generic_plan as $$
 declare
   v_now timestamptz := instant(p_now);
 begin

@@ -44,7 +44,7 @@ end $$;
 
 -- Returns {result: cancelled | requested | ended | unknown, queues, watchers}.
 create or replace function cancel(p_id uuid, p_reason text, p_now timestamptz default null) returns json
-language plpgsql volatile set search_path from current set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set jit = off set plan_cache_mode = force_generic_plan as $$
+language plpgsql volatile set search_path from current set enable_seqscan = off set enable_mergejoin = off set jit = off set plan_cache_mode = force_generic_plan as $$
 declare
   v_now timestamptz := instant(p_now);
   v_root uuid;
@@ -72,7 +72,7 @@ end $$;
 -- Cancels the execution that a task's dedupe key names.
 create or replace function cancel_by_key(p_task text, p_key text, p_reason text, p_now timestamptz default null)
 returns json
-language sql volatile set search_path from current set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set jit = off set plan_cache_mode = force_generic_plan as $$
+language sql volatile set search_path from current set enable_seqscan = off set enable_mergejoin = off set jit = off set plan_cache_mode = force_generic_plan as $$
   select coalesce(
     (select cancel(d.execution_id, p_reason, p_now) from dedupe d join task t on t.id = d.task_id
      where t.name = p_task and d.key = p_key),
@@ -82,7 +82,7 @@ $$;
 -- Opens a new life of an execution that failed or was cancelled: its recorded steps stay, its budgets begin anew.
 -- Its parent, if any, has had its answer and hears nothing more. Returns {result: ready | refused | unknown, queues}.
 create or replace function redrive(p_id uuid) returns json
-language plpgsql volatile set search_path from current set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set jit = off set plan_cache_mode = force_generic_plan as $$
+language plpgsql volatile set search_path from current set enable_seqscan = off set enable_mergejoin = off set jit = off set plan_cache_mode = force_generic_plan as $$
 declare
   v_execution execution;
 begin
@@ -113,7 +113,7 @@ create or replace function cancel_as_step(
   p_orchestrator uuid, p_id uuid, p_token bigint, p_name text, p_target uuid, p_reason text,
   p_now timestamptz default null
 ) returns json
-language plpgsql volatile set search_path from current set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set jit = off set plan_cache_mode = force_generic_plan as $$
+language plpgsql volatile set search_path from current set enable_seqscan = off set enable_mergejoin = off set jit = off set plan_cache_mode = force_generic_plan as $$
 declare
   v_now timestamptz := instant(p_now);
   v_answer json;

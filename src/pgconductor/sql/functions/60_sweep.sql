@@ -5,7 +5,7 @@
 -- Returns {alive, cancel: [execution ids to tell]}. A process that is not alive must stop what it runs.
 create or replace function beat(p_orchestrator uuid, p_stopping boolean default false, p_now timestamptz default null)
 returns json
-language plpgsql volatile set search_path from current set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set jit = off set plan_cache_mode = force_generic_plan as $$
+language plpgsql volatile set search_path from current set enable_seqscan = off set enable_mergejoin = off set jit = off set plan_cache_mode = force_generic_plan as $$
 declare
   v_now timestamptz := instant(p_now);
   v_told json;
@@ -22,7 +22,7 @@ end $$;
 
 -- Makes due work ready and answers due waits, a bounded number at a time. Returns how many.
 create or replace function fire_timers(p_now timestamptz default null, p_limit int default 1000) returns int
-language plpgsql volatile set search_path from current set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set jit = off set plan_cache_mode = force_generic_plan as $$
+language plpgsql volatile set search_path from current set enable_seqscan = off set enable_mergejoin = off set jit = off set plan_cache_mode = force_generic_plan as $$
 declare
   v_now timestamptz := instant(p_now);
   v_due uuid[];
@@ -116,7 +116,7 @@ end $$;
 -- lease lasts: an outage of the database is nobody's crash.
 -- Returns {lost: how many executions were taken over, queues, watchers}.
 create or replace function sweep(p_expiry interval default '20 seconds', p_now timestamptz default null) returns json
-language plpgsql volatile set search_path from current set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set jit = off set plan_cache_mode = force_generic_plan as $$
+language plpgsql volatile set search_path from current set enable_seqscan = off set enable_mergejoin = off set jit = off set plan_cache_mode = force_generic_plan as $$
 declare
   v_now timestamptz := instant(p_now);
   v_dead uuid[];
@@ -171,7 +171,7 @@ end $$;
 -- Gives back, at no cost, what a living process holds and does not know of: a claim whose reply was lost.
 -- p_known: the tokens of the claims whose replies it has.
 create or replace function reconcile(p_orchestrator uuid, p_known bigint[], p_now timestamptz default null) returns json
-language plpgsql volatile set search_path from current set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set jit = off set plan_cache_mode = force_generic_plan as $$
+language plpgsql volatile set search_path from current set enable_seqscan = off set enable_mergejoin = off set jit = off set plan_cache_mode = force_generic_plan as $$
 declare
   v_free uuid[];
 begin
@@ -204,7 +204,7 @@ end $$;
 -- Ends a process' membership; whatever it still holds goes back at no cost. Called at the end of a stop, and with
 -- the old id by a process that fenced itself.
 create or replace function retire(p_orchestrator uuid, p_now timestamptz default null) returns json
-language plpgsql volatile set search_path from current set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set jit = off set plan_cache_mode = force_generic_plan as $$
+language plpgsql volatile set search_path from current set enable_seqscan = off set enable_mergejoin = off set jit = off set plan_cache_mode = force_generic_plan as $$
 declare
   v_lanes int[];
 begin

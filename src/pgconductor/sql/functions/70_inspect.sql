@@ -2,7 +2,7 @@
 
 -- Returns null for an unknown id, else {state, result, error, task}; an execution that has not ended is watched.
 create or replace function watch_result(p_id uuid, p_watcher text default null) returns json
-language plpgsql volatile set search_path from current set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set jit = off set plan_cache_mode = force_generic_plan as $$
+language plpgsql volatile set search_path from current set enable_seqscan = off set enable_mergejoin = off set jit = off set plan_cache_mode = force_generic_plan as $$
 declare
   v_result json;
 begin
@@ -21,20 +21,20 @@ begin
 end $$;
 
 create or replace function state_of(p_id uuid) returns text
-language sql stable set search_path from current set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set jit = off set plan_cache_mode = force_generic_plan as $$
+language sql stable set search_path from current set enable_seqscan = off set enable_mergejoin = off set jit = off set plan_cache_mode = force_generic_plan as $$
   select state from executions where id = p_id
 $$;
 
 -- All recorded steps of an execution; for a worker that no longer has them.
 create or replace function load_steps(p_execution uuid) returns json
-language sql stable set search_path from current set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set jit = off set plan_cache_mode = force_generic_plan as $$
+language sql stable set search_path from current set enable_seqscan = off set enable_mergejoin = off set jit = off set plan_cache_mode = force_generic_plan as $$
   select coalesce(recorded_steps(p_execution), '[]')
 $$;
 
 -- What a drain waits for: how much this set of queues and tasks could run now or is running for this process.
 -- p_next: also count what is only scheduled or asleep.
 create or replace function outstanding(p_orchestrator uuid, p_queues int[], p_tasks int[]) returns json
-language sql stable set search_path from current set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set jit = off set plan_cache_mode = force_generic_plan as $$
+language sql stable set search_path from current set enable_seqscan = off set enable_mergejoin = off set jit = off set plan_cache_mode = force_generic_plan as $$
   select json_build_object(
     'ready', (select count(*) from (
       select from lane l join queue q on q.id = l.queue_id and q.paused_at is null
@@ -48,7 +48,7 @@ $$;
 -- only {id}. The share lock waits for an end that is being written, which could not see the new watch row; the
 -- commit is asynchronous, since a lost watch row costs a poll.
 create or replace function watch_results(p_ids uuid[], p_watcher text default null) returns json
-language plpgsql volatile set search_path from current set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set jit = off set plan_cache_mode = force_generic_plan as $$
+language plpgsql volatile set search_path from current set enable_seqscan = off set enable_mergejoin = off set jit = off set plan_cache_mode = force_generic_plan as $$
 begin
   if p_watcher is not null then
     perform set_config('synchronous_commit', 'off', true);
