@@ -164,7 +164,7 @@ def parent_and_child(db: Db, **options: Any) -> tuple[str, str]:
     """Return a waiting parent and its ready child."""
     register(db, "work", "child")
     enqueue(db)
-    parent = claim_one(db)
+    parent = claim_one(db, tasks=["work"])
     return parent, invoke(db, parent, **options)
 
 
@@ -183,7 +183,7 @@ def fan_out(db: Db, count: int, **options: Any) -> tuple[str, list[str]]:
     """Return a parent that waits for an `invoke_all`, and its children."""
     register(db, "work", "child")
     enqueue(db)
-    parent = claim_one(db)
+    parent = claim_one(db, tasks=["work"])
     operation = op(parent, "all", "invoke_all", *[{}] * count, **options)
     park(db, parent, operation)
     return parent, [child["id"] for child in operation["children"]]

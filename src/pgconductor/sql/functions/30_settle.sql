@@ -10,7 +10,8 @@
 
 -- Completes executions without parent and children. p_completed: [{id, token, result}]
 create or replace function settle_plain(
-  p_orchestrator uuid, p_completed json, p_now timestamptz, inout p_lost uuid[], out p_effects effects
+  p_orchestrator uuid, p_completed json, p_now timestamptz, inout p_lost uuid[],
+  out p_lanes int[], out p_watchers text[]
 )
 language plpgsql volatile set search_path from current as $$
 declare
@@ -18,6 +19,7 @@ declare
   v_claimed timestamptz[];
   v_results json[];
   v_count int;
+  v_effects effects := row('{}'::int[], '{}'::text[]);
 begin
   select array_agg(l.execution_id order by l.execution_id), array_agg(l.claimed_at order by l.execution_id),
          array_agg(g.result order by l.execution_id)
@@ -33,10 +35,11 @@ begin
   get diagnostics v_count = row_count;
 
   if v_count < coalesce(cardinality(v_ids), 0) then
-    p_effects := finish(cancelled(array(
+    v_effects := finish(cancelled(array(
       select id from execution where id = any(v_ids) and outcome is null)), p_now);
   end if;
-  p_effects := merge(p_effects, row('{}', watchers_of(v_ids))::effects);
+  p_lanes := v_effects.lane_ids;
+  p_watchers := v_effects.watchers || watchers_of(v_ids);
   delete from lease where execution_id = any(v_ids);
   if coalesce(cardinality(v_ids), 0) < json_array_length(p_completed) then
     p_lost := p_lost || array(select g.id from json_to_recordset(p_completed) as g(id uuid)
@@ -189,7 +192,7 @@ begin
   if json_array_length(p_completed) > 0 then
     select * into v_plain from settle_plain(p_orchestrator, p_completed, v_now, v_lost);
     v_lost := v_plain.p_lost;
-    v_effects := v_plain.p_effects;
+    v_effects := row(v_plain.p_lanes, v_plain.p_watchers)::effects;
   end if;
   if json_array_length(p_outcomes) > 0 then
     select array_agg(row(o.id, o.outcome, o.result, o.error, o.delay, o.ops, o.awaits, o.fresh, o.cached,
