@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-DEMO := $(BIN)/python -m pgconductor.demo
+DEMO := $(BIN)/python examples/demo_run.py
 BENCH := $(BIN)/python -m benchmarks
 PYTEST_ARGS ?= -n 2
 MIGRATIONS := $(wildcard src/pgconductor/sql/migrations/*.sql)
