@@ -434,6 +434,14 @@ class Conductor(Generic[D]):
         finally:
             vars(self).update(kept)
 
+    def use_address(self, dsn: str) -> None:
+        """Connect elsewhere from now on, whatever the code and the environment say. For the command line and tests.
+
+        Args:
+            dsn: Where Postgres is. Connections that are open stay where they are.
+        """
+        self._given_dsn, self._dsn = dsn, None
+
     async def migrate(self) -> None:
         """Install the engine in its schema, or bring it up to this release; safe to repeat and to run at once.
 

@@ -11,12 +11,13 @@ Instants are the database's. A test that moves the clock gives the engine a `clo
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Final, Generic, Literal, TypeVar
+from typing import Any, Final, Generic, Literal, TypeAlias, TypeVar
 
 import msgspec
 from msgspec import UNSET, Raw, Struct, UnsetType
 
 T = TypeVar("T")
+Report: TypeAlias = dict[str, Any]
 
 NULL: Final = Raw(b"null")
 StepKind = Literal["step", "transaction", "sleep", "invoke", "invoke_all", "start", "wait", "wait_for", "call"]
@@ -284,6 +285,22 @@ _names = _reader(list[Named])
 _steps = _reader(list[Recorded])
 
 
+_report = _reader(dict[str, Any])
+_reports = _reader(list[dict[str, Any]])
+
+_SERVER_FACTS: Final = """\
+select cast(json_build_object(
+  'version', current_setting('server_version'), 'version_number', cast(current_setting('server_version_num') as int),
+  'encoding', current_setting('server_encoding'), 'database', current_database(), 'role', current_user,
+  'in_recovery', pg_is_in_recovery(), 'fsync', current_setting('fsync'),
+  'full_page_writes', current_setting('full_page_writes'),
+  'synchronous_commit', current_setting('synchronous_commit'),
+  'autovacuum', current_setting('autovacuum'),
+  'connections_max', cast(current_setting('max_connections') as int)
+    - cast(current_setting('superuser_reserved_connections') as int),
+  'connections', (select count(*) from pg_stat_activity where backend_type = 'client backend')) as text)"""
+
+
 def _text(value: object) -> str:
     return _encode(value).decode()
 
@@ -458,3 +475,25 @@ class Engine:
     def notify(self, payload: str) -> Query[None]:
         """Send a hint to whoever listens; the channel is the schema's name."""
         return Query("select pg_notify(%s, %s)", (self.schema, payload), _as_is)
+
+    # ------------------------------------------------------------ reports, as plain JSON
+
+    def list_runs(self, state: str | None, task: str | None, queue: str | None, limit: int) -> Query[list[Report]]:
+        """See 75_report.sql."""
+        return self._query("list_runs", "text text text int", (state, task, queue, limit), _reports)
+
+    def show_run(self, id: str, limit: int) -> Query[Report | None]:
+        """See 75_report.sql. None: no such execution."""
+        return self._query("show_run", "uuid int", (id, limit), _report)
+
+    def list_queues(self) -> Query[list[Report]]:
+        """See 75_report.sql."""
+        return self._query("list_queues", "", (), _reports)
+
+    def overview(self) -> Query[Report]:
+        """See 75_report.sql."""
+        return self._query("overview", "", (), _report)
+
+    def server_facts(self) -> Query[Report]:
+        """What the doctor asks any server, with or without the engine."""
+        return Query(_SERVER_FACTS, (), _report)

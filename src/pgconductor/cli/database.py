@@ -1,0 +1,82 @@
+"""`pgconductor migrate` and `pgconductor db`: the schema, and the development server."""
+
+import os
+import shutil
+from pathlib import Path
+
+import click
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+
+from pgconductor import embedded, schema
+from pgconductor.cli.session import Settings, json_option, pass_settings, print_json
+from pgconductor.cli.text import console, redacted_dsn
+
+
+@click.command()
+@click.option("--plan", "mode", flag_value="plan", help="Say what would be done, and do nothing.")
+@click.option("--sql", "mode", flag_value="sql", help="Print the SQL for those who run it by hand.")
+@json_option
+@pass_settings
+def migrate(settings: Settings, mode: str | None, as_json: bool) -> None:
+    """Install the engine, or bring it up to this release. Safe to repeat, and while workers run."""
+    if mode == "sql":
+        click.echo(schema.sql(settings.schema), nl=False)
+        return
+    steps = (schema.plan if mode == "plan" else schema.migrate)(settings.dsn, settings.schema)
+    if as_json:
+        print_json({"schema": settings.schema, "planned" if mode == "plan" else "done": steps})
+        return
+    out = console()
+    for step in steps:
+        out.print(f"[green]{'·' if mode == 'plan' else '✓'}[/] ", end="")
+        out.print(step, markup=False)
+    if not steps:
+        out.print(f"[green]✓[/] schema {settings.schema} is up to date")
+
+
+@click.group()
+def db() -> None:
+    """The development server: a Postgres of the project's own."""
+
+
+@db.command()
+@json_option
+def start(as_json: bool) -> None:
+    """Start the project's server unless it runs."""
+    state = embedded.ensure()
+    if as_json:
+        print_json({"pid": state.pid, "port": state.port, "data": state.data_dir, "dsn": redacted_dsn(state.dsn)})
+        return
+    console().print(f"[green]●[/] Postgres runs on port {state.port}, data in {state.data_dir}", soft_wrap=True)
+
+
+@db.command()
+@json_option
+def stop(as_json: bool) -> None:
+    """Stop the project's server. Its data stay."""
+    stopped = embedded.stop()
+    if as_json:
+        print_json({"stopped": stopped})
+    else:
+        console().print("stopped" if stopped else "it was not running")
+
+
+@db.command()
+@pass_settings
+def url(settings: Settings) -> None:
+    """Print the address in use, with its password, for other programs: psql "$(pgconductor db url)"."""
+    click.echo(settings.dsn)
+
+
+@db.command(context_settings={"ignore_unknown_options": True})
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+@pass_settings
+def psql(settings: Settings, arguments: tuple[str, ...]) -> None:
+    """Open psql on the database in use; further arguments are psql's."""
+    program = shutil.which("psql")
+    if program is None:
+        raise click.ClickException("psql is not installed; see `pgconductor db url` for other programs")
+    given = conninfo_to_dict(settings.dsn)
+    password = given.pop("password", None)  # not on the command line, where every user of the machine sees it
+    environment = os.environ | ({"PGPASSWORD": str(password)} if password else {})
+    os.execve(program, [Path(program).name, make_conninfo("", **given), *arguments], environment)  # noqa: S606

@@ -1,0 +1,83 @@
+"""`pgconductor invoke`: start an execution from the shell."""
+
+from typing import Any
+
+import click
+import msgspec
+
+from pgconductor.cli.session import Settings, json_option, pass_settings, print_json
+from pgconductor.cli.text import console, safe, state
+from pgconductor.conductor import Conductor
+from pgconductor.errors import ExecutionCancelled, ExecutionFailed
+from pgconductor.options import Options
+
+
+def _payload(_: click.Context, __: click.Parameter, text: str) -> dict[str, Any]:
+    try:
+        return msgspec.json.decode(text, type=dict[str, Any])
+    except msgspec.DecodeError as error:
+        raise click.BadParameter(f"not a JSON object: {error}") from error
+
+
+@click.command()
+@click.argument("task")
+@click.argument("payload", default="{}", callback=_payload, metavar="[JSON]")
+@click.option("--wait", is_flag=True, help="Wait for the end and print the result.")
+@click.option("--timeout", help="How long to wait, such as 30s.")
+@click.option("--queue", help="Another queue than the task's.")
+@click.option("--priority", type=int, help="Higher runs first.")
+@click.option("--delay", help="Start later, such as 5m.")
+@click.option("--dedupe-key", help="Equal calls get one execution.")
+@json_option
+@pass_settings
+def invoke(
+    settings: Settings,
+    /,
+    task: str,
+    payload: dict[str, Any],
+    wait: bool,
+    timeout: str | None,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Start an execution of TASK with a JSON object of its arguments.
+
+    pgconductor invoke charge '{"order_id": 7, "cents": 500}' --wait
+    """
+    options: Any = {name: value for name, value in given.items() if value is not None}
+    report, failed = settings.conduct(lambda app: _invoke(app, task, payload, options, wait=wait, timeout=timeout))
+    if as_json:
+        print_json(report)
+    else:
+        _print(report)
+    if failed:
+        click.get_current_context().exit(1)
+
+
+async def _invoke(
+    app: Conductor, task: str, payload: dict[str, Any], options: Options, *, wait: bool, timeout: str | None
+) -> tuple[dict[str, Any], bool]:
+    call = app.define_task(task, dict, object).bind(payload)
+    run = await app.invoke(call, **options)
+    report: dict[str, Any] = {"id": str(run.id), "task": task}
+    if not wait:
+        return report | {"state": await run.state()}, False
+    try:
+        return report | {"state": "completed", "result": await run.result(timeout)}, False
+    except ExecutionFailed as error:
+        facts = {"type": error.error_type, "message": error.message, "traceback": error.remote_traceback}
+        return report | {"state": "failed", "error": facts}, True
+    except ExecutionCancelled as error:
+        return report | {"state": "cancelled", "reason": error.reason}, True
+
+
+def _print(report: dict[str, Any]) -> None:
+    out = console()
+    out.print(state(report["state"]), safe(report["id"]))
+    if "result" in report:
+        print_json(report["result"])
+    if "error" in report:
+        error = report["error"]
+        out.print(safe(error["traceback"] or f"{error['type']}: {error['message']}"), markup=False, soft_wrap=True)
+    if report.get("reason"):
+        out.print(safe(report["reason"]), markup=False)

@@ -1,0 +1,61 @@
+"""`pgconductor queues`: what waits where, and stopping the starts."""
+
+import click
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from pgconductor.cli.session import Settings, json_option, pass_settings, print_json
+from pgconductor.cli.text import ago, console, line
+
+
+@click.group()
+def queues() -> None:
+    """List, pause and resume queues."""
+
+
+@queues.command("list")
+@json_option
+@pass_settings
+def list_(settings: Settings, as_json: bool) -> None:
+    """List the queues with their counts."""
+    found = settings.ask(lambda client, engine: client.run(engine.list_queues()))
+    if as_json:
+        return print_json(found)
+    table = Table(box=box.SIMPLE_HEAD, header_style="bold", show_edge=False, collapse_padding=True)
+    table.add_column("queue")
+    table.add_column("ready", justify="right")
+    table.add_column("running", justify="right")
+    table.add_column("")
+    for queue in found:
+        paused = Text(f"paused {ago(queue['paused_at'])}", style="yellow") if queue["paused_at"] else ""
+        table.add_row(line(queue["name"]), str(queue["ready_count"]), str(queue["running_count"]), paused)
+    console().print(table if found else "no queues yet")
+    return None
+
+
+@queues.command()
+@click.argument("queue")
+@json_option
+@pass_settings
+def pause(settings: Settings, queue: str, as_json: bool) -> None:
+    """Stop the starts of a queue on all workers. What runs goes on."""
+    settings.conduct(lambda app: app.pause(queue))
+    _done(queue, "paused", as_json=as_json)
+
+
+@queues.command()
+@click.argument("queue")
+@json_option
+@pass_settings
+def resume(settings: Settings, queue: str, as_json: bool) -> None:
+    """Let a paused queue start executions again."""
+    settings.conduct(lambda app: app.resume(queue))
+    _done(queue, "resumed", as_json=as_json)
+
+
+def _done(queue: str, what: str, *, as_json: bool) -> None:
+    if as_json:
+        print_json({"queue": queue, what: True})
+    else:
+        console().print(f"{line(queue)} {what}", markup=False)

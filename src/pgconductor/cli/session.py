@@ -1,0 +1,70 @@
+"""What the commands share: where the database is, one client a command, and JSON on request."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import click
+import msgspec
+
+from pgconductor import embedded
+from pgconductor.client import LoopClient
+from pgconductor.conductor import Conductor
+from pgconductor.engine import Engine
+
+T = TypeVar("T")
+
+
+@dataclass
+class Settings:
+    """The options before the command."""
+
+    given_dsn: str | None
+    schema: str
+
+    @property
+    def dsn(self) -> str:
+        """Where the database is; may start the development server."""
+        return embedded.resolve_dsn(self.given_dsn)
+
+    @property
+    def engine(self) -> Engine:
+        """Builds the queries."""
+        return Engine(self.schema)
+
+    def ask(self, work: Callable[[LoopClient, Engine], Awaitable[T]]) -> T:
+        """Do something with a client, then close it."""
+
+        async def session() -> T:
+            client = LoopClient(self.engine, self._address, self._migrate)
+            try:
+                return await work(client, self.engine)
+            finally:
+                await client.close()
+
+        return asyncio.run(session())
+
+    def conduct(self, work: Callable[[Conductor], Awaitable[T]]) -> T:
+        """Do something with a conductor, then close it."""
+
+        async def session() -> T:
+            async with Conductor(self.given_dsn, schema=self.schema) as app:
+                return await work(app)
+
+        return asyncio.run(session())
+
+    async def _address(self) -> str:
+        return await asyncio.to_thread(lambda: self.dsn)
+
+    async def _migrate(self) -> bool:
+        return False
+
+
+pass_settings = click.make_pass_decorator(Settings)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+def print_json(value: Any) -> None:
+    """Print a value as indented JSON; escapes of the terminal are escaped by JSON itself."""
+    click.echo(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())

@@ -1,0 +1,292 @@
+"""The command line on a real database: what it prints, as text and as JSON, and how it exits."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from click.testing import CliRunner, Result
+
+from pgconductor.cli import main
+from tests.sql.support import Db, claim, enqueue, enqueue_many, fail, op, park, register, save, settle
+
+APPLICATION = """
+from pgconductor import Conductor, Context
+
+app = Conductor()
+
+@app.task
+async def double(ctx: Context, n: int) -> int:
+    return await ctx.step("work", lambda: 2 * n)
+
+@app.task(max_attempts=1)
+async def refuse(ctx: Context) -> None:
+    raise ValueError("not today")
+
+not_an_app = 7
+"""
+
+
+def run(dsn: str, *arguments: str) -> Result:
+    return CliRunner().invoke(main, ["--dsn", dsn, *arguments], catch_exceptions=False)
+
+
+def answer(dsn: str, *arguments: str) -> Any:
+    result = run(dsn, *arguments, "--json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def failing(db: Db, message: str = "boom") -> str:
+    id = enqueue(db)
+    register(db, "work")
+    claim(db)
+    fail(db, id, message)
+    return id
+
+
+# ---------------------------------------------------------------- invoke
+
+
+def test_invoke_prints_the_id(database: str, db: Db) -> None:
+    found = answer(database, "invoke", "charge", '{"order_id": 7}', "--priority", "3", "--delay", "1h")
+
+    (row,) = db.execute("select id::text, task, payload, priority, state from executions").fetchall()
+    assert (row["id"], row["task"], row["payload"]) == (found["id"], "charge", {"order_id": 7})
+    assert (row["priority"], row["state"], found["state"]) == (3, "scheduled", "scheduled")
+
+
+@pytest.mark.parametrize("payload", ["[1]", "{", "7"])
+def test_invoke_refuses_what_is_not_an_object(database: str, payload: str) -> None:
+    result = run(database, "invoke", "charge", payload)
+
+    assert result.exit_code == 2
+    assert "not a JSON object" in result.stderr
+
+
+def test_invoke_waits_no_longer_than_it_is_told(database: str) -> None:
+    result = run(database, "invoke", "charge", "--wait", "--timeout", "10ms")
+
+    assert result.exit_code == 1
+    assert "has not ended within 10ms" in result.stderr
+
+
+# ---------------------------------------------------------------- runs
+
+
+def test_runs_are_listed_newest_first_and_filtered(database: str, db: Db) -> None:
+    failed = failing(db)
+    enqueue_many(db, {"task": "mail"}, {"task": "mail", "queue": "slow"})
+
+    assert [each["task"] for each in answer(database, "runs", "list", "--limit", "2")] != []
+    assert [each["id"] for each in answer(database, "runs", "list", "--state", "failed")] == [failed]
+    assert len(answer(database, "runs", "list", "--task", "mail")) == 2
+    assert len(answer(database, "runs", "list", "--queue", "slow")) == 1
+    assert len(answer(database, "runs", "list", "--state", "ready", "--queue", "slow")) == 1
+    assert answer(database, "runs", "list", "--state", "waiting") == []
+
+
+def test_runs_list_shows_the_error(database: str, db: Db) -> None:
+    failed = failing(db, "card declined")
+
+    text = run(database, "runs", "list").stdout
+    assert failed in text
+    assert "✗ failed" in text
+    assert "card declined" in text
+
+
+def test_show_draws_tree_and_waterfall(database: str, db: Db) -> None:
+    parent = enqueue(db)
+    register(db, "work", "child")
+    claim(db)
+    save(db, parent, "load")
+    park(db, parent, op(parent, "charge", "invoke", {"task": "child"}), op(parent, "nap", "sleep", due_in=3600))
+
+    text = run(database, "runs", "show", parent).stdout
+
+    assert re.search(r"◌ waiting {2}work", text)
+    assert re.search(r"└── ○ child as charge", text)
+    for line in (r"✓ load +step +━", r"◌ charge +invoke +╍", r"◌ nap +sleep +╍"):
+        assert re.search(line, text), (line, text)
+
+
+def test_show_goes_to_any_depth_and_json_has_it_all(database: str, db: Db) -> None:
+    ids = [enqueue(db)]
+    register(db, "work")
+    for depth in range(4):
+        claim(db, token=1)
+        child = str(uuid4())
+        park(db, ids[-1], op(ids[-1], f"level {depth}", "invoke", {"id": child, "task": "work"}))
+        ids.append(child)
+
+    found = answer(database, "runs", "show", ids[0])
+
+    assert [(node["id"], node["level"]) for node in found["tree"]] == [(id, n) for n, id in enumerate(ids)]
+    assert found["run"]["payload"] == {}
+
+
+def test_show_renders_the_error_of_a_failure(database: str, db: Db) -> None:
+    text = run(database, "runs", "show", failing(db, "card declined")).stdout
+
+    assert "ValueError: card declined" in text
+
+
+def test_an_unknown_execution_is_an_error(database: str) -> None:
+    result = run(database, "runs", "show", str(uuid4()))
+
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "error: no execution" in result.stderr
+    assert run(database, "runs", "show", "no-uuid").exit_code == 2
+
+
+def test_cancel_and_retry_exit_by_their_success(database: str, db: Db) -> None:
+    id = enqueue(db)
+
+    assert run(database, "runs", "cancel", id, "--reason", "wrong").exit_code == 0
+    assert run(database, "runs", "cancel", id).exit_code == 1
+    assert run(database, "runs", "retry", id).exit_code == 0
+    assert run(database, "runs", "retry", id).exit_code == 1
+
+
+@pytest.mark.parametrize("evil", ["\x1b[2J\x1b]0;owned\x07", "\x9b31m", "a\rb", "\u202egnp.exe", "[red]x[/red]"])
+def test_a_terminal_obeys_nothing_that_was_stored(database: str, db: Db, evil: str) -> None:
+    id = enqueue(db, payload={"text": evil})
+    register(db, "work")
+    claim(db)
+    save(db, id, "step")
+    settle(db, {"id": id, "outcome": "failed", "error": {"type": "E", "message": evil, "traceback": evil}})
+
+    for arguments in (["runs", "show", id], ["runs", "list"]):
+        text = run(database, *arguments).stdout
+        assert all(char.isprintable() or char == "\n" for char in text)
+        assert evil == "[red]x[/red]" or evil not in text
+    assert "\x1b" not in run(database, "runs", "show", id, "--json").stdout
+
+
+# ---------------------------------------------------------------- queues, status, doctor
+
+
+def test_queues_are_listed_paused_and_resumed(database: str, db: Db) -> None:
+    enqueue(db, queue="mail")
+
+    assert run(database, "queues", "pause", "mail").exit_code == 0
+    (queue,) = [each for each in answer(database, "queues", "list") if each["name"] == "mail"]
+    assert (queue["ready_count"], queue["paused_at"] is None) == (1, False)
+    assert "paused" in run(database, "queues", "list").stdout
+    assert answer(database, "queues", "resume", "mail") == {"queue": "mail", "resumed": True}
+
+
+def test_status_counts_and_names_stranded_work(database: str, db: Db) -> None:
+    enqueue(db, task="orphan")
+
+    found = answer(database, "status")
+    text = run(database, "status").stdout
+
+    assert (found["ready"], found["running"]) == (1, 0)
+    assert "no workers" in text
+    assert "task orphan has work in queue default, and no worker has ever registered it" in text
+
+
+def test_doctor_finds_a_missing_schema(server: str) -> None:
+    result = run(server, "--schema", "nothing_here", "doctor")
+
+    assert result.exit_code == 1
+    assert "run `pgconductor migrate`" in result.stdout
+
+
+def test_doctor_examines_server_schema_hints_and_workers(database: str) -> None:
+    result = run(database, "doctor", "--json")
+
+    verdicts = {check["name"]: check["verdict"] for check in json.loads(result.stdout)}
+    assert verdicts["schema"] == verdicts["hints"] == verdicts["encoding"] == "ok"
+    assert verdicts["workers"] == "warning"
+    assert result.exit_code == (1 if verdicts["durability"] == "failure" else 0)
+
+
+def test_a_server_that_is_not_there_is_one_line_without_the_password() -> None:
+    result = run("host=127.0.0.1 port=1 password=hunter2", "status")
+
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: cannot connect to Postgres")
+    assert "hunter2" not in result.output
+
+
+def test_no_output_shows_the_password(database: str, db: Db) -> None:
+    password = re.search(r"password=(\S+)", database)
+
+    for arguments in (["status"], ["doctor"], ["doctor", "--json"]):
+        assert password is None or password[1] not in run(database, *arguments).output
+
+
+# ---------------------------------------------------------------- migrate
+
+
+def test_migrate_plans_writes_sql_and_is_repeatable(database: str) -> None:
+    options = ["--schema", "fresh", "migrate"]
+
+    assert len(answer(database, *options, "--plan")["planned"]) > 1
+    assert "create schema" in run(database, *options, "--sql").stdout
+    assert len(answer(database, *options)["done"]) > 1
+    assert answer(database, *options)["done"] == []
+    assert "up to date" in run(database, *options).stdout
+
+
+# ---------------------------------------------------------------- worker
+
+
+@pytest.fixture
+def application(tmp_path: Path) -> Path:
+    (tmp_path / "shop.py").write_text(APPLICATION)
+    return tmp_path
+
+
+def command(dsn: str, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", "pgconductor", "--dsn", dsn, *arguments]
+
+
+def test_a_worker_runs_what_is_invoked_and_stops_on_sigterm(database: str, application: Path) -> None:
+    arguments = command(database, "worker", "shop:app", "-q", "default=2")
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(
+        arguments, cwd=application, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as worker:
+        assert worker.stdout is not None
+        assert "worker" in worker.stdout.readline()
+
+        assert answer(database, "invoke", "double", '{"n": 21}', "--wait")["result"] == 42
+        refused = run(database, "invoke", "refuse", "--wait", "--json")
+        assert refused.exit_code == 1
+        assert json.loads(refused.stdout)["error"]["message"] == "not today"
+
+        worker.send_signal(signal.SIGTERM)
+        assert worker.wait(60) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["worker", "nowhere:app"], "there is no module 'nowhere'"),
+        (["worker", "shop:not_an_app"], "is not a Conductor"),
+        (["worker", "shop:app", "-q", "default=many"], "the concurrency is a number"),
+        (["worker", "shop:app", "--log-level", "loud"], "is not a level"),
+    ],
+)
+def test_a_worker_that_cannot_be_understood_exits_2(
+    database: str, application: Path, arguments: list[str], message: str
+) -> None:
+    result = subprocess.run(command(database, *arguments), cwd=application, capture_output=True, text=True, check=False)
+
+    assert result.returncode == 2
+    assert message in result.stderr
+
+
+def test_help_and_unknown_commands() -> None:
+    assert CliRunner().invoke(main, ["--help"]).exit_code == 0
+    assert CliRunner().invoke(main, ["explode"]).exit_code == 2
+    assert "pgconductor" in CliRunner().invoke(main, ["--version"]).output
