@@ -95,11 +95,11 @@ class Host(Protocol):
         ...
 
     def transaction(self) -> AbstractAsyncContextManager[psycopg.AsyncConnection[Any]]:
-        """Lend a connection, in a transaction of its own."""
+        """Lend a connection."""
         ...
 
     def sync_transaction(self) -> AbstractContextManager[psycopg.Connection[Any]]:
-        """Lend a connection to a thread, in a transaction of its own."""
+        """Lend a connection to a thread."""
         ...
 
     async def run_query(self, query: Query[T], /) -> T:

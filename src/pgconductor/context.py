@@ -10,7 +10,6 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any, Concatenate, Literal, cast, overload
 from uuid import UUID
 
-import psycopg
 from typing_extensions import ParamSpec, TypeVar
 
 from pgconductor.attempt import Attempt, OutcomeUnknown, accept_transaction, inside_step
@@ -30,6 +29,7 @@ from pgconductor.operations import (
     not_yet,
     partition,
 )
+from pgconductor.session import backoff_seconds
 from pgconductor.signature import return_codec_of
 from pgconductor.task import Call, Task
 
@@ -188,6 +188,7 @@ class Context(RunFacts[D]):
         self, name: str, fn: Callable[..., Any], args: Any, kwargs: Any, codec: Codec[Any]
     ) -> Any:
         """Commit once. When the connection is lost, the commit may have happened: look before trying again."""
+        failure_count = 0
         while True:
             try:
                 return await self._transact(name, fn, args, kwargs, codec)
@@ -196,22 +197,24 @@ class Context(RunFacts[D]):
             if memo is not None:
                 self._attempt.journal.memos.add(memo)
                 return _recorded(codec, memo)
+            failure_count += 1
+            await asyncio.sleep(backoff_seconds(failure_count))
+            self._attempt.enter()
 
     async def _transact(self, name: str, fn: Callable[..., Any], args: Any, kwargs: Any, codec: Codec[Any]) -> Any:
         attempt = self._attempt
         async with attempt.host.transaction() as conn:
             try:
-                async with conn.transaction():
+                async with conn.transaction():  # the outermost block: it begins here, and commits at its end only
                     with _marked(name):
                         raw, copied = codec.store(await fn(conn, *args, **kwargs), f"transaction {name!r}")
-                step = attempt.journal.finished(name, "transaction", raw)
-                query = attempt.host.engine.save_transaction(attempt.host.orchestrator_id, step)
-                row = await (await conn.execute(query.statement.encode(), list(query.parameters))).fetchone()
-                accept_transaction(attempt, row[0] if row else None)
-                fault("before_transaction_commit")
-                await conn.commit()
-            except psycopg.OperationalError as error:
-                if conn.broken or conn.closed:
+                    step = attempt.journal.finished(name, "transaction", raw)
+                    query = attempt.host.engine.save_transaction(attempt.host.orchestrator_id, step)
+                    row = await (await conn.execute(query.statement.encode(), list(query.parameters))).fetchone()
+                    accept_transaction(attempt, row[0] if row else None)
+                    fault("before_transaction_commit")
+            except Exception as error:
+                if conn.closed:  # whatever the function made of it, this is not its failure
                     raise OutcomeUnknown from error
                 raise
         fault("after_transaction_commit")

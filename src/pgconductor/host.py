@@ -4,12 +4,13 @@ import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Callable, Generator
 from concurrent.futures import Future as ThreadFuture
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import psycopg
-from psycopg_pool import AsyncConnectionPool, ConnectionPool
+from psycopg_pool import AsyncConnectionPool, ConnectionPool, PoolTimeout
 
+from pgconductor.attempt import OutcomeUnknown
 from pgconductor.engine import Operation, SavedStep
 from pgconductor.isolated import Processes
 from pgconductor.session import Session, connection_string
@@ -86,24 +87,36 @@ class ProcessHost:
 
     @asynccontextmanager
     async def transaction(self) -> AsyncGenerator[psycopg.AsyncConnection[Any]]:
-        """Lend a connection, in a transaction that commits at the end."""
+        """Lend a connection, once there is one: that the database is away is nobody's failure.
+
+        Raises:
+            OutcomeUnknown: There has been none for half a minute. Nothing was done.
+        """
         async with self._pool_lock:
             if self._pool is None:
                 self._pool = AsyncConnectionPool(
                     self._pool_dsn(), min_size=0, max_size=POOL_SIZE_MAX, open=False, kwargs={"prepare_threshold": None}
                 )
                 await self._pool.open()
-        async with self._pool.connection() as connection:
+        async with AsyncExitStack() as stack:
+            try:
+                connection = await stack.enter_async_context(self._pool.connection())
+            except PoolTimeout as error:
+                raise OutcomeUnknown from error
             yield connection
 
     @contextmanager
     def sync_transaction(self) -> Generator[psycopg.Connection[Any]]:
-        """Lend a connection to a thread, in a transaction that commits at the end."""
+        """Lend a connection to a thread; as `transaction`."""
         if self._sync_pool is None:
             self._sync_pool = ConnectionPool(
                 self._pool_dsn(), min_size=0, max_size=POOL_SIZE_MAX, open=True, kwargs={"prepare_threshold": None}
             )
-        with self._sync_pool.connection() as connection:
+        with ExitStack() as stack:
+            try:
+                connection = stack.enter_context(self._sync_pool.connection())
+            except PoolTimeout as error:
+                raise OutcomeUnknown from error
             yield connection
 
     async def close(self) -> None:

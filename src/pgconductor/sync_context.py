@@ -16,14 +16,13 @@ from datetime import datetime
 from typing import Any, Concatenate, Literal, TypeVar, cast
 from uuid import UUID
 
-import psycopg
 from typing_extensions import ParamSpec
 from typing_extensions import TypeVar as DefaultTypeVar
 
 from pgconductor.attempt import Attempt, OutcomeUnknown, accept_transaction, inside_step
 from pgconductor.codec import Codec
 from pgconductor.durations import Duration, seconds
-from pgconductor.engine import Operation, SavedStep
+from pgconductor.engine import Operation, Recorded, SavedStep
 from pgconductor.errors import AttemptTimeout, ConductorError, Suspend
 from pgconductor.faults import fault
 from pgconductor.journal import PENDING
@@ -38,6 +37,7 @@ from pgconductor.operations import (
     not_yet,
     partition,
 )
+from pgconductor.session import backoff_seconds
 from pgconductor.signature import return_codec_of
 from pgconductor.task import Call, Task
 
@@ -130,13 +130,16 @@ class SyncContext(RunFacts[D]):
         self._boundary()
         codec = return_codec_of(fn)
         memo = self._attempt.journal.begin(name, "transaction")
+        failure_count = 0
         while memo is None:
+            if failure_count:
+                time.sleep(backoff_seconds(failure_count))
+                self._attempt.enter()
             try:
                 return cast("T", self._transact(name, fn, args, kwargs, codec))
             except OutcomeUnknown:
-                query = self._attempt.host.engine.load_steps(self._attempt.claimed.id)
-                steps = self._on_loop(self._attempt.host.run_query(query))
-                memo = next((step for step in steps if step.name == name and not step.dropped), None)
+                failure_count += 1
+                memo = self._look_up(name)
         self._attempt.journal.memos.add(memo)
         return cast("T", codec.decode(bytes(memo.value), f"transaction {name!r}"))
 
@@ -144,21 +147,26 @@ class SyncContext(RunFacts[D]):
         attempt = self._attempt
         with attempt.host.sync_transaction() as conn:
             try:
-                with conn.transaction(), _Marked(name):
-                    raw, copied = codec.store(fn(conn, *args, **kwargs), f"transaction {name!r}")
-                step = attempt.journal.finished(name, "transaction", raw)
-                query = attempt.host.engine.save_transaction(attempt.host.orchestrator_id, step)
-                row = conn.execute(query.statement.encode(), list(query.parameters)).fetchone()
-                accept_transaction(attempt, row[0] if row else None)
-                fault("before_transaction_commit")
-                conn.commit()
-            except psycopg.OperationalError as error:
-                if conn.broken or conn.closed:
+                with conn.transaction():  # the outermost block: it begins here, and commits at its end only
+                    with _Marked(name):
+                        raw, copied = codec.store(fn(conn, *args, **kwargs), f"transaction {name!r}")
+                    step = attempt.journal.finished(name, "transaction", raw)
+                    query = attempt.host.engine.save_transaction(attempt.host.orchestrator_id, step)
+                    row = conn.execute(query.statement.encode(), list(query.parameters)).fetchone()
+                    accept_transaction(attempt, row[0] if row else None)
+                    fault("before_transaction_commit")
+            except Exception as error:
+                if conn.closed:  # whatever the function made of it, this is not its failure
                     raise OutcomeUnknown from error
                 raise
         fault("after_transaction_commit")
         attempt.journal.remember(step)
         return copied
+
+    def _look_up(self, name: str) -> Recorded | None:
+        query = self._attempt.host.engine.load_steps(self._attempt.claimed.id)
+        steps = self._on_loop(self._attempt.host.run_query(query))
+        return next((step for step in steps if step.name == name and not step.dropped), None)
 
     # ------------------------------------------------------------ sleeping
 
