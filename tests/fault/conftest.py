@@ -11,9 +11,9 @@ import pytest
 
 from pgconductor import Conductor
 from tests.fault.workload import make_app
-from tests.fault.worlds import mortal_server, world
+from tests.fault.worlds import mortal_server, pytest_runtest_makereport, world
 
-__all__ = ["mortal_server", "world"]
+__all__ = ["mortal_server", "pytest_runtest_makereport", "world"]
 
 ROOT = Path(__file__).parents[2]
 WAIT_SECONDS_MAX = 60

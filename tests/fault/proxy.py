@@ -1,0 +1,277 @@
+"""A TCP proxy between a worker and Postgres that understands enough of the protocol to fail at a chosen call.
+
+It reads the frontend's messages and remembers which statement each prepared name stands for, so it knows what a message
+calls: an engine function (`claim`, `settle`, `save`, `beat`, `enqueue`), or the verb of anything else (`commit`).
+A *rule* acts on the n-th call of one name:
+
+    swallow   the request is forwarded, the server's whole reply dropped, then both ends are reset: the server has
+              committed, and the client cannot know
+    hold      as swallow, but the connection stays open and silent
+    refuse    the request never reaches the server; both ends are reset
+
+Whole links, chosen by their application name, can be reset, silenced (nothing passes in either direction), left half
+open (the server's end is gone and the client is not told), or delayed. The client must not ask for TLS.
+"""
+
+import asyncio
+import contextlib
+import re
+from collections import deque
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from typing import Literal
+
+Action = Literal["swallow", "hold", "refuse"]
+_ENGINE_CALL = re.compile(rb'^select cast\("[^"]+"\.(\w+)\(')
+_PROTOCOL_3 = 196608
+_ENDS_OF_BATCH = (b"Q", b"S")  # a simple query, or Sync: the server answers with ReadyForQuery
+
+
+class Rule:
+    """What to do at the n-th call of a name; `fired` is set once it has been done."""
+
+    def __init__(self, action: Action, call: str, nth: int = 1) -> None:
+        self.action = action
+        self.call = call
+        self.fired = asyncio.Event()
+        self._left = nth
+
+    def strikes(self, call: str) -> bool:
+        if call == self.call:
+            self._left -= 1
+            return self._left == 0
+        return False
+
+
+def name_of(statement: bytes) -> str:
+    """Return the engine function that a statement calls, else its first word."""
+    found = _ENGINE_CALL.match(statement)
+    if found is not None:
+        return found[1].decode()
+    return statement.split(None, 1)[0].decode(errors="replace").lower() if statement.strip() else ""
+
+
+class _Frontend:
+    """Reads what a client sends and tells, message by message, which calls it makes."""
+
+    def __init__(self) -> None:
+        self._statements: dict[bytes, bytes] = {}
+
+    def call_in(self, kind: bytes, body: bytes) -> str | None:
+        if kind == b"Q":
+            return name_of(body.rstrip(b"\0"))
+        if kind == b"P":
+            name, statement, _ = body.split(b"\0", 2)
+            self._statements[name] = statement
+        elif kind == b"B":
+            _, name, _ = body.split(b"\0", 2)
+            return name_of(self._statements.get(name, b""))
+        return None
+
+
+class Link:
+    """One connection through the proxy."""
+
+    def __init__(
+        self, proxy: "Proxy", client: tuple[asyncio.StreamReader, asyncio.StreamWriter],
+        server: tuple[asyncio.StreamReader, asyncio.StreamWriter],
+    ) -> None:  # fmt: skip
+        self.application = ""
+        self.is_silent = False
+        self._proxy = proxy
+        self._from_client, self._to_client = client
+        self._from_server, self._to_server = server
+        self._frontend = _Frontend()
+        self._batch: list[Rule] = []
+        self._batches: deque[list[Rule]] = deque()
+
+    async def serve(self) -> None:
+        pumps = [asyncio.create_task(self._forwards()), asyncio.create_task(self._backwards())]
+        try:
+            await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
+            if self.is_silent:
+                await asyncio.wait(pumps[:1])  # the client is to notice nothing until it gives up by itself
+        finally:
+            for pump in pumps:
+                pump.cancel()
+            await asyncio.wait(pumps)
+            self.reset()
+
+    def reset(self) -> None:
+        """Cut both ends at once."""
+        self._to_client.transport.abort()
+        self._to_server.transport.abort()
+
+    def half_open(self) -> None:
+        """Cut the server's end only; the client hears nothing any more."""
+        self.is_silent = True
+        self._to_server.transport.abort()
+
+    # ------------------------------------------------------------ client to server
+
+    async def _forwards(self) -> None:
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            startup = await _read_sized(self._from_client)
+            self.application = _application_in(startup)
+            self.is_silent = self._proxy.silences(self.application)
+            self._send(self._to_server, startup)
+            while True:
+                kind = await self._from_client.readexactly(1)
+                message = await _read_sized(self._from_client)
+                if self._meets_refusal(kind, message[4:]):
+                    return
+                if kind in _ENDS_OF_BATCH:
+                    await self._proxy.pause()
+                self._send(self._to_server, kind + message)
+
+    def _meets_refusal(self, kind: bytes, body: bytes) -> bool:
+        call = self._frontend.call_in(kind, body)
+        rule = self._proxy.rule_for(call) if call is not None else None
+        if rule is not None and rule.action == "refuse":
+            rule.fired.set()
+            return True
+        if rule is not None:
+            self._batch.append(rule)
+        if kind in _ENDS_OF_BATCH:
+            self._batches.append(self._batch)
+            self._batch = []
+        return False
+
+    # ------------------------------------------------------------ server to client
+
+    async def _backwards(self) -> None:
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            is_started = False
+            while True:
+                kind = await self._from_server.readexactly(1)
+                message = await _read_sized(self._from_server)
+                rule = self._rule_now() if is_started else None
+                if rule is None:
+                    self._send(self._to_client, kind + message)
+                if kind == b"Z":
+                    if rule is not None and self._strike(rule):
+                        return
+                    if is_started and self._batches:
+                        self._batches.popleft()
+                    is_started = True
+
+    def _rule_now(self) -> Rule | None:
+        return self._batches[0][0] if self._batches and self._batches[0] else None
+
+    def _strike(self, rule: Rule) -> bool:
+        """The server has done what it was asked; the client will not hear of it. Tell whether to hang up."""
+        self.is_silent = rule.action == "hold"
+        rule.fired.set()
+        return rule.action == "swallow"
+
+    def _send(self, writer: asyncio.StreamWriter, message: bytes) -> None:
+        if not self.is_silent:
+            writer.write(message)
+
+
+class Proxy:
+    """Listens on a port of its own and passes everything on to one server."""
+
+    def __init__(self, host: str, port: int) -> None:
+        self.port = 0
+        self.delay_seconds = 0.0
+        self.is_refusing = False
+        self.links: set[Link] = set()
+        self._silenced: set[str] = set()
+        self._rules: list[Rule] = []
+        self._target = (host, port)
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def arm(self, action: Action, call: str, nth: int = 1) -> Rule:
+        """Do something at the n-th call of a name, counted over all links from now on."""
+        rule = Rule(action, call, nth)
+        self._rules.append(rule)
+        return rule
+
+    def rule_for(self, call: str) -> Rule | None:
+        """Count a call, and return the rule that it meets."""
+        struck = [rule for rule in self._rules if rule.strikes(call)]
+        return struck[0] if struck else None
+
+    def chosen(self, application: str = "") -> list[Link]:
+        """Return the links of clients whose application name ends so."""
+        return [link for link in self.links if link.application.endswith(application)]
+
+    def reset(self, application: str = "") -> None:
+        """Cut links."""
+        for link in self.chosen(application):
+            link.reset()
+
+    def silence(self, application: str = "") -> None:
+        """Let nothing pass, on the links there are and on those to come."""
+        self._silenced.add(application)
+        for link in self.chosen(application):
+            link.is_silent = True
+
+    def heal(self) -> None:
+        """End everything: silent links are cut, since bytes are missing, and new ones work."""
+        self._silenced.clear()
+        self._rules.clear()
+        self.is_refusing = False
+        self.delay_seconds = 0.0
+        for link in [link for link in self.links if link.is_silent]:
+            link.reset()
+
+    def silences(self, application: str) -> bool:
+        """Tell whether links of this name are to be silent."""
+        return any(application.endswith(name) for name in self._silenced)
+
+    async def pause(self) -> None:
+        """Hold a request up."""
+        if self.delay_seconds:
+            await asyncio.sleep(self.delay_seconds)
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        if task is not None:
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        try:
+            if self.is_refusing:
+                raise ConnectionRefusedError
+            server = await asyncio.open_connection(*self._target)
+        except OSError:
+            writer.transport.abort()
+            return
+        link = Link(self, (reader, writer), server)
+        self.links.add(link)
+        try:
+            await link.serve()
+        finally:
+            self.links.discard(link)
+
+    @asynccontextmanager
+    async def listening(self) -> AsyncGenerator["Proxy"]:
+        """Serve for the length of a block."""
+        server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+        self.port = server.sockets[0].getsockname()[1]
+        try:
+            yield self
+        finally:
+            server.close()
+            for link in list(self.links):
+                link.reset()
+            for task in list(self._tasks):
+                task.cancel()
+            if self._tasks:
+                await asyncio.wait(list(self._tasks))
+
+
+async def _read_sized(reader: asyncio.StreamReader) -> bytes:
+    """Read a length, which counts itself, and that much; return both."""
+    size = await reader.readexactly(4)
+    return size + await reader.readexactly(int.from_bytes(size, "big") - 4)
+
+
+def _application_in(startup: bytes) -> str:
+    """Return the application name of a startup message; a request to cancel has none."""
+    if int.from_bytes(startup[4:8], "big") != _PROTOCOL_3:
+        return ""
+    words = startup[8:].split(b"\0")
+    settings = dict(zip(words[::2], words[1::2], strict=False))
+    return settings.get(b"application_name", b"").decode()

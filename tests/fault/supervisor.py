@@ -1,0 +1,229 @@
+"""One test's world: a database on a server that may be killed, worker processes, their faults and their ledgers.
+
+Workers are started, stopped and killed by the process id of the process that this started, never by name. Nothing here
+waits for a span of time: it waits for a condition, and fails when that does not come about in a time which no healthy
+run needs.
+"""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import psycopg
+from psycopg.conninfo import make_conninfo
+from psycopg.rows import DictRow, dict_row
+
+from pgconductor.embedded import EmbeddedServer
+from pgconductor.membership import Timing
+from tests import invariants
+from tests.fault import programs
+from tests.fault.ledger import Ledger
+from tests.fault.proxy import Proxy
+from tests.waiting import until
+
+ROOT = Path(__file__).parents[2]
+TIMING = Timing(beat=0.2, expiry=2.0, sweep=0.2)
+_PROXIED = {"sslmode": "disable", "gssencmode": "disable"}
+
+
+class Worker:
+    """A worker process."""
+
+    def __init__(self, world: "World", process: "subprocess.Popen[bytes]", log: Path, fault_log: Path) -> None:
+        self.process = process
+        self._world = world
+        self._log = log
+        self._fault_log = fault_log
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
+    def log(self) -> str:
+        """What it has logged so far."""
+        return self._log.read_text(errors="replace")
+
+    def faults(self) -> list[str]:
+        """Return the names of the faults that have struck it."""
+        lines = self._fault_log.read_text().splitlines() if self._fault_log.exists() else []
+        return [line.split()[0] for line in lines]
+
+    def send(self, number: signal.Signals) -> None:
+        """Send it a signal: SIGSTOP and SIGCONT make a zombie of it, SIGTERM stops it gracefully."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+
+    def kill(self) -> None:
+        self.send(signal.SIGKILL)
+        self.process.wait()
+
+    async def up(self) -> "Worker":
+        """Wait until the database knows it."""
+        await until(self._is_known)
+        return self
+
+    async def ended(self) -> int:
+        """Wait until the process has ended; return its exit code."""
+        await until(lambda: self.process.poll() is not None)
+        return self.process.returncode
+
+    async def struck(self, point: str) -> None:
+        """Wait until the armed fault has killed it. A fault that never fires fails the test."""
+        code = await self.ended()
+        assert (self.faults(), code) == ([point], -signal.SIGKILL), self.log[-3000:]
+
+    async def stopped(self) -> int:
+        """Stop it gracefully; return its exit code."""
+        self.send(signal.SIGTERM)
+        return await self.ended()
+
+    def _is_known(self) -> bool:
+        assert self.process.poll() is None, self.log[-3000:]
+        return bool(self._world.rows("select 1 from workers where pid = %s", self.pid))
+
+
+class World:
+    """What a test acts on.
+
+    Args:
+        server: May be killed and started again.
+        database: The name of a migrated database with the audit.
+        home: For ledgers and logs.
+        proxy: Stands between workers and server where they are asked to go `through` it.
+    """
+
+    def __init__(self, server: EmbeddedServer, database: str, home: Path, proxy: Proxy) -> None:
+        self.server = server
+        self.proxy = proxy
+        self.dsn = make_conninfo(server.dsn, dbname=database)
+        self.proxied_dsn = make_conninfo(
+            _tcp_dsn(server), dbname=database, host="127.0.0.1", port=str(proxy.port), **_PROXIED
+        )
+        self.workers: list[Worker] = []
+        self._home = home
+        self._connection: psycopg.Connection[DictRow] | None = None
+        (home / "ledger").mkdir(parents=True)
+        with psycopg.connect(self.dsn, autocommit=True) as conn:
+            conn.execute(programs.EFFECTS.encode())
+
+    # ------------------------------------------------------------ processes
+
+    def worker(
+        self, fault: str = "", *, through: bool = False, concurrency: int = 10, timing: Timing = TIMING
+    ) -> Worker:
+        """Start a worker process.
+
+        Args:
+            fault: Armed in it, as `PGCONDUCTOR_FAULT`.
+            through: Whether its connections go through the proxy.
+            concurrency: How many executions it runs at once.
+            timing: Its heartbeat's.
+        """
+        number = len(self.workers)
+        log, fault_log = self._home / f"worker-{number}.log", self._home / f"faults-{number}.txt"
+        environment = os.environ | {
+            "PGCONDUCTOR_URL": self.proxied_dsn if through else self.dsn,
+            "PGCONDUCTOR_FAULT": fault,
+            "PGCONDUCTOR_FAULT_LOG": str(fault_log),
+            programs.LEDGER: str(self._home / "ledger"),
+        }
+        options = {"concurrency": concurrency, "beat": timing.beat, "expiry": timing.expiry, "sweep": timing.sweep}
+        command = [sys.executable, "-m", "tests.fault.worker_app", json.dumps(options)]
+        with log.open("wb") as output:
+            process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
+        self.workers.append(Worker(self, process, log, fault_log))
+        return self.workers[-1]
+
+    async def restart_postgres(self) -> None:
+        """Kill the server and all its processes, and start it again."""
+        await asyncio.to_thread(self.server.kill)
+        await asyncio.to_thread(self.server.start)
+
+    def open_gate(self, name: str) -> None:
+        """Let the programs that stand at a gate go on."""
+        (self._home / "ledger" / f"{name}.open").touch()
+
+    @property
+    def ledger(self) -> Ledger:
+        """What all processes have written so far."""
+        return Ledger.read(self._home / "ledger")
+
+    # ------------------------------------------------------------ the database
+
+    def rows(self, query: str, *parameters: object) -> list[DictRow]:
+        """Ask the database."""
+        if self._connection is None or self._connection.closed:
+            self._connection = psycopg.Connection[DictRow].connect(
+                self.dsn, autocommit=True, row_factory=dict_row, options="-c search_path=pgconductor,public"
+            )
+        return self._connection.execute(query.encode(), parameters).fetchall()
+
+    def one(self, query: str, *parameters: object) -> Any:
+        """Ask for one value."""
+        found = self.rows(query, *parameters)
+        assert len(found) == 1, found
+        return next(iter(found[0].values()))
+
+    def execution(self, id: UUID) -> DictRow:
+        """Return what `executions` shows of an execution."""
+        return self.rows("select * from executions where id = %s", id)[0]
+
+    def facts(self, id: UUID) -> tuple[str, int, int]:
+        """Return an execution's state, attempt and crashes."""
+        row = self.execution(id)
+        return row["state"], row["attempt"], row["crashes"]
+
+    def children_of(self, id: UUID) -> list[DictRow]:
+        """Return the children of an execution."""
+        return self.rows("select * from executions where parent_id = %s order by created_at, id", id)
+
+    async def reaches(self, id: UUID, state: str) -> None:
+        """Wait until an execution is in a state."""
+        await until(lambda: self.execution(id)["state"] == state)
+
+    def terminate(self, application: str) -> int:
+        """Terminate the sessions of an application name; return how many there were."""
+        found = self.rows(
+            "select pg_terminate_backend(pid) from pg_stat_activity"
+            " where datname = current_database() and application_name = %s",
+            application,
+        )
+        return len(found)
+
+    # ------------------------------------------------------------ the end
+
+    async def converges(self, seconds_max: float = 60.0) -> None:
+        """Wait until everything has ended, stop the workers, and hold what is left to the invariants and the ledger."""
+        await until(lambda: not self.rows("select 1 from execution where outcome is null limit 1"), seconds_max)
+        for worker in self.workers:
+            worker.send(signal.SIGCONT)
+            worker.send(signal.SIGTERM)
+        for worker in self.workers:
+            await worker.ended()
+        with psycopg.connect(self.dsn, autocommit=True) as conn:
+            invariants.check_quiescent(conn)
+        self.ledger.check(self.rows)
+
+    def close(self) -> None:
+        """Kill what is left."""
+        for worker in self.workers:
+            worker.kill()
+        if self._connection is not None:
+            self._connection.close()
+
+    def logs(self) -> str:
+        """Return the ends of all logs, for a failed test."""
+        return "\n".join(f"--- worker {worker.pid}\n{worker.log[-4000:]}" for worker in self.workers)
+
+
+def _tcp_dsn(server: EmbeddedServer) -> str:
+    state = server.state
+    assert state is not None
+    return state.tcp_dsn
