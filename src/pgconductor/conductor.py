@@ -39,6 +39,10 @@ E = TypeVar("E")
 _UNSET: Any = object()
 
 
+def _wait_as_long_as_it_takes(_: UUID) -> None:
+    """Refuse nothing; what `result()` without a timeout does outside of tests."""
+
+
 class _Decorator(Protocol[D]):
     """What `app.task(...)` with options returns."""
 
@@ -111,6 +115,7 @@ class Conductor(Generic[D]):
         self._dsn: str | None = None
         self._lifespan = lifespan
         self._deps = context
+        self._before_wait: Callable[[UUID], None] = _wait_as_long_as_it_takes
         self._clients = self._make_clients()
 
     # ---------------------------------------------------------------- registering
@@ -346,10 +351,14 @@ class Conductor(Generic[D]):
 
     async def wait_for_end(self, execution_id: UUID, timeout: Duration | None) -> Ended:
         """Wait for an execution's end; `Run.result` says what is raised."""
+        if timeout is None:
+            self._before_wait(execution_id)
         return await _end(self._clients.here(), execution_id, timeout)
 
     def wait_for_end_sync(self, execution_id: UUID, timeout: Duration | None) -> Ended:
         """Do the same from code without an event loop."""
+        if timeout is None:
+            self._before_wait(execution_id)
         return self._clients.run_sync(lambda client: _end(client, execution_id, timeout))
 
     async def state_of(self, execution_id: UUID) -> State:
@@ -416,16 +425,24 @@ class Conductor(Generic[D]):
         return self._dsn
 
     @contextmanager
-    def bound_to(self, dsn: str, engine: Engine, deps: D = _UNSET) -> Generator[None]:
+    def bound_to(
+        self,
+        dsn: str,
+        engine: Engine,
+        deps: D = _UNSET,
+        before_wait: Callable[[UUID], None] = _wait_as_long_as_it_takes,
+    ) -> Generator[None]:
         """Lead to another database for the length of a block. For the testing kit.
 
         Args:
             dsn: Of a migrated database.
             engine: Builds the queries; may carry a clock of its own.
             deps: What handlers find as `ctx.deps`, if not what the lifespan or context provides.
+            before_wait: Told of an execution before its end is waited for without a limit; may refuse.
         """
         kept = dict(vars(self))
         self.engine, self._given_dsn, self._dsn = engine, dsn, dsn
+        self._before_wait = before_wait
         self._clients = self._make_clients()
         if deps is not _UNSET:
             self._lifespan, self._deps = None, deps
