@@ -1,0 +1,137 @@
+"""Group commit, kept memos, threads and sessions: the parts of a worker, each by itself."""
+
+import asyncio
+import threading
+from collections.abc import Sequence
+
+import psycopg
+import pytest
+from msgspec import Raw
+from psycopg.rows import DictRow
+
+from pgconductor import Conductor, Context, Orchestrator
+from pgconductor.batcher import Batcher
+from pgconductor.crew import KeptMemos
+from pgconductor.engine import Recorded
+from pgconductor.memos import Memos
+from pgconductor.session import ConnectionLost, Session
+from pgconductor.threads import Threads
+
+Db = psycopg.Connection[DictRow]
+
+
+class Sink:
+    """Receives batches; refuses those that hold a negative number, as a database does."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[int]] = []
+        self.refused: list[int] = []
+        self.open = asyncio.Event()
+        self.batcher = Batcher("numbers", self.send, self.refuse, lambda _: 1, items_max=100)
+
+    async def send(self, batch: Sequence[int]) -> None:
+        await self.open.wait()
+        if any(item < 0 for item in batch):
+            raise psycopg.errors.UntranslatableCharacter("negative")
+        self.batches.append(list(batch))
+
+    def refuse(self, item: int, error: Exception) -> None:
+        self.refused.append(item)
+
+
+async def test_what_gathers_during_a_flush_goes_with_the_next_one() -> None:
+    sink = Sink()
+    sink.batcher.add(0)
+    await asyncio.sleep(0)
+    for number in range(1, 150):
+        sink.batcher.add(number)
+    sink.open.set()
+    await sink.batcher.flush()
+    assert [len(batch) for batch in sink.batches] == [1, 100, 49]
+    assert [item for batch in sink.batches for item in batch] == list(range(150))
+
+
+async def test_one_refused_item_fails_alone() -> None:
+    sink = Sink()
+    sink.open.set()
+    for number in [*range(40), -1, *range(40, 80)]:
+        sink.batcher.add(number)
+    await sink.batcher.flush()
+    assert sink.refused == [-1]
+    assert [item for batch in sink.batches for item in batch] == list(range(80))
+
+
+def memos_of(size: int) -> Memos:
+    value = Raw(b'"' + b"x" * size + b'"')
+    return Memos.of([Recorded("step", 0, 0, "step", "completed", value, Raw(b"null"), None, None, False)])
+
+
+def test_kept_memos_are_bounded_by_bytes_and_count() -> None:
+    kept = KeptMemos(bytes_max=5_000, count_max=3)
+    kept.keep("large", memos_of(4_500))
+    kept.keep("a", memos_of(10))
+    kept.keep("b", memos_of(1_000))
+    assert kept.take("large") is None
+    kept.keep("c", memos_of(10))
+    kept.keep("d", memos_of(10))
+    assert kept.take("a") is None
+    assert kept.take("d") is not None
+    assert kept.take("d") is None
+
+
+def test_threads_are_reused_and_never_more_than_the_limit() -> None:
+    threads = Threads(3, "test")
+    gate = threading.Event()
+    names = [threads.submit(lambda: (gate.wait(30), threading.current_thread().name)[1]) for _ in range(20)]
+    gate.set()
+    assert len({name.result(30) for name in names}) <= 3
+    with pytest.raises(ZeroDivisionError):
+        threads.submit(lambda: 1 // 0).result(30)
+    threads.close()
+
+
+async def test_work_runs_whatever_the_isolation_that_the_role_has_by_default(database: str, db: Db) -> None:
+    name = db.info.dbname
+    db.execute(f'alter database "{name}" set default_transaction_isolation = serializable'.encode())
+    async with Conductor(database) as app:
+
+        @app.task
+        async def work(ctx: Context, number: int) -> int:
+            return await ctx.step("step", lambda: number)
+
+        await app.invoke_many([work.bind(i) for i in range(300)])
+        await asyncio.gather(*(Orchestrator(app).drain() for _ in range(2)))
+    rows = db.execute("select state, attempt, crashes, count(*) from executions group by 1, 2, 3").fetchall()
+    assert [tuple(row.values()) for row in rows] == [("completed", 1, 0, 300)]
+
+
+@pytest.mark.parametrize("with_options", [True, False])
+async def test_a_session_reads_committed_with_start_up_options_and_without(
+    with_options: bool, database: str, db: Db
+) -> None:
+    name = db.info.dbname
+    db.execute(f'alter database "{name}" set default_transaction_isolation = serializable'.encode())
+    async with Conductor(database) as app:
+        session = Session(database)
+        session._with_options = with_options
+        query = app.engine.register_queues(["a", "b"])
+        queues = await session.run(query)
+        assert sorted(queue.name for queue in queues or ()) == ["a", "b"]
+        assert session._connection is not None
+        cursor = await session._connection.execute("select current_setting('transaction_isolation')")
+        assert with_options is (await cursor.fetchone() == ("read committed",))
+        await session.close()
+
+
+async def test_a_session_repeats_what_is_harmless_and_tells_of_what_is_not(database: str, db: Db) -> None:
+    async with Conductor(database) as app:
+        session = Session(database, "victim")
+        kill = "select pg_terminate_backend(pid) from pg_stat_activity where application_name = 'victim'"
+        await session.run(app.engine.register_queues(["a"]))
+        assert db.execute(kill).rowcount == 1
+        assert await session.run(app.engine.register_queues(["a"]))
+        assert db.execute(kill).rowcount == 1
+        with pytest.raises(ConnectionLost):
+            await session.run(app.engine.claim("00000000-0000-0000-0000-000000000000", 1, [], []))
+        assert await session.run(app.engine.claim("00000000-0000-0000-0000-000000000000", 1, [], [])) is None
+        await session.close()
