@@ -6,16 +6,22 @@ what they hold, and `run` turns the cancellation into the outcome that was decid
 
     parked      what is awaited goes to the database; any worker resumes the handler when something has been answered
     released    the process stops; the execution is ready again, at no cost
+    refused     the database refused children that were asked for beside a step: the attempt fails
     abandoned   the lease is lost, somebody else runs it: nothing is settled
 
 Only then is the outcome returned and settled, so that two runs never overlap. A handler that swallows the cancellation
 and goes on gets `Suspend`, a BaseException, from its next operation; whatever it returns is dropped, with a warning.
 
 **When to park.** At least one wait is open, no step or transaction runs, and the loop has passed without a new
-operation; after a step has ended it passes more often, since what awaits it may be several callbacks away.
+operation. A handler that runs several tasks gets more passes: an answer that one of them has just been given may be
+several callbacks away from the operation that it leads to, and parking before that would wait for the others only.
+
+**What is under way.** What is being stored goes on when the handler's wait for it is cancelled. It is remembered when
+it is stored, and the run is settled only after that, so that memory and database never differ.
 """
 
 import asyncio
+import inspect
 import logging
 import random
 from collections.abc import Awaitable, Callable, Iterable
@@ -28,6 +34,7 @@ from uuid import UUID
 import psycopg
 from msgspec import Raw
 
+from pgconductor.codec import Codec
 from pgconductor.engine import Claimed, Completion, Engine, Fresh, Operation, Outcome, Query, SavedStep
 from pgconductor.errors import AttemptTimeout, ConductorError, Crash, Retry, StaleLease, Suspend, is_permanent
 from pgconductor.faults import fault
@@ -37,10 +44,10 @@ from pgconductor.stored_error import error_to_json
 from pgconductor.task import Task
 
 T = TypeVar("T")
-Exit = Literal["parked", "released", "abandoned"]
+Exit = Literal["parked", "released", "refused", "abandoned"]
 
-PASSES_AFTER_STEP = 4
-"""How often the loop must pass without a new operation once a step has ended; else once."""
+PASSES_CONCURRENT = 16
+"""How many more passes of the loop a handler gets that runs several tasks, before it is parked."""
 
 log = logging.getLogger("pgconductor.attempt")
 inside_step: ContextVar[str | None] = ContextVar("inside_step", default=None)
@@ -63,6 +70,13 @@ def accept_transaction(attempt: "Attempt", answer: str | None) -> None:
         raise Suspend
     if answer != "saved":
         raise OutcomeUnknown
+
+
+def runs_on_loop(task: Task[..., Any]) -> bool:
+    """Tell whether a task's handler is a coroutine; else it runs in a thread."""
+    if task.config.executor != "process":
+        return task.config.executor == "loop"
+    return inspect.iscoroutinefunction(task.fn) or inspect.iscoroutinefunction(type(task.fn).__call__)
 
 
 class Host(Protocol):
@@ -120,21 +134,25 @@ class Attempt:
         cancelled: Whether its cancellation was requested.
         exit: How the handler is being left, once that is decided.
         closed: Whether the run is over; a thread that outlives it is refused everything.
+        has_returned: Whether the handler is over; its context is of no more use to what it left behind.
     """
 
     __slots__ = (
         "_busy",
         "_check_is_due",
-        "_futures",
         "_hard",
+        "_is_concurrent",
         "_leaving",
         "_main",
         "_quiet",
+        "_refusal",
         "_storing",
+        "_waits",
         "cancelled",
         "claimed",
         "closed",
         "exit",
+        "has_returned",
         "host",
         "journal",
         "queue",
@@ -154,14 +172,17 @@ class Attempt:
         self.cancelled = False
         self.exit: Exit | None = None
         self.closed = False
+        self.has_returned = False
         self._main: asyncio.Task[Any] | None = None
         self._busy = 0
         self._quiet = 0
         self._leaving = False
         self._hard = False
+        self._is_concurrent = False
         self._check_is_due = False
-        self._futures: list[asyncio.Future[None]] = []
-        self._storing: set[asyncio.Future[None]] = set()
+        self._refusal: BaseException | None = None
+        self._waits: dict[asyncio.Future[None], str | None] = {}
+        self._storing: set[asyncio.Future[Any]] = set()
 
     @property
     def memos(self) -> Memos:
@@ -171,21 +192,17 @@ class Attempt:
     # ------------------------------------------------------------ the run
 
     async def run(self) -> Completion | Outcome | None:
-        """Run the handler to its end or to where it has to wait.
+        """Run the handler to its end or to where it has to wait. Whatever the handler raises is its own failure.
 
         Returns:
             What is to be settled; None when there is nothing, since the lease is lost.
-
-        Raises:
-            asyncio.CancelledError: The calling task was cancelled by somebody else.
         """
         self._main = asyncio.current_task()
         if self.is_over():
             return self.leave(self.exit or "released")
-        fault("before_handler")
         try:
-            value = await self._call_handler()
-            outcome = self._returned(value)
+            fault("before_handler")
+            outcome = self._returned(await self._call_handler())
         except asyncio.CancelledError as error:
             outcome = self._stopped(error)
         except (Suspend, Crash):
@@ -194,10 +211,18 @@ class Attempt:
             raise
         except BaseException as error:  # noqa: BLE001  (a handler's SystemExit is its failure, not the process')
             outcome = self._failed(error)
-        self.closed = True
+        self._close()
         if self._storing:
             await asyncio.wait(self._storing)
-        return outcome
+        return None if self.exit == "abandoned" else outcome
+
+    def _close(self) -> None:
+        """End the run; waits that the handler left behind in tasks of its own are ended too."""
+        self.closed = True
+        if runs_on_loop(self.task):
+            self.has_returned = True
+        for future in tuple(self._waits):
+            future.cancel()
 
     async def _call_handler(self) -> Any:
         timeout = self.task.config.timeout
@@ -223,25 +248,27 @@ class Attempt:
             self._warn_of_swallowing()
             return self.leave(self.exit)
         fault("handler_returned")
-        result = Raw(self.task.returns.encode(value).encode())
+        result = Raw(cast("Codec[Any]", self.task.returns).encode(value, "result").encode())
+        self._warn_of_unasked()
         if self.claimed.parent_id is None and not self.journal.has_children:
             return Completion(self.claimed.id, self.token, result)
         return Outcome(self.claimed.id, self.token, "completed", result=result)
 
-    def _stopped(self, error: asyncio.CancelledError) -> Completion | Outcome | None:
+    def _stopped(self, error: asyncio.CancelledError) -> Outcome | None:
         main = cast("asyncio.Task[Any]", self._main)
+        while main.cancelling():
+            main.uncancel()
         if self.exit or self.cancelled or self._hard:
-            while main.cancelling():
-                main.uncancel()
             return self.leave(self.exit or "released")
-        if main.cancelling():
-            raise error
-        return self._failed(error)
+        return self._failed(error)  # the handler's own doing
 
     def leave(self, way: Exit) -> Outcome | None:
         """Return what is to be settled of a run that is left."""
         if way == "abandoned":
             return None
+        if self._refusal is not None:
+            self.exit, refusal, self._refusal = None, self._refusal, None
+            return self._failed(refusal)
         if way == "parked" and not self.cancelled:
             return Outcome(
                 self.claimed.id,
@@ -274,6 +301,15 @@ class Attempt:
         """How log lines name the run."""
         return f"task {self.task.name!r} execution {self.claimed.id}"
 
+    def _warn_of_unasked(self) -> None:
+        names = self.journal.unasked()
+        if names:
+            log.warning(
+                "%s has ended, and its code no longer asks for what is recorded as %s",
+                self.label,
+                ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else ""),
+            )
+
     def _warn_of_swallowing(self) -> None:
         log.warning(
             "%s returned although it was being %s: it catches BaseException or CancelledError around an operation; "
@@ -288,7 +324,7 @@ class Attempt:
         """Tell the handler that its execution is being cancelled: at its next operation, or, on the loop, at once."""
         if not self.cancelled:
             self.cancelled = True
-            if self.task.config.executor == "loop":
+            if runs_on_loop(self.task):
                 self._interrupt()
 
     def request_release(self, *, hard: bool = False) -> None:
@@ -305,10 +341,10 @@ class Attempt:
 
     def is_over(self) -> bool:
         """Whether the run was to be left before it began."""
-        return self.cancelled or self.exit is not None
+        return self.cancelled or self._hard or self.exit is not None
 
     def _interrupt(self) -> None:
-        if self._main is not None and not self._main.done():
+        if self._main is not None and not self.closed:
             self._main.cancel()
 
     # ------------------------------------------------------------ for the contexts
@@ -319,9 +355,16 @@ class Attempt:
         Raises:
             Suspend: The handler is being left; nothing was done.
             asyncio.CancelledError: The execution is being cancelled.
-            ConductorError: It stands inside a step.
+            ConductorError: It stands inside a step, or its handler has returned.
         """
-        if self.exit or self.closed:
+        if self.exit:
+            raise Suspend
+        if self.has_returned:
+            raise ConductorError(
+                f"the handler of task {self.task.name!r} has returned: its context cannot be used any more; "
+                "await everything that uses it before returning"
+            )
+        if self.closed:
             raise Suspend
         step = inside_step.get()
         if step is not None:
@@ -342,15 +385,25 @@ class Attempt:
     async def boundary(self) -> None:
         """Begin an operation; when the process is stopping, wait here for the steps that still run, then leave."""
         self.enter()
+        if asyncio.current_task() is not self._main:
+            self._is_concurrent = True
         if self.is_leaving:
             await self.pend()
 
-    async def pend(self) -> None:
-        """Stay here until the handler is left: what the caller asks for is not answered in this run."""
+    async def pend(self, name: str | None = None) -> None:
+        """Stay here until the handler is left: what the caller asks for is not answered in this run.
+
+        A wait that the handler itself gives up, as `asyncio.timeout` does, no longer counts.
+        """
         future = self.host.loop.create_future()
-        self._futures.append(future)
-        self._touch(0)
-        await future
+        self._waits[future] = name
+        self._look_later()
+        try:
+            await future
+        finally:
+            del self._waits[future]
+            if name is not None and not self.exit and not self.closed and name not in self._waits.values():
+                self.journal.awaits.pop(name, None)
 
     def begin_work(self) -> None:
         """Count a step or transaction that keeps the run from being left."""
@@ -359,23 +412,37 @@ class Attempt:
     def end_work(self) -> None:
         """Count it off."""
         self._busy -= 1
-        if self._futures and not self._busy:
-            self._touch(PASSES_AFTER_STEP)
+        if self._waits and not self._busy:
+            self._look_later()
 
-    async def store(self, stored: Awaitable[None]) -> None:
-        """Wait until something is stored; a lost lease ends the run."""
+    async def store(self, stored: Awaitable[T], remember: Callable[[T], None]) -> T:
+        """Wait until something is stored; a lost lease ends the run.
+
+        Args:
+            stored: Goes on when this is cancelled.
+            remember: Called when it is stored, even then.
+
+        Raises:
+            Suspend: The lease is lost.
+        """
         future = asyncio.ensure_future(stored)
         self._storing.add(future)
-        future.add_done_callback(self._storing.discard)
+
+        def keep(future: "asyncio.Future[T]") -> None:
+            self._storing.discard(future)
+            if not future.cancelled() and future.exception() is None:
+                remember(future.result())
+
+        future.add_done_callback(keep)
         try:
-            await asyncio.shield(future)
+            return await asyncio.shield(future)
         except StaleLease:
             self.exit = "abandoned"
             raise Suspend from None
 
-    def _touch(self, quiet: int) -> None:
-        """Look in the loop's next pass whether to leave; `quiet` is how many more must go by."""
-        self._quiet = max(quiet, self._quiet) if self._check_is_due else quiet
+    def _look_later(self) -> None:
+        """Look in the loop's next pass whether to leave, or some passes later."""
+        self._quiet = PASSES_CONCURRENT if self._is_concurrent else 0
         if not self._check_is_due:
             self._check_is_due = True
             self.host.loop.call_soon(self._check)
@@ -386,12 +453,10 @@ class Attempt:
             self.host.loop.call_soon(self._check)
             return
         self._check_is_due = False
-        if self.exit:
+        if self.exit or self.closed or not self._waits:
             return
         if self._busy:
             self._store_unsaved(self.journal.take_unsaved())
-        elif self.is_leaving and not self.journal.awaits:
-            self._unwind("released")
         else:
             self._unwind("parked" if self.journal.awaits else "released")
 
@@ -404,9 +469,14 @@ class Attempt:
 
     def _stored(self, future: "asyncio.Future[None]") -> None:
         self._storing.discard(future)
-        if not future.cancelled() and future.exception() is not None and not self.exit:
-            log.warning("%s could not start its children", self.label, exc_info=future.exception())
+        error = None if future.cancelled() else future.exception()
+        if error is None or self.exit or self.closed:
+            return
+        if isinstance(error, StaleLease | Crash):
             self._unwind("abandoned")
+        else:
+            self._refusal = error
+            self._unwind("refused")
 
     def _unwind(self, way: Exit) -> None:
         self.exit = way

@@ -12,12 +12,12 @@ from uuid import UUID
 
 from typing_extensions import ParamSpec, TypeVar
 
-from pgconductor.attempt import Attempt, OutcomeUnknown, accept_transaction, inside_step
+from pgconductor.attempt import Attempt, OutcomeUnknown, accept_transaction, inside_step, runs_on_loop
 from pgconductor.codec import Codec
 from pgconductor.durations import Duration, seconds
 from pgconductor.errors import AttemptTimeout, Suspend
 from pgconductor.faults import fault
-from pgconductor.journal import PENDING
+from pgconductor.journal import CANCELLED, PENDING
 from pgconductor.model import EventDef, RetryPolicy
 from pgconductor.operations import (
     PLAIN,
@@ -25,9 +25,11 @@ from pgconductor.operations import (
     RunFacts,
     StepOptions,
     check_instant,
+    is_final,
     members_of,
     not_yet,
     partition,
+    run_in_own_thread,
 )
 from pgconductor.session import backoff_seconds
 from pgconductor.signature import return_codec_of
@@ -96,8 +98,7 @@ class Context(RunFacts[D]):
             raw, copied = codec.store(value, f"step {name!r}")
             fault("before_step_save")
             step = attempt.journal.finished(name, "step", raw)
-            await attempt.store(attempt.host.save(step))
-            attempt.journal.remember(step)
+            await attempt.store(attempt.host.save(step), lambda _: attempt.journal.remember(step))
             fault("after_step_save")
         return copied
 
@@ -127,7 +128,7 @@ class Context(RunFacts[D]):
             try:
                 return await self._try(name, fn, args, kwargs)
             except Exception as error:
-                if options.retry.gives_up_on(error):
+                if is_final(error, options.retry):
                     raise
                 self.logger.warning("step %r failed, try %d", name, number, exc_info=error)
                 await asyncio.sleep(options.retry.delay(number, _chance))
@@ -147,7 +148,7 @@ class Context(RunFacts[D]):
             async with limit:
                 if inspect.iscoroutinefunction(fn):
                     return await fn(*args, **kwargs)
-                value = await asyncio.wrap_future(self._attempt.host.submit_thread(lambda: fn(*args, **kwargs)))
+                value = await asyncio.wrap_future(run_in_own_thread(lambda: fn(*args, **kwargs)))
                 return await value if inspect.isawaitable(value) else value
         except TimeoutError:
             if limit.expired():
@@ -237,7 +238,7 @@ class Context(RunFacts[D]):
         await self._attempt.boundary()
         due_in = seconds(duration, f"sleep {name!r}: duration")
         if self._attempt.journal.sleep(name, due_in=due_in) is PENDING:
-            await self._attempt.pend()
+            await self._attempt.pend(name)
 
     async def sleep_until(self, name: str, at: datetime) -> None:
         """Park until an instant of the database's clock.
@@ -248,7 +249,7 @@ class Context(RunFacts[D]):
         """
         await self._attempt.boundary()
         if self._attempt.journal.sleep(name, due_at=check_instant(name, at)) is PENDING:
-            await self._attempt.pend()
+            await self._attempt.pend(name)
 
     async def checkpoint(self) -> None:
         """Let shutdown, cancellation or a closing window leave the handler here; else return at once."""
@@ -288,7 +289,7 @@ class Context(RunFacts[D]):
         Source: sql/functions/30_settle.sql and 40_wake.sql
         """
         await self._attempt.boundary()
-        return cast("R", await self._answer(self._attempt.journal.invoke(name, call, timeout, on_timeout)))
+        return cast("R", await self._answer(name, self._attempt.journal.invoke(name, call, timeout, on_timeout)))
 
     async def invoke_all(
         self,
@@ -315,9 +316,8 @@ class Context(RunFacts[D]):
             TooMany: More than 10,000 calls.
         """
         await self._attempt.boundary()
-        return cast(
-            "list[R]", await self._answer(self._attempt.journal.invoke_all(name, calls, timeout, max_in_flight))
-        )
+        answer = self._attempt.journal.invoke_all(name, calls, timeout, max_in_flight)
+        return cast("list[R]", await self._answer(name, answer))
 
     async def start(self, name: str, call: Call[R], *, detached: bool = False) -> Child[R]:
         """Create a child and go on.
@@ -335,8 +335,7 @@ class Context(RunFacts[D]):
         child_id, operation = attempt.journal.start(name, call, detached=detached)
         if operation is not None:
             with _working(attempt):
-                await attempt.store(attempt.host.open(operation))
-                attempt.journal.remember_open(operation)
+                await attempt.store(attempt.host.open(operation), lambda _: attempt.journal.remember_open(operation))
         return Child(child_id, name, call, self, detached=detached)
 
     async def wait(
@@ -354,30 +353,41 @@ class Context(RunFacts[D]):
             Those that had ended and the others, as of that moment, in every run.
 
         Raises:
-            ValueError: `count` is not between 1 and the number of children.
+            ValueError: `count` is not between 1 and the number of children, or a child is given twice.
         """
+        return await self._wait(name, children, count, timeout)
+
+    async def _wait(
+        self,
+        name: str,
+        children: Sequence[Child[R]],
+        count: int | None,
+        timeout: Duration | None,
+        *,
+        is_ours: bool = False,
+    ) -> tuple[list[Child[R]], list[Child[R]]]:
         members, needed = members_of(name, children, count)
         if not children:
             return [], []
         await self._attempt.boundary()
-        done = await self._answer(self._attempt.journal.wait(name, members, needed, timeout))
+        done = await self._answer(name, self._attempt.journal.wait(name, members, needed, timeout, is_ours=is_ours))
         return partition(children, cast("list[str]", done))
 
     async def child_result(self, child: Child[R], timeout: Duration | None) -> R:
         """Park until a started child has ended; `Child.result` calls this."""
-        if child.detached:
-            members_of("result", [child], 1)
+        members_of("result", [child], 1)
+        journal = self._attempt.journal
         if timeout is not None:
-            name = self._attempt.journal.numbered(f"{child.step}.result")
-            done, _ = await self.wait(name, [child], timeout=timeout)
+            name = journal.numbered(f"{child.step}.result")
+            done, _ = await self._wait(name, [child], 1, timeout, is_ours=True)
             if not done:
-                raise TimeoutError(f"child {child.step!r} did not end within the timeout")
+                raise journal.late_result(name, child.step)
         await self._attempt.boundary()
-        return cast("R", await self._answer(self._attempt.journal.result_of(child.step, child.call)))
+        return cast("R", await self._answer(child.step, journal.result_of(child.step, child.call)))
 
-    async def _answer(self, answer: object) -> object:
+    async def _answer(self, name: str, answer: object) -> object:
         if answer is PENDING:
-            await self._attempt.pend()
+            await self._attempt.pend(name)
         return answer
 
     # ------------------------------------------------------------ reaching out
@@ -398,16 +408,17 @@ class Context(RunFacts[D]):
         memo = attempt.journal.begin(name, "call")
         if memo is not None:
             return bytes(memo.value) == b"true"
+        query = attempt.host.engine.cancel_as_step(
+            attempt.host.orchestrator_id, attempt.claimed.id, attempt.token, name, str(execution_id), reason
+        )
         with _working(attempt):
-            moved = await attempt.host.run_query(
-                attempt.host.engine.cancel_as_step(
-                    attempt.host.orchestrator_id, attempt.claimed.id, attempt.token, name, str(execution_id), reason
-                )
+            moved = await attempt.store(
+                attempt.host.run_query(query), lambda moved: attempt.journal.remember_cancel(name, moved)
             )
         if moved is None:
             attempt.exit = "abandoned"
             raise Suspend
-        return moved.result in ("cancelled", "requested")
+        return moved.result in CANCELLED
 
     async def wait_for(
         self, name: str, event: EventDef[E], *, where: dict[str, Any] | None = None, timeout: Duration | None = None
@@ -440,7 +451,7 @@ def call_handler(attempt: Attempt) -> Awaitable[Any]:
     if task.config.batch is not None:
         return _call_batch(fn, attempt, signature.decode_element(bytes(attempt.claimed.payload)))
     args, kwargs = signature.decode_payload(bytes(attempt.claimed.payload))
-    if inspect.iscoroutinefunction(fn):
+    if runs_on_loop(task):
         return cast("Awaitable[Any]", fn(Context[Any](attempt), *args, **kwargs))
     from pgconductor.sync_context import call_in_thread
 

@@ -11,17 +11,18 @@ journal decides nothing about when to park and touches neither database nor even
 coroutines, threads and processes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any, Final, cast
+from typing import Any, Final, NamedTuple, cast
 from uuid import UUID
 
 import msgspec
 from msgspec import Raw
 
 from pgconductor.checks import check_name
+from pgconductor.codec import Codec
 from pgconductor.durations import Duration, seconds
-from pgconductor.engine import NULL, Await, Claimed, NewExecution, Operation, Recorded, SavedStep, StepKind
+from pgconductor.engine import NULL, Await, Claimed, Moved, NewExecution, Operation, Recorded, SavedStep, StepKind
 from pgconductor.errors import (
     NO_ID,
     ChildCancelled,
@@ -42,6 +43,8 @@ from pgconductor.task import Call
 STEPS_MAX = 10_000
 CHILDREN_MAX = 10_000
 DEPTH_MAX = 100
+CANCELLED = ("cancelled", "requested")
+"""What the engine answers where it took a cancel request."""
 
 
 class _Pending:
@@ -60,6 +63,16 @@ class _TimeoutError(msgspec.Struct):
     type: str
     message: str
     timeout: float
+
+
+class _TimedOut(NamedTuple):
+    """Which operation an error reports as timed out; kept in the error itself."""
+
+    name: str
+    round: int
+
+
+_TIMED_OUT: Final = "_pgconductor_timed_out"
 
 
 class Journal:
@@ -102,8 +115,10 @@ class Journal:
 
     # ------------------------------------------------------------ names
 
-    def begin(self, name: str, kind: StepKind, child_task: str | None = None) -> Recorded | None:
-        """Use a name, and return what is recorded under it.
+    def begin(
+        self, name: str, kind: StepKind, child_task: str | None = None, *, is_ours: bool = False
+    ) -> Recorded | None:
+        """Use a name, and return what is recorded under it. One of ours may be a little longer than a user's.
 
         Raises:
             ConfigurationError: It is not a name.
@@ -113,7 +128,8 @@ class Journal:
         """
         if name in self._names:
             raise DuplicateStep(name)
-        check_name(name, f"task step {kind}: name")
+        if not is_ours:
+            check_name(name, f"{kind}: name")
         if len(self._names) >= STEPS_MAX:
             raise TooMany("steps", STEPS_MAX)
         self._names.add(name)
@@ -138,6 +154,13 @@ class Journal:
             found = kind + (f" of {child_task!r}" if child_task else "")
             raise StepMismatch(memo.name, recorded, found)
 
+    def unasked(self) -> list[str]:
+        """Return the names that are recorded and that this run has not used."""
+        recorded = self.memos.operations
+        if len(recorded) <= len(self._names):
+            return []
+        return [name for name, memo in recorded.items() if name not in self._names and not memo.dropped]
+
     def round_of(self, name: str) -> int:
         """Return the round in which a name that is not answered is done."""
         memo = self.memos.operations.get(name)
@@ -154,6 +177,11 @@ class Journal:
         self.memos.add(
             Recorded(step.name, step.round, 0, step.kind, "completed", step.value, NULL, None, None, dropped=False)
         )
+
+    def remember_cancel(self, name: str, moved: Moved | None) -> None:
+        """Know what `ctx.cancel` was answered, as the database recorded it beside the cancel; None: it did not."""
+        if moved is not None:
+            self.remember(self.finished(name, "call", b"true" if moved.result in CANCELLED else b"false"))
 
     # ------------------------------------------------------------ waits
 
@@ -183,8 +211,7 @@ class Journal:
         if memo is None:
             return self._open_fan_out(name, calls, timeout, max_in_flight)
         rows = self.memos.children.get(name, {})
-        if len(rows) != len(calls):
-            raise StepMismatch(name, f"invoke_all of {len(rows)} children", f"invoke_all of {len(calls)}")
+        _check_children(name, rows, calls)
         if memo.status == "pending":
             return self._await(memo)
         if memo.status == "timed_out":
@@ -201,9 +228,11 @@ class Journal:
         operation.token = self._token
         return cast("list[NewExecution]", operation.children)[0].id, operation
 
-    def wait(self, name: str, members: Sequence[str], count: int, timeout: Duration | None) -> object:
+    def wait(
+        self, name: str, members: Sequence[str], count: int, timeout: Duration | None, *, is_ours: bool = False
+    ) -> object:
         """Wait for started children, by step name; returns the names of those that ended."""
-        memo = self.begin(name, "wait")
+        memo = self.begin(name, "wait", is_ours=is_ours)
         if memo is None:
             due_in = None if timeout is None else seconds(timeout, f"wait {name!r}: timeout")
             self._open(
@@ -223,6 +252,12 @@ class Journal:
             return child_value(memo, call)
         self.awaits[step] = Await(step, memo.round, "start", awaited=True, members=[step], count=1)
         return PENDING
+
+    def late_result(self, name: str, step: str) -> TimeoutError:
+        """Return the error of a wait for one child's result that ended without it; uncaught, it is done afresh."""
+        error = TimeoutError(f"child {step!r} did not end within the timeout")
+        error.__dict__[_TIMED_OUT] = _TimedOut(name, self.round_of(name))
+        return error
 
     def open_awaits(self) -> list[Await]:
         """Return everything this execution has open, for parking: what is awaited, and what is only known of."""
@@ -275,7 +310,8 @@ class Journal:
     ) -> object:
         if not calls:
             return []
-        if len(calls) > CHILDREN_MAX:
+        earlier = sum(len(rows) for other, rows in self.memos.children.items() if other != name)
+        if earlier + len(calls) > CHILDREN_MAX:
             raise TooMany("children", CHILDREN_MAX)
         if max_in_flight is not None and max_in_flight < 1:
             raise ConfigurationError(f"invoke_all {name!r}: max_in_flight", "is below 1", "give at least 1 or None")
@@ -329,7 +365,7 @@ def child_of(call: Call[Any], place: str) -> NewExecution:
 def child_value(memo: Recorded, call: Call[Any]) -> Any:
     """Return what a child returned, or raise what became of it."""
     if memo.status == "completed":
-        return call.returns.decode(cast("Any", bytes(memo.value)))
+        return cast("Codec[Any]", call.returns).decode(bytes(memo.value), f"result of child {memo.name!r}")
     if memo.status == "timed_out":
         raise _timeout_of(memo, call.task)
     stored = error_from_json(bytes(memo.error))
@@ -346,22 +382,40 @@ def child_value(memo: Recorded, call: Call[Any]) -> Any:
 
 
 def timed_out_operations(error: BaseException) -> set[tuple[str, int]]:
-    """Return (name, round) of the timeouts that an error is, was caused by or gathers."""
+    """Return (name, round) of the timeouts that an error is, was raised `from`, or gathers.
+
+    What was merely being handled when it was raised does not count: that timeout has been observed, and stays.
+    """
     found: set[tuple[str, int]] = set()
-    todo: list[BaseException | None] = [error]
+    todo: list[BaseException] = [error]
     seen: set[int] = set()
     while todo:
         each = todo.pop()
-        if each is None or id(each) in seen:
+        if id(each) in seen:
             continue
         seen.add(id(each))
-        key = getattr(each, "operation", None)
-        if isinstance(key, tuple):
-            found.add(cast("tuple[str, int]", key))
-        todo += [each.__cause__, each.__context__]
+        timed_out = each.__dict__.get(_TIMED_OUT)
+        if type(timed_out) is _TimedOut:
+            found.add((timed_out.name, timed_out.round))
+        if each.__cause__ is not None:
+            todo.append(each.__cause__)
         if isinstance(each, BaseExceptionGroup):
             todo += cast("BaseExceptionGroup[BaseException]", each).exceptions
     return found
+
+
+def _check_children(name: str, rows: Mapping[int, Recorded], calls: Sequence[Call[Any]]) -> None:
+    """Refuse a fan-out that was recorded with another number of children, or of other tasks.
+
+    Raises:
+        StepMismatch: It was.
+    """
+    if len(rows) != len(calls):
+        raise StepMismatch(name, f"invoke_all of {len(rows)} children", f"invoke_all of {len(calls)}")
+    for index, call in enumerate(calls, 1):
+        task = rows[index].child_task
+        if task != call.task and task is not None:
+            raise StepMismatch(name, f"invoke_all with {task!r} as child {index}", f"invoke_all with {call.task!r}")
 
 
 def _delay(options: CallOptions) -> float | None:
@@ -376,7 +430,7 @@ def _stored_timeout(timeout: Duration) -> Raw:
 def _timeout_of(memo: Recorded, task: str) -> ChildTimeout:
     stored = msgspec.json.decode(bytes(memo.error), type=_TimeoutError)
     error = ChildTimeout(stored.timeout, execution_id=UUID(memo.child_id) if memo.child_id else NO_ID, task=task)
-    error.__dict__["operation"] = (memo.name, memo.round)
+    error.__dict__[_TIMED_OUT] = _TimedOut(memo.name, memo.round)
     return error
 
 

@@ -1,9 +1,12 @@
 """What the async and the plain context share: the facts of a run, its logger, and started children."""
 
 import logging
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
+from concurrent.futures import Future
+from contextvars import copy_context
 from datetime import datetime
 from functools import cached_property
+from threading import Thread
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, cast
 from uuid import UUID
 
@@ -11,7 +14,7 @@ from typing_extensions import TypeVar
 
 from pgconductor.durations import Duration, seconds
 from pgconductor.engine import Ended
-from pgconductor.errors import ConductorError, ConfigurationError
+from pgconductor.errors import ConductorError, ConfigurationError, Fail, Retry
 from pgconductor.model import RetryPolicy, State
 from pgconductor.run import Run
 from pgconductor.task import Call
@@ -21,8 +24,11 @@ if TYPE_CHECKING:
 
 R_co = TypeVar("R_co", covariant=True)
 D = TypeVar("D", default=None)
+T = TypeVar("T")
 
 ONCE = RetryPolicy()
+STEP_THREAD = "pgconductor step"
+"""The name of the threads of steps that have a timeout."""
 
 
 class StepOptions:
@@ -41,6 +47,40 @@ class StepOptions:
 
 
 PLAIN = StepOptions()
+
+
+def is_final(error: Exception, policy: RetryPolicy) -> bool:
+    """Tell whether a step that failed so is not to be tried again within the attempt."""
+    return isinstance(error, Fail | Retry) or policy.gives_up_on(error)
+
+
+def run_in_own_thread(fn: Callable[[], T]) -> "Future[T]":
+    """Run a step that has a timeout in a thread of its own, since it may outlive its handler; nothing joins it.
+
+    The threads for handlers are as many as the slots: one that waited there for a second one could wait for ever.
+    """
+    future: Future[T] = Future()
+    future.set_running_or_notify_cancel()
+    context = copy_context()
+
+    def run() -> None:
+        try:
+            result = context.run(call_plainly, fn)
+        except BaseException as error:  # noqa: BLE001 (the future carries it to whoever waits)
+            future.set_exception(error)
+        else:
+            future.set_result(result)
+
+    Thread(target=run, name=STEP_THREAD, daemon=True).start()
+    return future
+
+
+def call_plainly(fn: Callable[[], T]) -> T:
+    """Call a function whose error a future is to carry; no future takes a `StopIteration`."""
+    try:
+        return fn()
+    except StopIteration as error:
+        raise RuntimeError("the function raised StopIteration") from error
 
 
 class RunLogger(logging.LoggerAdapter[logging.Logger]):
@@ -192,7 +232,7 @@ def members_of(name: str, children: Sequence[Child[Any]], count: int | None) -> 
     """Check what a wait is given; return the children's step names and how many have to end.
 
     Raises:
-        ValueError: `count` is not between 1 and the number of children.
+        ValueError: `count` is not between 1 and the number of children, or a child is given twice.
         ConfigurationError: A child is detached.
     """
     needed = len(children) if count is None else count
@@ -201,7 +241,11 @@ def members_of(name: str, children: Sequence[Child[Any]], count: int | None) -> 
     for child in children:
         if child.detached:
             raise ConfigurationError(f"wait {name!r}", f"child {child.step!r} is detached", "start it attached")
-    return [child.step for child in children], needed
+    steps = [child.step for child in children]
+    if len(set(steps)) < len(steps):
+        twice = next(step for step in steps if steps.count(step) > 1)
+        raise ValueError(f"wait {name!r}: child {twice!r} is given twice")
+    return steps, needed
 
 
 def partition(children: Sequence[Child[R_co]], done: Sequence[str]) -> tuple[list[Child[R_co]], list[Child[R_co]]]:

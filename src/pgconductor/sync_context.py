@@ -12,8 +12,9 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import ExitStack
+from contextvars import copy_context
 from datetime import datetime
-from typing import Any, Concatenate, Literal, TypeVar, cast
+from typing import Any, Concatenate, Final, Literal, TypeVar, cast
 from uuid import UUID
 
 from typing_extensions import ParamSpec
@@ -25,17 +26,20 @@ from pgconductor.durations import Duration, seconds
 from pgconductor.engine import Operation, Recorded, SavedStep
 from pgconductor.errors import AttemptTimeout, ConductorError, Suspend
 from pgconductor.faults import fault
-from pgconductor.journal import PENDING
+from pgconductor.journal import CANCELLED, PENDING
 from pgconductor.model import EventDef, RetryPolicy
 from pgconductor.operations import (
     PLAIN,
     Child,
     RunFacts,
     StepOptions,
+    call_plainly,
     check_instant,
+    is_final,
     members_of,
     not_yet,
     partition,
+    run_in_own_thread,
 )
 from pgconductor.session import backoff_seconds
 from pgconductor.signature import return_codec_of
@@ -47,6 +51,8 @@ T = TypeVar("T")
 E = TypeVar("E")
 D = DefaultTypeVar("D", default=None)
 
+LOOK_SECONDS: Final = 0.2
+"""How often a pause between two tries of a step looks whether the run is to be left."""
 _chance = random.Random()  # noqa: S311
 
 
@@ -77,7 +83,6 @@ class SyncContext(RunFacts[D]):
         fault("before_step_save")
         step = self._attempt.journal.finished(name, "step", raw)
         self._on_loop(self._store_step(step))
-        self._attempt.journal.remember(step)
         fault("after_step_save")
         return cast("T", copied)
 
@@ -98,11 +103,19 @@ class SyncContext(RunFacts[D]):
             try:
                 return self._try(name, fn, args, kwargs)
             except Exception as error:
-                if options.retry.gives_up_on(error):
+                if is_final(error, options.retry):
                     raise
                 self.logger.warning("step %r failed, try %d", name, number, exc_info=error)
-                time.sleep(options.retry.delay(number, _chance))
+                self._pause(options.retry.delay(number, _chance))
         return self._try(name, fn, args, kwargs)
+
+    def _pause(self, seconds: float) -> None:
+        """Wait before the next try, but leave when the run is to be left."""
+        ends_at = time.monotonic() + seconds
+        while (left := ends_at - time.monotonic()) > 0:
+            self._boundary()
+            time.sleep(min(left, LOOK_SECONDS))
+        self._boundary()
 
     def _try(self, name: str, fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         with _Marked(name):
@@ -111,7 +124,7 @@ class SyncContext(RunFacts[D]):
             return self._limited(name, fn, args, kwargs, self._options.timeout)
 
     def _limited(self, name: str, fn: Callable[..., Any], args: Any, kwargs: Any, timeout: float) -> Any:
-        future = self._attempt.host.submit_thread(lambda: fn(*args, **kwargs))
+        future = run_in_own_thread(lambda: fn(*args, **kwargs))
         try:
             return future.result(timeout)
         except TimeoutError:
@@ -120,7 +133,8 @@ class SyncContext(RunFacts[D]):
             raise AttemptTimeout(self.task, timeout, step=name) from None
 
     async def _store_step(self, step: SavedStep) -> None:
-        await self._attempt.store(self._attempt.host.save(step))
+        attempt = self._attempt
+        await attempt.store(attempt.host.save(step), lambda _: attempt.journal.remember(step))
 
     def transaction(self, name: str, fn: Callable[Concatenate[Any, P], T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Run a function in a transaction; its writes and the step commit together. See `Context.transaction`.
@@ -217,33 +231,44 @@ class SyncContext(RunFacts[D]):
         child_id, operation = self._attempt.journal.start(name, call, detached=detached)
         if operation is not None:
             self._on_loop(self._store_operation(operation))
-            self._attempt.journal.remember_open(operation)
         return Child(child_id, name, call, self, detached=detached)
 
     async def _store_operation(self, operation: Operation) -> None:
-        await self._attempt.store(self._attempt.host.open(operation))
+        attempt = self._attempt
+        await attempt.store(attempt.host.open(operation), lambda _: attempt.journal.remember_open(operation))
 
     def wait(
         self, name: str, children: Sequence[Child[R]], *, count: int | None = None, timeout: Duration | None = None
     ) -> tuple[list[Child[R]], list[Child[R]]]:
         """Park until so many started children have ended. See `Context.wait`."""
+        return self._wait(name, children, count, timeout)
+
+    def _wait(
+        self,
+        name: str,
+        children: Sequence[Child[R]],
+        count: int | None,
+        timeout: Duration | None,
+        *,
+        is_ours: bool = False,
+    ) -> tuple[list[Child[R]], list[Child[R]]]:
         members, needed = members_of(name, children, count)
         if not children:
             return [], []
         self._boundary()
-        done = self._answer(self._attempt.journal.wait(name, members, needed, timeout))
+        done = self._answer(self._attempt.journal.wait(name, members, needed, timeout, is_ours=is_ours))
         return partition(children, cast("list[str]", done))
 
     def child_result(self, child: Child[R], timeout: Duration | None) -> R:
         """Park until a started child has ended; `Child.result_sync` calls this."""
-        if child.detached:
-            members_of("result", [child], 1)
+        members_of("result", [child], 1)
+        journal = self._attempt.journal
         if timeout is not None:
-            name = self._attempt.journal.numbered(f"{child.step}.result")
-            if not self.wait(name, [child], timeout=timeout)[0]:
-                raise TimeoutError(f"child {child.step!r} did not end within the timeout")
+            name = journal.numbered(f"{child.step}.result")
+            if not self._wait(name, [child], 1, timeout, is_ours=True)[0]:
+                raise journal.late_result(name, child.step)
         self._boundary()
-        return cast("R", self._answer(self._attempt.journal.result_of(child.step, child.call)))
+        return cast("R", self._answer(journal.result_of(child.step, child.call)))
 
     # ------------------------------------------------------------ reaching out
 
@@ -258,11 +283,13 @@ class SyncContext(RunFacts[D]):
         query = attempt.host.engine.cancel_as_step(
             attempt.host.orchestrator_id, attempt.claimed.id, attempt.token, name, str(execution_id), reason
         )
-        moved = self._on_loop(attempt.host.run_query(query))
+        moved = self._on_loop(
+            attempt.store(attempt.host.run_query(query), lambda moved: attempt.journal.remember_cancel(name, moved))
+        )
         if moved is None:
             attempt.exit = "abandoned"
             raise Suspend
-        return moved.result in ("cancelled", "requested")
+        return moved.result in CANCELLED
 
     def wait_for(
         self, name: str, event: EventDef[E], *, where: dict[str, Any] | None = None, timeout: Duration | None = None
@@ -317,5 +344,16 @@ class _Marked:
 
 
 def call_in_thread(fn: Callable[..., Any], attempt: Attempt, args: Any, kwargs: Any) -> Awaitable[Any]:
-    """Run a plain handler in a thread; when the awaiting task is cancelled, its next operation is refused."""
-    return asyncio.wrap_future(attempt.host.submit_thread(lambda: fn(SyncContext[Any](attempt), *args, **kwargs)))
+    """Run a plain handler in a thread; when the awaiting task is cancelled, its next operation is refused.
+
+    Threads serve one handler after the other, so each handler gets context variables of its own.
+    """
+
+    def handle() -> Any:
+        try:
+            return fn(SyncContext[Any](attempt), *args, **kwargs)
+        finally:
+            attempt.has_returned = True
+
+    context = copy_context()
+    return asyncio.wrap_future(attempt.host.submit_thread(lambda: context.run(call_plainly, handle)))
