@@ -205,11 +205,10 @@ def check_server(conn: Connection) -> None:
     version = conn.info.server_version // 10_000
     if not 15 <= version <= 18:
         raise ServerError(f"this is Postgres {version}", "use Postgres 15 to 18")
-    encoding, standby = _row(conn, "select getdatabaseencoding(), pg_is_in_recovery()")
-    if encoding == "SQL_ASCII":
+    if conn.info.parameter_status("server_encoding") == "SQL_ASCII":
         reason = "the database's encoding is SQL_ASCII, which stores bytes without knowing their characters"
         raise ServerError(reason, "create the database with encoding 'UTF8'")
-    if standby:
+    if _row(conn, "select pg_is_in_recovery()")[0]:
         raise ServerError("the server is a read-only standby", "connect to the primary")
 
 

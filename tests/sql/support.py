@@ -43,11 +43,17 @@ def session(database: str) -> Db:
 # ---------------------------------------------------------------- what clients do
 
 
+def blank(count: int) -> list[Json]:
+    """Return so many calls or children with nothing to say of themselves."""
+    return [{} for _ in range(count)]
+
+
 def enqueue_many(db: Db, *calls: Json, now: float = 0, again: bool = False) -> list[str]:
     """Enqueue calls of `{task: "work", payload: {}}` and what each adds; returns the ids that hold."""
-    full = [{"id": str(uuid4()), "task": "work", "payload": {}} | each for each in calls]
+    full: list[Json] = [{"id": str(uuid4()), "task": "work", "payload": {}} | each for each in calls]
     answer = call(db, "enqueue", full, False, again, at(now))
-    return answer["ids"] or [each["id"] for each in full]
+    kept: list[str] | None = answer["ids"]
+    return kept or [each["id"] for each in full]
 
 
 def enqueue(db: Db, task: str = "work", now: float = 0, **options: Any) -> str:
@@ -74,17 +80,38 @@ def array(values: Sequence[object]) -> str:
 
 
 def claim(
-    db: Db, limit: int = 10, token: int = 1, worker: UUID = WORKER, now: float = 0, tasks: Sequence[str] | None = None,
-    queue: str = "default", fire: bool = False,
+    db: Db,
+    limit: int = 10,
+    token: int = 1,
+    worker: UUID = WORKER,
+    now: float = 0,
+    tasks: Sequence[str] | None = None,
+    queue: str = "default",
+    fire: bool = False,
 ) -> list[Json]:
     """Claim from a queue what these tasks, or all of them, have ready."""
     known = [each["id"] for each in db.execute("select id, name from task") if tasks is None or each["name"] in tasks]
-    wants = [{"queue": each["id"], "limit": limit} for each in db.execute("select * from queue") if each["name"] == queue]
+    wants = [
+        {"queue": each["id"], "limit": limit} for each in db.execute("select * from queue") if each["name"] == queue
+    ]
     answer = call(db, "claim", worker, token, wants, array(known), fire, at(now))
     assert answer is not None, "the worker was declared dead"
-    names = ("id", "task_id", "queue_id", "payload", "failures", "crashes", "depth", "parent_id", "root_id", "trigger",
-             "cached", "steps")
-    return [dict(zip(names, row, strict=True)) for row in answer["claimed"] or []]
+    names = (
+        "id",
+        "task_id",
+        "queue_id",
+        "payload",
+        "failures",
+        "crashes",
+        "depth",
+        "parent_id",
+        "root_id",
+        "trigger",
+        "cached",
+        "steps",
+    )
+    rows: list[list[Any]] = answer["claimed"] or []
+    return [dict(zip(names, row, strict=False)) for row in rows]
 
 
 def claim_one(db: Db, **options: Any) -> str:
@@ -138,7 +165,7 @@ def save(db: Db, id: str, *names: str, token: int = 1, worker: UUID = WORKER, op
 
 
 def op(id: str, name: str, kind: str, *children: Json, **options: Any) -> Json:
-    rows = [{"id": str(uuid4()), "task": "child", "payload": {}} | child for child in children]
+    rows: list[Json] = [{"id": str(uuid4()), "task": "child", "payload": {}} | child for child in children]
     return {"id": id, "name": name, "round": 0, "kind": kind} | ({"children": rows} if rows else {}) | options
 
 
@@ -155,7 +182,7 @@ def await_members(name: str, *members: str, count: int) -> list[Json]:
 
 def invoke(db: Db, id: str, name: str = "call", token: int = 1, now: float = 0, **options: Any) -> str:
     """Park a running execution on one child; returns the child's id."""
-    operation = op(id, name, "invoke", {}, **options)
+    operation = op(id, name, "invoke", *blank(1), **options)
     park(db, id, operation, token=token, now=now)
     return str(operation["children"][0]["id"])
 
@@ -184,7 +211,7 @@ def fan_out(db: Db, count: int, **options: Any) -> tuple[str, list[str]]:
     register(db, "work", "child")
     enqueue(db)
     parent = claim_one(db, tasks=["work"])
-    operation = op(parent, "all", "invoke_all", *[{}] * count, **options)
+    operation = op(parent, "all", "invoke_all", *blank(count), **options)
     park(db, parent, operation)
     return parent, [child["id"] for child in operation["children"]]
 
@@ -206,15 +233,17 @@ def row(db: Db, id: str) -> DictRow:
     return found
 
 
-def step(db: Db, id: str, name: str, index: int = 0, round: int = 0) -> DictRow:
-    query = "select * from step where execution_id = %s and name = %s and index = %s and round = %s"
-    found = db.execute(query, (id, name, index, round)).fetchone()
+def step(db: Db, id: str, name: str, index: int = 0) -> DictRow:
+    query = "select * from step where execution_id = %s and name = %s and index = %s and round = 0"
+    found = db.execute(query, (id, name, index)).fetchone()
     assert found is not None, f"{id} has no step {name} {index}"
     return found
 
 
 def count(db: Db, table: str) -> int:
-    found = db.execute(f"select count(*) as count from {table}".encode()).fetchone()
+    found = db.execute(
+        f"select count(*) as count from {table}".encode()  # noqa: S608 - a name that a test wrote
+    ).fetchone()
     assert found is not None
     return int(found["count"])
 
@@ -246,7 +275,7 @@ class Background(threading.Thread):
         return self._answer
 
 
-def wait_until_blocked(db: Db, other: Db) -> None:
+def wait_until_blocked(db: Db, other: psycopg.Connection[Any]) -> None:
     """Return when the other session waits for a lock of any kind."""
     query = "select cardinality(pg_blocking_pids(%s)) > 0 as blocked"
     for _ in range(100_000):

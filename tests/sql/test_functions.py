@@ -17,11 +17,11 @@ CHECKER = Path("/usr/share/postgresql/15/extension/plpgsql_check.control")  # De
 def checker() -> Iterator[psycopg.Connection]:
     if not CHECKER.exists():
         pytest.skip("plpgsql_check is not installed for Postgres 15")
-    with EmbeddedServer(bin_dir=Path("/usr/lib/postgresql/15/bin"), settings={"fsync": "off"}) as server:
-        with psycopg.connect(server.dsn, autocommit=True) as conn:
-            schema.migrate(conn)
-            conn.execute("create extension plpgsql_check schema public")
-            yield conn
+    fifteen = EmbeddedServer(bin_dir=Path("/usr/lib/postgresql/15/bin"), settings={"fsync": "off"})
+    with fifteen, psycopg.connect(fifteen.dsn, autocommit=True) as conn:
+        schema.migrate(conn)
+        conn.execute("create extension plpgsql_check schema public")
+        yield conn
 
 
 def test_plpgsql_check_finds_no_fault(checker: psycopg.Connection) -> None:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import psycopg
 import pytest
@@ -9,8 +10,22 @@ from psycopg.conninfo import make_conninfo
 
 from tests.invariants import ALWAYS, check_invariants, check_quiescent
 from tests.sql.support import (
-    Db, at, call, cancel, claim, claim_one, complete, enqueue, fan_out, finish, op, parent_and_child, park, register,
-    save, session,
+    Db,
+    at,
+    call,
+    cancel,
+    claim,
+    claim_one,
+    complete,
+    enqueue,
+    fan_out,
+    finish,
+    op,
+    parent_and_child,
+    park,
+    register,
+    save,
+    session,
 )
 
 # The corruption of each, planted into a database with a parent that waits for a running child, a fan-out with a window,
@@ -32,8 +47,8 @@ CORRUPTIONS = {
     "9": "update step set child_id = gen_random_uuid() where kind = 'invoke'",
     "10": """insert into execution (id, created_at, lane_id, depth, parent_id, parent_step, parent_round, parent_index,
              root_id, payload, outcome, finished_at)
-             select gen_random_uuid(), now(), lane_id, depth, parent_id, parent_step, parent_round, parent_index, root_id,
-             payload, 'completed', now() from execution where parent_id is not null""",
+             select gen_random_uuid(), now(), lane_id, depth, parent_id, parent_step, parent_round, parent_index,
+             root_id, payload, 'completed', now() from execution where parent_id is not null""",
     "11": """insert into execution (id, created_at, lane_id, depth, parent_id, parent_step, parent_round, parent_index,
              root_id, payload) select gen_random_uuid(), now(), lane_id, 1, id, 'x', 0, 0, id, '{}'
              from execution where outcome = 'completed';
@@ -69,7 +84,7 @@ def populate(db: Db) -> None:
     enqueue(db, "lonely")
 
 
-def enqueue_and_claim(db: Db, **options: object) -> str:
+def enqueue_and_claim(db: Db, **options: Any) -> str:
     id = enqueue(db, **options)
     assert id in [each["id"] for each in claim(db, tasks=["work"])]
     return id

@@ -5,8 +5,28 @@ from uuid import UUID, uuid4
 import pytest
 
 from tests.sql.support import (
-    WORKER, Db, call, cancel, chain, claim, claim_one, complete, count, enqueue, fan_out, finish, op, park,
-    parent_and_child, register, retry, row, save, state, states, step,
+    WORKER,
+    Db,
+    call,
+    cancel,
+    chain,
+    claim,
+    claim_one,
+    complete,
+    count,
+    enqueue,
+    fan_out,
+    finish,
+    op,
+    parent_and_child,
+    park,
+    register,
+    retry,
+    row,
+    save,
+    state,
+    states,
+    step,
 )
 
 

@@ -1,12 +1,35 @@
 """claim: ready → running."""
 
+from functools import partial
 from uuid import UUID, uuid4
 
 import pytest
 
 from tests.sql.support import (
-    Background, Db, array, at, call, claim, claim_one, count, enqueue, enqueue_many, invoke, park, op, register,
-    release, retry, row, save, session, settle, state, wait_until_blocked, WORKER,
+    WORKER,
+    Background,
+    Db,
+    array,
+    at,
+    blank,
+    call,
+    claim,
+    claim_one,
+    count,
+    enqueue,
+    enqueue_many,
+    invoke,
+    op,
+    park,
+    register,
+    release,
+    retry,
+    row,
+    save,
+    session,
+    settle,
+    state,
+    wait_until_blocked,
 )
 
 OTHER = UUID(int=2)
@@ -30,7 +53,7 @@ def test_nothing_ready_is_nothing_claimed(db: Db) -> None:
 
 @pytest.mark.parametrize("limit", [0, 1, 3, 5])
 def test_no_more_than_the_limit_is_claimed(db: Db, limit: int) -> None:
-    enqueue_many(db, *[{}] * 3)
+    enqueue_many(db, *blank(3))
     assert len(claim(db, limit=limit)) == min(limit, 3)
 
 
@@ -89,19 +112,19 @@ def test_a_dead_orchestrator_claims_nothing(db: Db) -> None:
 
 
 def test_two_claimers_never_take_the_same(db: Db, database: str) -> None:
-    enqueue_many(db, *[{}] * 200)
+    enqueue_many(db, *blank(200))
     register(db, worker=OTHER)
 
     def drain(worker: UUID) -> list[str]:
         with session(database) as mine:
             return [each["id"] for n in range(60) for each in claim(mine, limit=7, token=n, worker=worker)]
 
-    got = [each.result() for each in [Background(lambda w=w: drain(w)) for w in (WORKER, OTHER)]]
+    got = [each.result() for each in [Background(partial(drain, w)) for w in (WORKER, OTHER)]]
     assert len(got[0]) + len(got[1]) == len({*got[0], *got[1]}) == 200
 
 
 def test_a_claim_passes_over_what_another_is_taking(db: Db, database: str) -> None:
-    ids = enqueue_many(db, *[{}] * 4)
+    ids = enqueue_many(db, *blank(4))
     register(db, worker=OTHER)
     with session(database) as other, other.transaction():
         assert [each["id"] for each in claim(other, limit=2, worker=OTHER)] == ids[:2]
@@ -169,6 +192,6 @@ def test_array_parameters_are_written_as_postgres_reads_them() -> None:
 
 
 def test_a_claim_counts_no_rows_twice(db: Db) -> None:
-    enqueue_many(db, *[{}] * 5)
+    enqueue_many(db, *blank(5))
     claim(db, limit=3)
     assert (count(db, "lease"), count(db, "ready")) == (3, 2)

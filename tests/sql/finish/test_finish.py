@@ -3,7 +3,21 @@
 import pytest
 
 from tests.sql.support import (
-    Db, cancel, chain, claim, count, fail, finish, op, parent_and_child, row, save, settle, state, states, step,
+    Db,
+    cancel,
+    chain,
+    claim,
+    count,
+    fail,
+    finish,
+    op,
+    parent_and_child,
+    row,
+    save,
+    settle,
+    state,
+    states,
+    step,
 )
 
 
@@ -70,7 +84,9 @@ def test_a_child_and_its_parent_may_end_in_one_batch(db: Db) -> None:
     save(db, parent, token=2, ops=[start])
     grandchild = start["children"][0]["id"]
     claim(db, token=3)
-    settle(db, {"id": parent, "outcome": "completed", "token": 2}, {"id": grandchild, "outcome": "completed", "token": 3})
+    settle(
+        db, {"id": parent, "outcome": "completed", "token": 2}, {"id": grandchild, "outcome": "completed", "token": 3}
+    )
     assert states(db, [parent, grandchild])[0] == "completed"
     assert count(db, "lease") <= 1
 

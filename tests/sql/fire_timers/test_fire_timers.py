@@ -3,8 +3,28 @@
 import pytest
 
 from tests.sql.support import (
-    Db, at, call, cancel, claim, claim_one, count, enqueue, enqueue_many, fan_out, finish, invoke, op, parent_and_child,
-    park, register, retry, save, session, state, states, step,
+    Db,
+    at,
+    call,
+    cancel,
+    claim,
+    claim_one,
+    count,
+    enqueue,
+    enqueue_many,
+    fan_out,
+    finish,
+    invoke,
+    op,
+    parent_and_child,
+    park,
+    register,
+    retry,
+    save,
+    session,
+    state,
+    states,
+    step,
 )
 
 
@@ -82,7 +102,12 @@ def test_a_fan_out_that_times_out_cancels_the_rest(db: Db) -> None:
     finish(db, children[0])
     fire(db, 30)
     assert states(db, [parent, *children]) == ["ready", "completed", "running", "cancelled"]
-    assert [step(db, parent, "all", n)["status"] for n in range(4)] == ["timed_out", "completed", "timed_out", "timed_out"]
+    assert [step(db, parent, "all", n)["status"] for n in range(4)] == [
+        "timed_out",
+        "completed",
+        "timed_out",
+        "timed_out",
+    ]
     assert count(db, "wait_item") == 0
 
 

@@ -3,8 +3,28 @@
 import pytest
 
 from tests.sql.support import (
-    Db, await_members, call, claim, claim_one, count, enqueue, fail, fan_out, finish, invoke, op, park, register, row,
-    save, settle, state, states, step, WORKER,
+    WORKER,
+    Db,
+    Json,
+    await_members,
+    call,
+    claim,
+    claim_one,
+    count,
+    enqueue,
+    fail,
+    fan_out,
+    finish,
+    invoke,
+    op,
+    park,
+    register,
+    row,
+    save,
+    settle,
+    state,
+    states,
+    step,
 )
 
 
@@ -87,7 +107,7 @@ def test_two_calls_wake_on_the_first_answer(db: Db, running: str) -> None:
 
 
 def test_a_call_of_no_children_is_answered_at_once(db: Db, running: str) -> None:
-    operation = op(running, "all", "invoke_all") | {"children": []}
+    operation: Json = op(running, "all", "invoke_all") | {"children": []}
     park(db, running, operation)
     assert (state(db, running), step(db, running, "all")["status"]) == ("ready", "completed")
 
@@ -211,7 +231,15 @@ def test_many_park_in_one_call(db: Db) -> None:
     register(db, "work", "child")
     ids = [enqueue(db) for _ in range(3)]
     claim(db)
-    outcomes = [{"id": id, "token": 1, "outcome": "parked", "ops": [op(id, "n", "sleep", due_in=n + 1)],
-                 "awaits": await_existing("n", "sleep")} for n, id in enumerate(ids)]
+    outcomes = [
+        {
+            "id": id,
+            "token": 1,
+            "outcome": "parked",
+            "ops": [op(id, "n", "sleep", due_in=n + 1)],
+            "awaits": await_existing("n", "sleep"),
+        }
+        for n, id in enumerate(ids)
+    ]
     call(db, "settle", WORKER, [], outcomes, "2040-01-01 00:00:00+00")
     assert states(db, ids) == ["waiting"] * 3

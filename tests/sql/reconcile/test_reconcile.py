@@ -5,8 +5,26 @@ from uuid import UUID
 import pytest
 
 from tests.sql.support import (
-    WORKER, Db, array, at, call, cancel, claim, complete, count, enqueue, enqueue_many, op, parent_and_child, register,
-    row, save, state, states, step,
+    WORKER,
+    Db,
+    array,
+    at,
+    blank,
+    call,
+    cancel,
+    claim,
+    complete,
+    count,
+    enqueue,
+    enqueue_many,
+    op,
+    parent_and_child,
+    register,
+    row,
+    save,
+    state,
+    states,
+    step,
 )
 
 
@@ -16,7 +34,7 @@ def reconcile(db: Db, *known: int) -> object:
 
 def test_a_claim_whose_reply_was_lost_is_given_back(db: Db) -> None:
     register(db, "work")
-    ids = enqueue_many(db, {}, {})
+    ids = enqueue_many(db, *blank(2))
     claim(db, limit=1, token=1)
     claim(db, limit=1, token=2)
     reconcile(db, 1)

@@ -5,8 +5,25 @@ from uuid import UUID, uuid4
 import pytest
 
 from tests.sql.support import (
-    Db, call, cancel, claim, claim_one, complete, enqueue, fail, fan_out, finish, op, park, parent_and_child, register,
-    row, save, state, states, step,
+    Db,
+    call,
+    cancel,
+    claim,
+    claim_one,
+    complete,
+    enqueue,
+    fail,
+    fan_out,
+    finish,
+    op,
+    parent_and_child,
+    park,
+    register,
+    row,
+    save,
+    state,
+    states,
+    step,
 )
 
 

@@ -1,11 +1,26 @@
 """register, beat, pause, watch_result: what is no transition of an execution."""
 
+from functools import partial
 from uuid import UUID, uuid4
 
 import pytest
 
 from tests.sql.support import (
-    WORKER, Background, Db, at, call, cancel, claim, claim_one, complete, count, enqueue, register, row, session, state,
+    WORKER,
+    Background,
+    Db,
+    at,
+    call,
+    cancel,
+    claim,
+    claim_one,
+    complete,
+    count,
+    enqueue,
+    register,
+    row,
+    session,
+    state,
     wait_until_blocked,
 )
 
@@ -63,7 +78,7 @@ def test_ten_processes_register_at_once(db: Db, database: str) -> None:
             call(mine, "register_tasks", "d", tasks[n:] + tasks[:n])
             enqueue(mine, f"t{n}")
 
-    for each in [Background(lambda n=n: start(n)) for n in range(10)]:
+    for each in [Background(partial(start, n)) for n in range(10)]:
         each.result()
     assert (count(db, "task"), count(db, "queue")) == (20, 3)
 

@@ -6,7 +6,21 @@ import psycopg
 import pytest
 
 from tests.sql.support import (
-    WORKER, Db, call, cancel, claim, claim_one, complete, count, enqueue, op, register, row, save, state, step,
+    WORKER,
+    Db,
+    call,
+    cancel,
+    claim,
+    claim_one,
+    complete,
+    count,
+    enqueue,
+    op,
+    register,
+    row,
+    save,
+    state,
+    step,
 )
 
 

@@ -6,8 +6,35 @@ import psycopg
 import pytest
 
 from tests.sql.support import (
-    WORKER, Background, Db, Json, at, call, cancel, claim, claim_one, complete, count, enqueue, enqueue_many, fail,
-    finish, op, park, parent_and_child, register, release, retry, row, save, session, settle, settle_plain, state, step,
+    WORKER,
+    Background,
+    Db,
+    Json,
+    at,
+    blank,
+    call,
+    cancel,
+    claim,
+    claim_one,
+    complete,
+    count,
+    enqueue,
+    enqueue_many,
+    fail,
+    finish,
+    op,
+    parent_and_child,
+    park,
+    register,
+    release,
+    retry,
+    row,
+    save,
+    session,
+    settle,
+    settle_plain,
+    state,
+    step,
     wait_until_blocked,
 )
 
@@ -34,8 +61,15 @@ WAYS = ["plain", "completed", "failed", "retried", "released", "crashed", "parke
 
 @pytest.mark.parametrize(
     ("how", "becomes"),
-    [("plain", "completed"), ("completed", "completed"), ("failed", "failed"), ("retried", "scheduled"),
-     ("released", "scheduled"), ("crashed", "scheduled"), ("parked", "waiting")],
+    [
+        ("plain", "completed"),
+        ("completed", "completed"),
+        ("failed", "failed"),
+        ("retried", "scheduled"),
+        ("released", "scheduled"),
+        ("crashed", "scheduled"),
+        ("parked", "waiting"),
+    ],
 )
 def test_an_outcome_moves_the_execution(db: Db, running: str, how: str, becomes: str) -> None:
     assert end(db, running, how)["lost"] == []
@@ -50,8 +84,8 @@ def test_without_a_delay_it_is_ready_at_once(db: Db, running: str, how: str) -> 
 
 
 @pytest.mark.parametrize(
-    ("how", "failures", "crashes"), [("retried", 1, 0), ("failed", 1, 0), ("released", 0, 0), ("crashed", 0, 1),
-                                     ("parked", 0, 0), ("plain", 0, 0)],
+    ("how", "failures", "crashes"),
+    [("retried", 1, 0), ("failed", 1, 0), ("released", 0, 0), ("crashed", 0, 1), ("parked", 0, 0), ("plain", 0, 0)],
 )
 def test_what_each_outcome_costs(db: Db, running: str, how: str, failures: int, crashes: int) -> None:
     end(db, running, how)
@@ -132,9 +166,7 @@ def test_a_dead_orchestrator_settles_nothing(db: Db, running: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["plain", "completed", "retried", "parked"])
-def test_a_second_try_while_the_first_still_runs_moves_nothing(
-    db: Db, database: str, running: str, how: str
-) -> None:
+def test_a_second_try_while_the_first_still_runs_moves_nothing(db: Db, database: str, running: str, how: str) -> None:
     with session(database) as first, session(database) as second:
         first.execute("begin")
         end(first, running, how)
@@ -150,12 +182,14 @@ def test_a_second_try_while_the_first_still_runs_moves_nothing(
 
 def test_one_call_settles_many_in_many_ways(db: Db) -> None:
     register(db, "work")
-    ids = enqueue_many(db, *[{}] * 5)
+    ids = enqueue_many(db, *blank(5))
     claim(db)
     plain = [{"id": ids[0], "token": 1, "result": 1}, {"id": ids[1], "token": 1, "result": None}]
     error = {"type": "E", "message": "m"}
-    others = [{"id": id, "token": 1, "outcome": how, "error": error}
-              for id, how in zip(ids[2:], ("failed", "released", "completed"), strict=True)]
+    others = [
+        {"id": id, "token": 1, "outcome": how, "error": error}
+        for id, how in zip(ids[2:], ("failed", "released", "completed"), strict=True)
+    ]
     call(db, "settle", WORKER, plain, others, at(0))
     assert [state(db, id) for id in ids] == ["completed", "completed", "failed", "ready", "completed"]
 
@@ -222,7 +256,7 @@ def test_a_cancel_request_wins_over_every_outcome(db: Db, running: str, how: str
 
 def test_a_batch_of_cancelled_and_live_settles_both(db: Db) -> None:
     register(db, "work")
-    ids = enqueue_many(db, {}, {})
+    ids = enqueue_many(db, *blank(2))
     claim(db)
     cancel(db, ids[0])
     settle_plain(db, *[{"id": id, "token": 1, "result": 1} for id in ids])

@@ -5,8 +5,33 @@ from uuid import UUID
 import pytest
 
 from tests.sql.support import (
-    WORKER, Background, Db, Json, at, call, cancel, chain, claim, claim_one, complete, count, enqueue, enqueue_many,
-    fail, finish, op, parent_and_child, register, row, save, session, state, states, step, wait_until_blocked,
+    WORKER,
+    Background,
+    Db,
+    Json,
+    at,
+    blank,
+    call,
+    cancel,
+    chain,
+    claim,
+    claim_one,
+    complete,
+    count,
+    enqueue,
+    enqueue_many,
+    fail,
+    finish,
+    op,
+    parent_and_child,
+    register,
+    row,
+    save,
+    session,
+    state,
+    states,
+    step,
+    wait_until_blocked,
 )
 
 OTHER = UUID(int=2)
@@ -117,7 +142,7 @@ def test_a_cancelled_running_parent_ends_with_its_running_child(db: Db) -> None:
 
 def test_many_dead_processes_are_taken_over_at_once(db: Db) -> None:
     register(db, "work")
-    ids = enqueue_many(db, *[{}] * 6)
+    ids = enqueue_many(db, *blank(6))
     for n in range(3):
         register(db, worker=UUID(int=10 + n))
         claim(db, limit=2, worker=UUID(int=10 + n))
@@ -128,7 +153,7 @@ def test_many_dead_processes_are_taken_over_at_once(db: Db) -> None:
 def test_only_the_dead_are_swept(db: Db) -> None:
     register(db, "work")
     register(db, worker=OTHER, now=20)
-    ids = enqueue_many(db, {}, {})
+    ids = enqueue_many(db, *blank(2))
     claim(db, limit=1)
     claim(db, limit=1, worker=OTHER)
     sweep(db, 30)
