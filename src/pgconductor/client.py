@@ -6,8 +6,8 @@ statement of many is refused, each call is sent by itself, so that one bad call 
 before it is sent, so a lost reply is repeated.
 
 **Hints.** After the commit, and never on its path, the queues with new work are named on the channel, from a
-transaction of its own; one hint at a time is on its way, and what comes meanwhile is gathered. A lost hint costs a
-worker's poll.
+transaction of its own; one hint at a time is on its way, a pause follows, and what comes meanwhile is gathered. A lost
+hint costs a worker's poll.
 
 **Threads.** `invoke_sync` and `result_sync` run on an event loop in a thread of the process's own, shared by its
 threads, so that they gather and wait as the others do. A forked child makes its own.
@@ -32,6 +32,7 @@ FLIGHTS_MAX: Final = 2
 CALLS_PER_STATEMENT_MAX: Final = 1_000
 BYTES_PER_STATEMENT_MAX: Final = 8 * 1024 * 1024
 HINT_BYTES_MAX: Final = 7_900  # Postgres allows 8,000
+HINT_PAUSE_SECONDS: Final = 0.002  # whoever was hinted is awake by now; the first hint after a silence goes at once
 
 Loop = asyncio.AbstractEventLoop
 
@@ -172,6 +173,7 @@ class LoopClient:
             while self._queues or self._watchers:
                 for hint in self._take_hints():
                     await self.pool.run(self._engine.notify(hint))
+                await asyncio.sleep(HINT_PAUSE_SECONDS)
         except ConductorError:
             self._queues.clear()  # only hints: workers and waiters look for themselves
             self._watchers.clear()

@@ -473,8 +473,9 @@ class Engine:
         return self._query("outstanding", "uuid int[] int[]", (orchestrator, list(queues), list(tasks)), _outstanding)
 
     def notify(self, payload: str) -> Query[None]:
-        """Send a hint to whoever listens; the channel is the schema's name."""
-        return Query("select pg_notify(%s, %s)", (self.schema, payload), _as_is)
+        """Send a hint to whoever listens; the channel is the schema's name. Its commit waits for no disk."""
+        statement = "select pg_notify(%s, %s), set_config('synchronous_commit', 'off', true)"
+        return Query(statement, (self.schema, payload), _as_is)
 
     # ------------------------------------------------------------ reports, as plain JSON
 

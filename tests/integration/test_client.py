@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -372,6 +373,18 @@ async def test_a_database_without_the_engine_is_reported(database: str) -> None:
     await app.migrate()
     await app.create_task(add, name="again").invoke(1)
     await app.close()
+
+
+async def test_a_development_server_is_migrated_by_the_first_call(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("PGCONDUCTOR_URL", "DATABASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pgconductor.embedded.ensure", lambda: SimpleNamespace(dsn=database))
+
+    async with Conductor(schema="fresh") as app:
+        run = await app.create_task(add).invoke(1)
+        assert await run.state() == "ready"
 
 
 # ---------------------------------------------------------------- what people do to executions

@@ -7,8 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Generator
-from contextlib import contextmanager
+import threading
 from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
@@ -131,25 +130,24 @@ def _run_with_reload(command: list[str], environment: dict[str, str]) -> None:
     except ImportError as error:
         raise click.ClickException('install "pgconductor[dev]" for reloading, or give --no-reload') from error
     out = console()
-    root = embedded.project_root()
-    with _child(command, environment) as child:
-        process = child
-        for changes in watch(root, watch_filter=PythonFilter(), raise_interrupt=False):
+    ending = threading.Event()
+    signal.signal(signal.SIGTERM, lambda _number, _frame: ending.set())
+    process = _start(command, environment)
+    try:
+        for changes in watch(
+            embedded.project_root(), watch_filter=PythonFilter(), raise_interrupt=False, stop_event=ending
+        ):
             names = ", ".join(sorted({Path(path).name for _, path in changes}))
             out.print(f"[yellow]↻[/] {line(names, 100)} changed, starting again")
             _stop(process)
-            process = subprocess.Popen(command, env=environment, start_new_session=True)
-        _stop(process)
-
-
-@contextmanager
-def _child(command: list[str], environment: dict[str, str]) -> Generator["subprocess.Popen[bytes]"]:
-    """Run a worker in a session of its own, so that Ctrl-C reaches it through us alone."""
-    process = subprocess.Popen(command, env=environment, start_new_session=True)
-    try:
-        yield process
+            process = _start(command, environment)
     finally:
         _stop(process)
+
+
+def _start(command: list[str], environment: dict[str, str]) -> "subprocess.Popen[bytes]":
+    """Run a worker in a session of its own, so that Ctrl-C reaches it through us alone."""
+    return subprocess.Popen(command, env=environment, start_new_session=True)
 
 
 def _stop(process: "subprocess.Popen[bytes]") -> None:
