@@ -44,8 +44,9 @@ class Harness(Generic[D]):
         self._binding = ExitStack()
         self._binding.callback(databases.drop, dsn)
         self._binding.callback(self._records.close)
-        arguments = (dsn, self._engine) if deps is _UNSET else (dsn, self._engine, deps)
-        self._binding.enter_context(cast("Callable[..., Any]", app.bound_to)(*arguments))
+        given = {} if deps is _UNSET else {"deps": deps}
+        binding = cast("Callable[..., Any]", app.bound_to)
+        self._binding.enter_context(binding(dsn, self._engine, before_wait=self._refuse_to_hang, **given))
         self._drains = asyncio.Lock()
         self._loop = asyncio.get_running_loop()
         self._closing = asyncio.Event()
@@ -178,6 +179,16 @@ class Harness(Generic[D]):
         return due
 
     # ------------------------------------------------------------ messages
+
+    def _refuse_to_hang(self, id: UUID) -> None:
+        """Say so when a test waits without limit for an execution that nothing is going to run."""
+        if self._drains.locked() or self._records.worker_count() > 1:
+            return
+        row = self._records.execution(id)
+        if row is not None and row.state not in _ENDED:
+            raise AssertionError(
+                f"{row}, and nothing runs it now: call drain() or advance(), or give result() a timeout"
+            )
 
     def _raise_failures(self, before: set[UUID]) -> None:
         __tracebackhide__ = True

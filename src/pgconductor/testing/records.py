@@ -80,6 +80,10 @@ class Records:
             ) s order by created_at, name"""
         return [StepRow(*row) for row in self._rows(query, id)]
 
+    def worker_count(self) -> int:
+        """How many processes work here: the test's own worker, and orchestrators that the test has started."""
+        return int(self._rows("select count(*) from {}.workers")[0][0])
+
     def failed_roots(self) -> set[UUID]:
         """The executions that failed and have no parent which might have handled it."""
         return {row[0] for row in self._rows("select id from {}.failed_executions where parent_id is null")}
@@ -102,9 +106,8 @@ class Records:
         return query.read(row[0]) if row else []
 
     def _rows(self, query: str, *values: object) -> list[tuple[Any, ...]]:
-        statement = query.replace("{}", quote(self._engine.schema).replace("%", "%%")) if values else query.replace(
-            "{}", quote(self._engine.schema)
-        )  # fmt: skip
+        schema = quote(self._engine.schema)
+        statement = query.replace("{}", schema.replace("%", "%%") if values else schema)
         return self._connect().execute(statement.encode(), values or None).fetchall()
 
     def _connect(self) -> psycopg.Connection[tuple[Any, ...]]:
