@@ -46,7 +46,7 @@ from pgconductor.task import Task
 T = TypeVar("T")
 Exit = Literal["parked", "released", "refused", "abandoned"]
 
-PASSES_CONCURRENT = 16
+PASSES_CONCURRENT = 32
 """How many more passes of the loop a handler gets that runs several tasks, before it is parked."""
 
 log = logging.getLogger("pgconductor.attempt")

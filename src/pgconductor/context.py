@@ -383,7 +383,8 @@ class Context(RunFacts[D]):
             if not done:
                 raise journal.late_result(name, child.step)
         await self._attempt.boundary()
-        return cast("R", await self._answer(child.step, journal.result_of(child.step, child.call)))
+        name, answer = journal.result_of(child.step, child.call)
+        return cast("R", await self._answer(name, answer))
 
     async def _answer(self, name: str, answer: object) -> object:
         if answer is PENDING:

@@ -245,13 +245,15 @@ class Journal:
         self.awaits[name] = Await(name, memo.round, "wait", awaited=True, members=list(members), count=count)
         return PENDING
 
-    def result_of(self, step: str, call: Call[Any]) -> object:
-        """Return the value of a started child once it has ended, or raise what became of it."""
-        memo = self.memos.operations[step]
-        if memo.status != "pending":
-            return child_value(memo, call)
-        self.awaits[step] = Await(step, memo.round, "start", awaited=True, members=[step], count=1)
-        return PENDING
+    def result_of(self, step: str, call: Call[Any]) -> tuple[str, object]:
+        """Wait for one started child; returns the wait's name, and the child's value once it has ended, or raises."""
+        name = self.numbered(f"{step}.result")
+        child = self.memos.operations[step]
+        if child.status == "pending":
+            return name, self.wait(name, [step], 1, None, is_ours=True)
+        if name in self.memos.operations:
+            self.begin(name, "wait", is_ours=True)
+        return name, child_value(child, call)
 
     def late_result(self, name: str, step: str) -> TimeoutError:
         """Return the error of a wait for one child's result that ended without it; uncaught, it is done afresh."""

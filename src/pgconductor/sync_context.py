@@ -268,7 +268,8 @@ class SyncContext(RunFacts[D]):
             if not self._wait(name, [child], 1, timeout, is_ours=True)[0]:
                 raise journal.late_result(name, child.step)
         self._boundary()
-        return cast("R", self._answer(journal.result_of(child.step, child.call)))
+        _, answer = journal.result_of(child.step, child.call)
+        return cast("R", self._answer(answer))
 
     # ------------------------------------------------------------ reaching out
 
