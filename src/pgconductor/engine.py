@@ -470,7 +470,12 @@ class Engine:
 
     def outstanding(self, orchestrator: str, queues: Sequence[int], tasks: Sequence[int]) -> Query[Outstanding]:
         """See 70_inspect.sql."""
-        return self._query("outstanding", "uuid int[] int[]", (orchestrator, list(queues), list(tasks)), _outstanding)
+        return self._query(
+            "outstanding",
+            "uuid int[] int[] timestamptz",
+            (orchestrator, list(queues), list(tasks), self._now()),
+            _outstanding,
+        )
 
     def notify(self, payload: str) -> Query[None]:
         """Send a hint to whoever listens; the channel is the schema's name. Its commit waits for no disk."""

@@ -74,3 +74,29 @@ language sql stable set search_path from current as $$
   )
   select id from tree
 $$;
+
+-- In how many seconds the next thing is due that only time brings; below zero when it is overdue.
+create or replace function next_due(p_now timestamptz) returns float8
+language sql stable set search_path from current as $$
+  select extract(epoch from least(
+    (select due_at from timer where due_at < 'infinity' order by due_at limit 1),
+    (select due_at from expiry order by due_at limit 1),
+    (select opens_at from gate order by opens_at limit 1)) - p_now)
+$$;
+
+-- In how many seconds a task's window closes; null while it is closed. The hours are local, and may cross midnight.
+create or replace function closes_in(p_task task, p_now timestamptz) returns float8
+language sql stable set search_path from current as $$
+  select case
+    when p_task.window_start is null then null
+    when p_task.window_start < p_task.window_end then
+      case when local.time >= p_task.window_start and local.time < p_task.window_end then
+        extract(epoch from (local.date + p_task.window_end) at time zone p_task.window_zone - p_now) end
+    when local.time >= p_task.window_start then
+      extract(epoch from (local.date + 1 + p_task.window_end) at time zone p_task.window_zone - p_now)
+    when local.time < p_task.window_end then
+      extract(epoch from (local.date + p_task.window_end) at time zone p_task.window_zone - p_now)
+  end
+  from (select (p_now at time zone p_task.window_zone)::time as time,
+               (p_now at time zone p_task.window_zone)::date as date) local
+$$;

@@ -27,8 +27,8 @@ begin
       max_crashes = excluded.max_crashes, registered_at = v_now
   where (k.queue_id, k.deployment, k.max_attempts, k.max_crashes, k.registered_at is null)
     is distinct from (excluded.queue_id, excluded.deployment, excluded.max_attempts, excluded.max_crashes, false);
-  insert into lane (queue_id, task_id)
-  select k.queue_id, k.id from task k
+  insert into lane (queue_id, task_id, is_limited)
+  select k.queue_id, k.id, exists (select from task_limit where task_id = k.id) from task k
   where k.name in (select t.name from json_to_recordset(p_tasks) as t(name text))
     and not exists (select from lane l where l.queue_id = k.queue_id and l.task_id = k.id)
   order by 1, 2 on conflict do nothing;

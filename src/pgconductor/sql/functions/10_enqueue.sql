@@ -16,8 +16,8 @@ begin
   join queue q on q.name = 'default'
   where not exists (select from task where task.name = x.name)
   order by 1 on conflict do nothing;
-  insert into lane (queue_id, task_id)
-  select distinct coalesce(q.id, t.queue_id), t.id
+  insert into lane (queue_id, task_id, is_limited)
+  select distinct coalesce(q.id, t.queue_id), t.id, exists (select from task_limit where task_id = t.id)
   from (select unnest(p_tasks) as name, unnest(p_queues) as queue) x
   join task t on t.name = x.name
   left join queue q on q.name = x.queue
@@ -51,12 +51,15 @@ begin
   select n.id, n.ord, p_now, n.lane_id, n.priority, n.depth, n.parent_id, n.parent_step, n.parent_round,
          n.parent_index, n.root_id, n.dedupe_key, n.trigger, n.payload, nullif(n.due_at, 'infinity')
   from unnest(p_new) n;
-  insert into ready (lane_id, priority, ord, execution_id)
-  select n.lane_id, n.priority, n.ord, n.id from unnest(p_new) n
-  where n.due_at is null or n.due_at <= p_now;
   insert into timer (execution_id, due_at)
   select n.id, n.due_at from unnest(p_new) n where n.due_at > p_now;
-  return array(select distinct lane_id from unnest(p_new) n where n.due_at is null or n.due_at <= p_now);
+  insert into expiry (execution_id, due_at)
+  select n.id, coalesce(n.due_at, p_now) + t.expires_in
+  from unnest(p_new) n join lane l on l.id = n.lane_id join task t on t.id = l.task_id
+  where t.expires_in is not null and n.due_at is distinct from 'infinity';
+  return put_ready(array(
+    select row(n.lane_id, n.priority, n.ord, n.id, null, null)::ready from unnest(p_new) n
+    where n.due_at is null or n.due_at <= p_now));
 end $$;
 
 -- Keeps the first execution of each (task, key); returns (new id, kept id) for the calls that lost.
@@ -89,9 +92,8 @@ begin
   end if;
   delete from timer where execution_id = p_id;
   v_found := found;
-  delete from ready where lane_id = v_old.lane_id and priority = v_old.priority and ord = v_old.ord
-    and execution_id = p_id;
-  if not (v_found or found) then
+  v_found := v_found or take_out(array[p_id]) = array[p_id];
+  if not v_found then
     return;
   end if;
   update execution
@@ -99,7 +101,7 @@ begin
   if p_with.due_at > p_now then
     insert into timer values (p_id, p_with.due_at);
   else
-    insert into ready values (v_old.lane_id, p_with.priority, v_old.ord, p_id);
+    perform put_ready(array[row(v_old.lane_id, p_with.priority, v_old.ord, p_id, null, null)::ready]);
   end if;
 end $$;
 
@@ -155,7 +157,7 @@ begin
     perform pg_notify(current_schema(), 'ready ' || (select string_agg(distinct queue_id::text, ' ') from lane
                                                      where id = any(v_lanes)));
   end if;
-  return json_build_object('queues', queues_of(v_lanes), 'ids', v_ids);
+  return json_build_object('queues', announce(v_lanes, v_now), 'ids', v_ids);
 end $$;
 
 -- For psql, triggers and other languages: one execution, in the caller's transaction.

@@ -2,7 +2,8 @@
 -- Called by the claimer of a worker process. States: ready → running. Locks: the caller's orchestrator row, the ready
 -- rows it takes (skipping those that another process is taking). The commit is asynchronous: a claim that is lost in
 -- a crash of the server is simply claimed again.
--- Returns null when the process was declared dead, else {next_due, claimed: [[...]]}.
+-- Returns null when the process was declared dead, else {next_due, closing, claimed: [[...]]}; closing: for tasks with
+-- a window, in how many seconds it closes.
 
 -- Splits a limit over lanes so that the best rows of all of them are taken, in (priority, order).
 create or replace function share_limit(p_lanes int[], p_limit int) returns table (lane_id int, take int)
@@ -14,21 +15,28 @@ language sql stable set search_path from current as $$
   group by n.lane_id
 $$;
 
--- Removes and returns the first ready rows of one lane.
+-- Removes and returns the first ready rows of one lane. Each statement can only be an index scan, whatever the planner
+-- believes of the table: believed empty, a join would scan the whole backlog.
 create or replace function take_ready(p_lane int, p_take int) returns ready[]
 language plpgsql volatile set search_path from current as $$
 declare
-  v_taken ready[];
+  v_next record;
+  v_some ready[];
+  v_taken ready[] := '{}'::ready[];
 begin
-  with next as (
-    select lane_id, priority, ord from ready where lane_id = p_lane
-    order by priority desc, ord limit p_take for update skip locked
-  ), taken as (
-    delete from ready r using next n
-    where r.lane_id = n.lane_id and r.priority = n.priority and r.ord = n.ord
-    returning row(r.lane_id, r.priority, r.ord, r.execution_id, r.cached_by, r.cached_seq)::ready as row
-  )
-  select array_agg(row) into v_taken from taken;
+  for v_next in
+    select n.priority, array_agg(n.ord) as ords
+    from (select priority, ord from ready where lane_id = p_lane
+          order by priority desc, ord limit p_take for update skip locked) n
+    group by n.priority
+  loop
+    with taken as (
+      delete from ready where lane_id = p_lane and priority = v_next.priority and ord = any(v_next.ords) returning *
+    )
+    select array_agg(row(t.lane_id, t.priority, t.ord, t.execution_id, t.cached_by, t.cached_seq)::ready)
+    into v_some from taken t;
+    v_taken := v_taken || v_some;
+  end loop;
   return v_taken;
 end $$;
 
@@ -46,7 +54,7 @@ create or replace function claim(
   p_orchestrator uuid, p_token bigint, p_wants json, p_tasks int[], p_fire boolean default false,
   p_now timestamptz default null
 ) returns json
-language plpgsql volatile set search_path from current set enable_seqscan = off set enable_mergejoin = off set jit = off set plan_cache_mode = force_generic_plan as $$
+language plpgsql volatile set search_path from current set enable_seqscan = off set enable_mergejoin = off set enable_bitmapscan = off set jit = off set plan_cache_mode = force_generic_plan as $$
 declare
   v_now timestamptz := instant(p_now);
   v_want record;
@@ -66,7 +74,9 @@ begin
     from json_to_recordset(p_wants) as w(queue int, "limit" int)
     join queue q on q.id = w.queue and q.paused_at is null
     join lane l on l.queue_id = q.id and l.task_id = any(p_tasks)
-    where exists (select from ready r where r.lane_id = l.id)
+    join task k on k.id = l.task_id
+    cross join lateral (select from ready r where r.lane_id = l.id limit 1) r
+    where (k.window_start is null or closes_in(k, v_now) is not null)
     group by w.queue, w."limit"
   loop
     if cardinality(v_want.lanes) = 1 then
@@ -81,8 +91,11 @@ begin
   insert into lease (execution_id, orchestrator_id, token, claimed_at)
   select t.execution_id, p_orchestrator, p_token, v_now from unnest(v_taken) t;
   return json_build_object(
-    'next_due', (select extract(epoch from t.due_at - v_now) from timer t where t.due_at < 'infinity'
-                 order by t.due_at limit 1),
+    'next_due', next_due(v_now),
+    'closing', (
+      select json_object_agg(k.id, closes_in(k, v_now)) from task k
+      where k.window_start is not null and k.id in (
+        select l.task_id from unnest(v_taken) t join execution e on e.id = t.execution_id join lane l on l.id = e.lane_id)),
     'claimed', (
       select json_agg(json_build_array(
         e.id, l.task_id, l.queue_id, e.payload, e.failures, e.crashes, e.depth, e.parent_id, e.root_id, e.trigger,

@@ -125,7 +125,7 @@ begin
   if json_array_length(p_ops) > 0 then
     v_lanes := start_children(p_orchestrator, p_ops, v_lost, v_now);
   end if;
-  return json_build_object('lost', to_json(v_lost), 'queues', queues_of(v_lanes));
+  return json_build_object('lost', to_json(v_lost), 'queues', announce(v_lanes, v_now));
 end $$;
 
 -- Opens operations of executions that go on running. A parent with a cancel request creates nothing: its worker is

@@ -38,7 +38,7 @@ begin
     v_effects := finish(cancelled(array(
       select id from execution where id = any(v_ids) and outcome is null)), p_now);
   end if;
-  p_lanes := v_effects.lane_ids;
+  p_lanes := v_effects.lane_ids || release_permits(v_ids);
   p_watchers := v_effects.watchers || watchers_of(v_ids);
   delete from lease where execution_id = any(v_ids);
   if coalesce(cardinality(v_ids), 0) < json_array_length(p_completed) then
@@ -207,15 +207,15 @@ begin
     end if;
   end if;
   return json_build_object(
-    'lost', v_lost, 'queues', queues_of(v_effects.lane_ids), 'watchers', v_effects.watchers,
-    'next_due', (select extract(epoch from due_at - v_now) from timer where due_at < 'infinity'
-                 order by due_at limit 1));
+    'lost', v_lost, 'queues', announce(v_effects.lane_ids, v_now), 'watchers', v_effects.watchers,
+    'next_due', next_due(v_now));
 end $$;
 
 -- Settles outcomes whose leases are held.
 create or replace function settle_held(p_orchestrator uuid, p_held settlement[], p_now timestamptz) returns effects
 language plpgsql volatile set search_path from current as $$
 declare
+  v_ids uuid[];
   v_held settlement[];
   v_flagged uuid[];
   v_again settlement[];
@@ -253,6 +253,8 @@ begin
   if v_ended is not null then
     v_effects := merge(v_effects, finish(v_ended, p_now));
   end if;
-  delete from lease where execution_id in (select h.id from unnest(v_held) h);
+  v_ids := array(select h.id from unnest(v_held) h);
+  delete from lease where execution_id = any(v_ids);
+  v_effects := merge(v_effects, row(release_permits(v_ids), '{}')::effects);
   return v_effects;
 end $$;

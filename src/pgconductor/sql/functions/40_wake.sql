@@ -8,10 +8,9 @@ create or replace function make_ready(p_ids uuid[], p_cached_by uuid default nul
 returns int[]
 language plpgsql volatile set search_path from current as $$
 begin
-  insert into ready (lane_id, priority, ord, execution_id, cached_by, cached_seq)
-  select e.lane_id, e.priority, e.ord - 4611686018427387904, e.id, p_cached_by, p_cached_seq
-  from execution e where e.id = any(p_ids);
-  return array(select distinct lane_id from execution where id = any(p_ids));
+  return put_ready(array(
+    select row(e.lane_id, e.priority, e.ord - 4611686018427387904, e.id, p_cached_by, p_cached_seq)::ready
+    from execution e where e.id = any(p_ids)));
 end $$;
 
 -- Makes parked executions ready; those that are not parked are left alone.
@@ -20,6 +19,7 @@ language plpgsql volatile set search_path from current as $$
 declare
   v_woken wait[];
   v_ids uuid[];
+  v_lanes int[];
 begin
   if coalesce(cardinality(p_ids), 0) = 0 then
     return row('{}'::int[], '{}'::text[])::effects;
@@ -27,13 +27,13 @@ begin
   with woken as (delete from wait where execution_id = any(p_ids) returning *)
   select array_agg(w::wait), array_agg(w.execution_id) into v_woken, v_ids
   from (select * from woken) w;
-  insert into ready (lane_id, priority, ord, execution_id, cached_by, cached_seq)
-  select e.lane_id, e.priority, e.ord - 4611686018427387904, e.id, w.cached_by, w.cached_seq
-  from unnest(v_woken) w join execution e on e.id = w.execution_id;
+  v_lanes := put_ready(array(
+    select row(e.lane_id, e.priority, e.ord - 4611686018427387904, e.id, w.cached_by, w.cached_seq)::ready
+    from unnest(v_woken) w join execution e on e.id = w.execution_id));
   delete from timer where execution_id = any(v_ids);
   delete from wait_item where execution_id = any(v_ids) and kind <> 'invoke_all';
   delete from wait_link where execution_id = any(v_ids);
-  return row(array(select distinct lane_id from execution where id = any(v_ids)), '{}')::effects;
+  return row(v_lanes, '{}')::effects;
 end $$;
 
 -- The members of a wait that have answered, by step name, as they stand now.
@@ -154,11 +154,10 @@ begin
           order by s.index limit v_item.ended) n;
     if v_next.ids is not null then
       delete from timer where execution_id = any(v_next.ids);
-      insert into ready (lane_id, priority, ord, execution_id)
-      select lane_id, priority, ord, id from execution where id = any(v_next.ids);
+      v_lanes := v_lanes || put_ready(array(
+        select row(lane_id, priority, ord, id, null, null)::ready from execution where id = any(v_next.ids)));
       update wait_item set next_index = v_next.index + 1
       where execution_id = v_item.execution_id and name = v_item.name and round = v_item.round;
-      v_lanes := v_lanes || array(select distinct lane_id from execution where id = any(v_next.ids));
     end if;
   end loop;
   return v_lanes;

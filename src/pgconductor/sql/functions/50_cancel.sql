@@ -3,6 +3,34 @@
 -- Rows move ready → lease → wait or timer → ready; cancel looks for them against the stream's head and waits for a
 -- move in flight, so that none slips past it.
 
+-- Takes executions out of ready and the backlog; returns those that were there.
+create or replace function take_out(p_ids uuid[]) returns uuid[]
+language plpgsql volatile set search_path from current as $$
+declare
+  v_taken uuid[];
+begin
+  with taken as (
+    delete from ready r using execution e
+    where e.id = any(p_ids) and r.lane_id = e.lane_id and r.priority = e.priority
+      and r.ord in (e.ord, e.ord - 4611686018427387904) and r.execution_id = e.id
+    returning r.execution_id
+  )
+  select coalesce(array_agg(execution_id), '{}') into v_taken from taken;
+  if not exists (select from backlog) and not exists (select from permit) then
+    return v_taken;
+  end if;
+  with taken as (delete from backlog where execution_id = any(p_ids) returning execution_id)
+  select v_taken || coalesce(array_agg(execution_id), '{}') into v_taken from taken;
+  with taken as (
+    delete from ready r using execution e, permit p
+    where e.id = any(p_ids) and p.execution_id = e.id and r.lane_id = e.lane_id and r.priority = e.priority
+      and r.ord in (p.ord, p.ord - 4611686018427387904) and r.execution_id = e.id
+    returning r.execution_id
+  )
+  select v_taken || coalesce(array_agg(execution_id), '{}') into v_taken from taken;
+  return v_taken;
+end $$;
+
 -- Requests the end of locked executions: those that do not run end at once, those that run are told.
 create or replace function cancel_locked(p_ids uuid[], p_reason text, p_now timestamptz) returns effects
 language plpgsql volatile set search_path from current as $$
@@ -10,6 +38,7 @@ declare
   v_ids uuid[];
   v_stopped uuid[];
   v_told text[];
+  v_lanes int[];
 begin
   with flagged as (
     update execution set cancel_requested_at = p_now, cancel_reason = left(p_reason, 1000)
@@ -23,13 +52,7 @@ begin
   select coalesce(array_agg(execution_id), '{}') into v_stopped from stopped;
   with stopped as (delete from timer where execution_id = any(v_ids) returning execution_id)
   select v_stopped || coalesce(array_agg(execution_id), '{}') into v_stopped from stopped;
-  with stopped as (
-    delete from ready r using execution e
-    where e.id = any(v_ids) and r.lane_id = e.lane_id and r.priority = e.priority
-      and r.ord in (e.ord, e.ord - 4611686018427387904) and r.execution_id = e.id
-    returning r.execution_id
-  )
-  select v_stopped || coalesce(array_agg(execution_id), '{}') into v_stopped from stopped;
+  v_stopped := v_stopped || take_out(v_ids);
 
   with told as (
     insert into signal (orchestrator_id, execution_id)
@@ -38,7 +61,8 @@ begin
     on conflict do nothing returning orchestrator_id
   )
   select coalesce(array_agg(distinct orchestrator_id::text), '{}') into v_told from told;
-  return merge(row('{}', v_told)::effects,
+  v_lanes := release_permits(v_stopped);
+  return merge(row(v_lanes, v_told)::effects,
                finish(cancelled(array(select distinct unnest(v_stopped))), p_now));
 end $$;
 
@@ -66,7 +90,7 @@ begin
   select outcome into v_outcome from execution where id = p_id;
   return json_build_object(
     'result', case when v_outcome is null then 'requested' else 'cancelled' end,
-    'queues', queues_of(v_effects.lane_ids), 'watchers', v_effects.watchers);
+    'queues', announce(v_effects.lane_ids, v_now), 'watchers', v_effects.watchers);
 end $$;
 
 -- Cancels the execution that a task's dedupe key names.
@@ -105,7 +129,7 @@ begin
   update step s set status = 'completed', finished_at = instant(null), seq = nextval('step_seq')
   where s.execution_id = p_id and s.kind = 'invoke_all' and s.index = 0 and s.status = 'pending'
     and not exists (select from wait_item i where i.execution_id = p_id and i.name = s.name and i.round = s.round);
-  return json_build_object('result', 'ready', 'queues', queues_of(make_ready(array[p_id])));
+  return json_build_object('result', 'ready', 'queues', announce(make_ready(array[p_id]), instant(null)));
 end $$;
 
 -- Cancels on behalf of a handler and records that it did, as one step. Returns null when the lease is gone.

@@ -27,16 +27,21 @@ declare
   v_now timestamptz := instant(p_now);
   v_due uuid[];
   v_parked uuid[];
+  v_count int := 0;
+  v_effects effects := row('{}'::int[], '{}'::text[]);
 begin
   if not exists (select from timer where due_at <= v_now)
+     and not exists (select from expiry where due_at <= v_now)
+     and not exists (select from gate where opens_at <= v_now)
      or not pg_try_advisory_xact_lock(hashtext(current_schema()), 1000) then
     return 0;
   end if;
+  v_count := expire_unstarted(v_now, p_limit) + open_gates(v_now);
   v_parked := array(
     select t.execution_id from (select execution_id from timer where due_at <= v_now order by due_at limit p_limit) t
     join wait w on w.execution_id = t.execution_id);
   if cardinality(v_parked) > 0 then
-    perform expire_waits(v_parked, v_now);
+    v_effects := expire_waits(v_parked, v_now);
   end if;
 
   -- last, and passing over what a cancel holds: no lock on a timer is held while waiting for trees and executions
@@ -45,9 +50,35 @@ begin
     where t.due_at <= v_now and not exists (select from wait w where w.execution_id = t.execution_id)
     order by t.due_at limit p_limit for update skip locked);
   delete from timer where execution_id = any(v_due);
-  insert into ready (lane_id, priority, ord, execution_id)
-  select lane_id, priority, ord, id from execution where id = any(v_due);
-  return cardinality(v_parked) + cardinality(v_due);
+  v_effects := merge(v_effects, row(put_ready(array(
+    select row(lane_id, priority, ord, id, null, null)::ready from execution where id = any(v_due))), '{}')::effects);
+  perform announce(v_effects.lane_ids, v_now);
+  return cardinality(v_parked) + cardinality(v_due) + v_count;
+end $$;
+
+-- Fails what should have started by now and has not. Returns how many rows it looked at.
+create or replace function expire_unstarted(p_now timestamptz, p_limit int) returns int
+language plpgsql volatile set search_path from current as $$
+declare
+  v_due uuid[];
+  v_late uuid[];
+  v_effects effects;
+begin
+  v_due := array(select execution_id from expiry where due_at <= p_now order by due_at limit p_limit);
+  if cardinality(v_due) = 0 then
+    return 0;
+  end if;
+  perform lock_executions(v_due || array(select parent_id from execution where id = any(v_due)
+                                         and parent_id is not null));
+  delete from expiry where execution_id = any(v_due);
+  v_late := array(select id from execution where id = any(v_due) and outcome is null and started_at is null);
+  v_late := take_out(v_late);
+  v_effects := merge(row(release_permits(v_late), '{}')::effects, finish(array(
+    select row(e.id, 'failed', null, json_build_object('type', 'pgconductor.errors.Expired', 'message',
+      format('task %L was not started within %s', t.name, t.expires_in)))::ended
+    from execution e join lane l on l.id = e.lane_id join task t on t.id = l.task_id where e.id = any(v_late)), p_now));
+  perform announce(v_effects.lane_ids, p_now);
+  return cardinality(v_due);
 end $$;
 
 -- Answers what is due of parked executions: sleeps end; invocations and fan-outs time out, and their children are
@@ -132,7 +163,8 @@ begin
   v_effects := lose(v_lost, v_now);
   delete from signal where orchestrator_id = any(v_dead);
   delete from orchestrator where id = any(v_dead);
-  return json_build_object('lost', cardinality(v_lost), 'queues', queues_of(v_effects.lane_ids), 'watchers', v_effects.watchers);
+  perform sweep_limits(v_now);
+  return json_build_object('lost', cardinality(v_lost), 'queues', announce(v_effects.lane_ids, v_now), 'watchers', v_effects.watchers);
 end $$;
 
 -- Counts a crash for executions whose process is gone: they run again, or end when the budget is used up.
@@ -153,6 +185,7 @@ begin
   update execution e set crashes = e.crashes + 1, started_at = coalesce(e.started_at, l.claimed_at)
   from lease l where e.id = any(p_lost) and l.execution_id = e.id;
   delete from lease where execution_id = any(p_lost);
+  v_lanes := release_permits(p_lost);
   v_flagged := array(select id from execution where id = any(p_lost) and cancel_requested_at is not null);
   v_over := array(
     select e.id from execution e join lane l on l.id = e.lane_id join task t on t.id = l.task_id
@@ -161,7 +194,7 @@ begin
     format('the process that ran it was lost %s times', e.crashes)))::ended) into v_ended
   from execution e where e.id = any(v_over);
   v_ended := v_ended || cancelled(v_flagged);
-  v_lanes := make_ready(array(select id from unnest(p_lost) id where id <> all(v_over) and id <> all(v_flagged)));
+  v_lanes := v_lanes || make_ready(array(select id from unnest(p_lost) id where id <> all(v_over) and id <> all(v_flagged)));
   if v_ended is null then
     return row(v_lanes, '{}')::effects;
   end if;
@@ -179,7 +212,7 @@ begin
     return null;
   end if;
   v_free := array(select execution_id from lease where orchestrator_id = p_orchestrator and token <> all(p_known));
-  return json_build_object('queues', queues_of(give_back(v_free, instant(p_now))));
+  return json_build_object('queues', announce(give_back(v_free, instant(p_now)), instant(p_now)));
 end $$;
 
 -- Makes leased executions ready without counting anything against them; a cancelled one ends.
@@ -198,7 +231,7 @@ begin
     v_effects := finish(cancelled(v_flagged), p_now);
   end if;
   delete from lease where execution_id = any(v_held);
-  return v_effects.lane_ids || make_ready(array(select id from unnest(v_held) id where id <> all(v_flagged)));
+  return v_effects.lane_ids || release_permits(v_held) || make_ready(array(select id from unnest(v_held) id where id <> all(v_flagged)));
 end $$;
 
 -- Ends a process' membership; whatever it still holds goes back at no cost. Called at the end of a stop, and with
@@ -215,5 +248,5 @@ begin
   v_lanes := give_back(array(select execution_id from lease where orchestrator_id = p_orchestrator), instant(p_now));
   delete from signal where orchestrator_id = p_orchestrator;
   delete from orchestrator where id = p_orchestrator;
-  return json_build_object('queues', queues_of(v_lanes));
+  return json_build_object('queues', announce(v_lanes, instant(p_now)));
 end $$;

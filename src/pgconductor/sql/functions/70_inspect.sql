@@ -33,15 +33,18 @@ $$;
 
 -- What a drain waits for: how much this set of queues and tasks could run now or is running for this process.
 -- p_next: also count what is only scheduled or asleep.
-create or replace function outstanding(p_orchestrator uuid, p_queues int[], p_tasks int[]) returns json
+create or replace function outstanding(
+  p_orchestrator uuid, p_queues int[], p_tasks int[], p_now timestamptz default null
+) returns json
 language sql stable set search_path from current set enable_seqscan = off set enable_mergejoin = off set jit = off set plan_cache_mode = force_generic_plan as $$
   select json_build_object(
     'ready', (select count(*) from (
       select from lane l join queue q on q.id = l.queue_id and q.paused_at is null
+      join task k on k.id = l.task_id and (k.window_start is null or closes_in(k, instant(p_now)) is not null)
       cross join lateral (select from ready r where r.lane_id = l.id limit 1) r
       where l.queue_id = any(p_queues) and l.task_id = any(p_tasks)) n),
     'leased', (select count(*) from lease where orchestrator_id = p_orchestrator),
-    'next_due', (select min(due_at) from timer where due_at < 'infinity'))
+    'next_due', instant(p_now) + make_interval(secs => next_due(instant(p_now))))
 $$;
 
 -- The same for many: returns [{id, outcome, result, error, task, reason}] of those that have ended; of an unknown id

@@ -1,0 +1,100 @@
+-- What holds work back: limits, windows, expiry, throttles. Paid for only by the tasks that use them.
+
+alter table task
+  add column window_start time,
+  add column window_end time,
+  add column window_zone text check (octet_length(window_zone) <= 100),
+  add column expires_in interval;
+alter table task add constraint window_is_whole
+  check (num_nulls(window_start, window_end, window_zone) in (0, 3)) not valid;
+alter table task validate constraint window_is_whole;
+
+-- A limited lane's work goes through the backlog; every other lane never hears of limits.
+alter table lane add column is_limited boolean not null default false;
+
+-- How much of a task may run (concurrency) or start within a period (rate): for the task, or for each value of a
+-- payload path. What an operator sets beats what code declares.
+create table task_limit (
+  id int generated always as identity primary key,
+  task_id int not null,
+  kind text not null check (kind in ('concurrency', 'rate')),
+  key_path text check (octet_length(key_path) between 1 and 200),
+  declared_max int check (declared_max > 0),
+  operator_max int check (operator_max >= 0),
+  period interval check (period > interval '0'),
+  unique nulls not distinct (task_id, kind, key_path),
+  check ((kind = 'rate') = (period is not null)),
+  check (num_nonnulls(declared_max, operator_max) > 0)
+);
+
+-- The right of one execution to be ready or to run under a limit. ord: its place in ready.
+create table permit (
+  execution_id uuid not null,
+  limit_id int not null,
+  key text not null,
+  ord bigint not null,
+  primary key (execution_id, limit_id)
+) with (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 5000, autovacuum_vacuum_cost_delay = 0);
+create index permit_limit on permit (limit_id, key);
+
+-- Starts under a rate limit, kept for its period.
+create table rate_use (
+  limit_id int not null,
+  key text not null,
+  used_at timestamptz not null,
+  ord bigint not null default nextval('execution_ord'),
+  primary key (limit_id, key, used_at, ord)
+);
+
+-- What waits for a permit. keys: the values of the task's limits, as a JSON array in text.
+create table backlog (
+  execution_id uuid primary key,
+  task_id int not null,
+  keys text not null,
+  lane_id int not null,
+  priority smallint not null,
+  ord bigint not null,
+  is_start boolean not null,
+  cached_by uuid,
+  cached_seq bigint
+) with (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 5000, autovacuum_vacuum_cost_delay = 0);
+create unique index backlog_order on backlog (task_id, keys, priority desc, ord);
+
+-- The keys that have a backlog, served in turn; a full one stands aside until one of its permits is given back.
+create table backlog_key (
+  task_id int not null,
+  keys text not null,
+  turn bigint not null,
+  is_full boolean not null default false,
+  primary key (task_id, keys)
+) with (fillfactor = 70);
+create index backlog_key_turn on backlog_key (task_id, turn) where not is_full;
+
+-- Keys that gave a permit back in this transaction; read and removed under the task's admission lock.
+create table freed_key (
+  task_id int not null,
+  keys text not null
+);
+create index freed_key_task on freed_key (task_id);
+
+-- When a rate limit lets a task go on.
+create table gate (
+  task_id int primary key,
+  opens_at timestamptz not null
+);
+
+-- Until when an execution must have started.
+create table expiry (
+  execution_id uuid primary key,
+  due_at timestamptz not null
+);
+create index expiry_due_at on expiry (due_at);
+
+-- The accepted call of a throttle's or debounce's period.
+create table throttle (
+  task_id int not null,
+  key text not null check (octet_length(key) <= 200),
+  execution_id uuid not null,
+  until timestamptz not null,
+  primary key (task_id, key)
+);
