@@ -264,7 +264,6 @@ async def test_others_do_not_crash_along(conductor_test: ConductorTest) -> None:
 @app.task
 async def starter(ctx: Context[Log]) -> str:
     child = await ctx.start("begin", work.bind("started"))
-    await ctx.wait("end", [child])
     return await child.result()
 
 
