@@ -1,5 +1,6 @@
 """The server that is measured on, fresh databases on it, and what it counted meanwhile."""
 
+import asyncio
 import os
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -132,8 +133,10 @@ class Database:
     async def index_inserts(self) -> int:
         """Return the index entries made so far: one an index for every insert, and for every update that is not HOT.
 
-        Complete once the processes that wrote have left.
+        The statistics of a process are complete a moment after it has left, so this waits for the others to leave.
         """
+        while await self.connections():  # noqa: ASYNC110 (nothing tells us but the server)
+            await asyncio.sleep(0.01)
         return int(
             await self.value("""
                 select coalesce(sum((n_tup_ins + n_tup_upd - n_tup_hot_upd) * indexes.count), 0)

@@ -27,6 +27,7 @@ def _by(workers: int) -> Callable[[Server], Coroutine[Any, Any, Sample]]:
             details = costs(drained, COUNT)
             details["wal_bytes_per_job"] += enqueue_bytes / COUNT
             details["full_pages"] = drained.counted.full_pages
+            await it.app.close()
             details["index_inserts_per_job"] = await it.database.index_inserts() / COUNT
             return Sample(COUNT / drained.seconds, details, ran_once(drained.runs_of_each))
 
