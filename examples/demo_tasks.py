@@ -64,9 +64,10 @@ async def survey_library(ctx: Context, root: str) -> Survey:
 
 
 def python_files(root: str) -> list[str]:
-    """List the Python files of a standard library, its own tests aside."""
+    """List the Python files of a standard library, its tests and what a step could not hold aside."""
     apart = {"site-packages", "dist-packages", "test"}
-    return sorted(str(path) for path in Path(root).rglob("*.py") if not apart & set(path.relative_to(root).parts))
+    found = (path for path in Path(root).rglob("*.py") if not apart & set(path.relative_to(root).parts))
+    return sorted(str(path) for path in found if path.stat().st_size < 900_000)
 
 
 def read(path: str) -> str:
