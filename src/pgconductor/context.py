@@ -15,7 +15,7 @@ from typing_extensions import ParamSpec, TypeVar
 from pgconductor.attempt import Attempt, OutcomeUnknown, accept_transaction, inside_step, runs_on_loop
 from pgconductor.codec import Codec
 from pgconductor.durations import Duration, seconds
-from pgconductor.errors import AttemptTimeout, Suspend
+from pgconductor.errors import AttemptTimeout, ConductorError, Suspend
 from pgconductor.faults import fault
 from pgconductor.journal import CANCELLED, PENDING
 from pgconductor.model import EventDef, RetryPolicy
@@ -480,9 +480,14 @@ def _working(attempt: Attempt) -> Generator[None]:
 
 @contextlib.contextmanager
 def _marked(name: str) -> Generator[None]:
-    """Refuse operations of the context while a step's own code runs."""
+    """Refuse operations of the context while a step's own code runs; make an error of its attempt to end the process.
+
+    Raised in a task beside the handler's own, those two would pass through the event loop and end everything.
+    """
     entered = inside_step.set(name)
     try:
         yield
+    except (SystemExit, KeyboardInterrupt) as error:
+        raise ConductorError(f"step {name!r} raised {type(error).__name__}: {error}") from error
     finally:
         inside_step.reset(entered)
