@@ -1,7 +1,6 @@
 """Worker processes: started together, watched, stopped."""
 
 import asyncio
-import os
 import signal
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from benchmarks.machine import cpu_seconds
 from benchmarks.marks import Seen
 
 READY_SECONDS_MAX = 60
@@ -83,15 +83,7 @@ class Fleet:
 
     def cpu_seconds(self) -> float:
         """Return the processor time used so far; 0 where /proc does not tell."""
-        return sum(_cpu_seconds(pid) for pid in self.pids)
+        return sum(cpu_seconds(pid) for pid in self.pids)
 
     def _complaints(self) -> str:
         return "".join(Path(log.name).read_text(errors="replace") for log in self._logs).strip()
-
-
-def _cpu_seconds(pid: int) -> float:
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return 0.0
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

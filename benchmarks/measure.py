@@ -115,7 +115,8 @@ def costs(drained: Drained, jobs: int) -> dict[str, float]:
         "jobs_per_claim": jobs / max(1, counted.calls("claim")),
         "jobs_per_settle": jobs / max(1, counted.calls("settle")),
         "wal_bytes_per_job": counted.wal_bytes / jobs,
-        "worker_cpu": drained.cpu_seconds / drained.seconds,
+        "worker_us_per_job": drained.cpu_seconds * 1e6 / jobs,
+        "server_us_per_job": counted.cpu_seconds * 1e6 / jobs,
     }
 
 

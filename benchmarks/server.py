@@ -10,8 +10,9 @@ from typing import Any
 import psycopg
 from psycopg.conninfo import make_conninfo
 
+from benchmarks.machine import tree_cpu_seconds
 from pgconductor import schema
-from pgconductor.embedded import EmbeddedServer
+from pgconductor.embedded import EmbeddedServer, ServerState
 
 TEMPLATE = "bench_template"
 DATABASE = "bench"
@@ -40,6 +41,7 @@ class Counted:
     wal_bytes: int
     full_pages: int
     statements: dict[str, int]
+    cpu_seconds: float
 
     @property
     def round_trips(self) -> int:
@@ -54,8 +56,9 @@ class Counted:
 class Server:
     """A running server with the template of a migrated database."""
 
-    def __init__(self, dsn: str) -> None:
-        self.dsn = dsn
+    def __init__(self, state: ServerState) -> None:
+        self.dsn = dsn = state.dsn
+        self._pid = state.pid
         with psycopg.connect(dsn, autocommit=True) as admin:
             admin.execute(f"create database {TEMPLATE}")
         with psycopg.connect(make_conninfo(dsn, dbname=TEMPLATE), autocommit=True) as fresh:
@@ -71,7 +74,7 @@ class Server:
             await admin.execute(f"create database {DATABASE} template {TEMPLATE}")
             dsn = make_conninfo(self.dsn, dbname=DATABASE)
             async with await psycopg.AsyncConnection.connect(dsn, autocommit=True, prepare_threshold=0) as connection:
-                yield Database(dsn, connection)
+                yield Database(dsn, connection, self._pid)
 
     async def top_statements(self, count: int) -> list[tuple[float, int, str]]:
         """Return (milliseconds, calls, text) of what cost the most in the last database, inside functions too."""
@@ -94,10 +97,12 @@ class Server:
 class Database:
     """A fresh database and a connection to look at it; what that sends is not counted."""
 
-    def __init__(self, dsn: str, connection: psycopg.AsyncConnection[Any]) -> None:
+    def __init__(self, dsn: str, connection: psycopg.AsyncConnection[Any], server_pid: int) -> None:
         self.dsn = dsn
         self._connection = connection
+        self._server_pid = server_pid
         self._began_at = "0/0"
+        self._cpu = 0.0
 
     async def value(self, query: str, *parameters: object) -> Any:
         """Return the one value of a query."""
@@ -118,9 +123,11 @@ class Database:
         await self.value("select pg_stat_reset_shared('wal')")
         await self.value("select cast(pg_stat_statements_reset() as text)")
         self._began_at = await self.value("select pg_current_wal_insert_lsn()")
+        self._cpu = tree_cpu_seconds(self._server_pid)
 
     async def counted(self) -> Counted:
         """End the span."""
+        cpu = tree_cpu_seconds(self._server_pid) - self._cpu
         wal = await self.value("select pg_wal_lsn_diff(pg_current_wal_insert_lsn(), %s)", self._began_at)
         cursor = await self._connection.execute(
             "select query, calls from pg_stat_statements s join pg_database d on d.oid = s.dbid "
@@ -128,7 +135,7 @@ class Database:
             "and query not like '%pg_wal_%' and query not like '%/* bench */%'"
         )
         statements: dict[str, int] = dict(await cursor.fetchall())
-        return Counted(int(wal), await self.value("select wal_fpi from pg_stat_wal"), statements)
+        return Counted(int(wal), await self.value("select wal_fpi from pg_stat_wal"), statements, cpu)
 
     async def index_inserts(self) -> int:
         """Return the index entries made so far: one an index for every insert, and for every update that is not HOT.
@@ -159,7 +166,7 @@ def running_server(*, nested: bool) -> Iterator[Server]:
     """Run a server of its own in a temporary place. `nested`: count statements inside functions too, which costs."""
     track = {"pg_stat_statements.track": "all", "pg_stat_statements.track_planning": "on"} if nested else {}
     with EmbeddedServer(settings=settings() | track) as server:
-        yield Server(server.dsn)
+        yield Server(server.start())
 
 
 def _text(cursor: psycopg.Cursor[Any]) -> str:

@@ -24,7 +24,7 @@ async def run(server: Server) -> Sample:
             counted = await it.database.counted()
             details = {
                 "connections": float(await it.database.connections()),
-                "worker_cpu": (fleet.cpu_seconds() - cpu) / SECONDS,
+                "worker_cpu_percent": (fleet.cpu_seconds() - cpu) * 100 / SECONDS,
             }
             return Sample(counted.round_trips / SECONDS, details)
 
