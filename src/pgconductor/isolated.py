@@ -20,12 +20,11 @@ from types import ModuleType
 from typing import Any, Literal
 
 import msgspec
-from msgspec import Raw, Struct
+from msgspec import Struct
 
 from pgconductor.attempt import Attempt
 from pgconductor.engine import Claimed, Completion, Outcome
-from pgconductor.errors import ConfigurationError, WorkerLost
-from pgconductor.stored_error import error_to_json
+from pgconductor.errors import ConfigurationError
 
 log = logging.getLogger("pgconductor.isolated")
 LINE_BYTES_MAX = 256 * 1024 * 1024
@@ -216,10 +215,7 @@ class IsolatedAttempt(Attempt):
             return Outcome(self.claimed.id, self.token, "released")
         count = self.claimed.crashes + 1
         log.error("%s: its process died, crash %d of %d", self.label, count, self.task.config.max_crashes)
-        if count < self.task.config.max_crashes:
-            return Outcome(self.claimed.id, self.token, "crashed")
-        error = Raw(error_to_json(WorkerLost(self.task.name, count)).encode())
-        return Outcome(self.claimed.id, self.token, "failed", error=error)
+        return Outcome(self.claimed.id, self.token, "crashed")
 
     # ------------------------------------------------------------ from outside
 

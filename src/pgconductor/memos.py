@@ -46,7 +46,7 @@ class Memos:
         """Take in one operation; a row of an earlier round than the known one is ignored."""
         known = self.operations.get(step.name)
         if known is None or step.round >= known.round:
-            self.operations[step.name] = step
+            self.operations[step.name] = _own(step)
             self.size += _ROW_BYTES + len(bytes(step.value))
 
     def _add_child(self, step: Recorded) -> None:
@@ -55,5 +55,11 @@ class Memos:
         if known is not None and step.round > known.round:
             rows.clear()
         if known is None or step.round >= known.round:
-            rows[step.index] = step
+            rows[step.index] = _own(step)
             self.size += _ROW_BYTES + len(bytes(step.value))
+
+
+def _own(step: Recorded) -> Recorded:
+    """Let a row hold its own bytes: as decoded it keeps the whole reply alive that it came in."""
+    step.value, step.error = step.value.copy(), step.error.copy()
+    return step

@@ -38,7 +38,7 @@ async def test_a_handler_that_kills_its_process_uses_up_the_crash_budget_alone(
         await (await isolated_app.deadly.invoke()).result(60)
     assert caught.value.error_type == "pgconductor.errors.WorkerLost"
     row = db.execute("select crashes, attempt from executions").fetchone()
-    assert row == {"crashes": 2, "attempt": 1}
+    assert row == {"crashes": 3, "attempt": 1}
 
 
 async def test_a_handler_that_outlives_its_timeout_is_replaced_with_its_process(working: Conductor[None]) -> None:

@@ -29,6 +29,15 @@ create or replace function queues_of(p_lanes int[]) returns json
 language sql stable set search_path from current
 return (select coalesce(json_agg(distinct queue_id), '[]') from lane where id = any(p_lanes));
 
+-- Sends a hint to those who watch, from functions whose caller does not pass it on. A hint, never the truth.
+create or replace function tell(p_watchers text[]) returns void
+language plpgsql volatile set search_path from current as $$
+begin
+  if cardinality(p_watchers) > 0 then
+    perform pg_notify(current_schema(), left('told ' || array_to_string(p_watchers, ' '), 7900));
+  end if;
+end $$;
+
 -- Returns false when the process was declared dead; else holds it alive until the transaction ends.
 create or replace function hold_alive(p_orchestrator uuid) returns boolean
 language plpgsql volatile set search_path from current as $$

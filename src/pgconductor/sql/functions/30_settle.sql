@@ -160,7 +160,7 @@ create or replace function requeue(p_again settlement[], p_now timestamptz) retu
 language plpgsql volatile set search_path from current as $$
 begin
   update execution e
-  set failures = e.failures + (a.outcome = 'retried')::int, crashes = e.crashes + (a.outcome = 'crashed')::int, error = coalesce(a.error, e.error),
+  set failures = e.failures + (a.outcome = 'retried')::int, error = coalesce(a.error, e.error),
       started_at = coalesce(e.started_at, a.claimed_at)
   from unnest(p_again) a where e.id = a.id;
   update step s set dropped = true, seq = nextval('step_seq')
@@ -220,6 +220,7 @@ declare
   v_flagged uuid[];
   v_again settlement[];
   v_parked settlement[];
+  v_over ended[];
   v_ended ended[];
   v_effects effects := row('{}'::int[], '{}'::text[]);
 begin
@@ -241,7 +242,12 @@ begin
 
   update execution e set failures = e.failures + 1
   from unnest(v_ended) x where e.id = x.id and x.outcome = 'failed';
-  if v_again is not null then
+  update execution e set crashes = e.crashes + 1
+  from unnest(v_again) a where e.id = a.id and a.outcome = 'crashed';
+  v_over := crashed_too_often(array(select a.id from unnest(v_again) a where a.outcome = 'crashed'));
+  v_again := array(select a from unnest(v_again) a where not exists (select from unnest(v_over) o where o.id = a.id));
+  v_ended := v_ended || v_over;
+  if cardinality(v_again) > 0 then
     v_effects := merge(v_effects, requeue(v_again, p_now));
   end if;
   if v_parked is not null then
@@ -250,7 +256,7 @@ begin
   if cardinality(v_flagged) > 0 then
     v_ended := v_ended || cancelled(v_flagged);
   end if;
-  if v_ended is not null then
+  if cardinality(v_ended) > 0 then
     v_effects := merge(v_effects, finish(v_ended, p_now));
   end if;
   v_ids := array(select h.id from unnest(v_held) h);

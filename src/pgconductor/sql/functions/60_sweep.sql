@@ -52,6 +52,7 @@ begin
   delete from timer where execution_id = any(v_due);
   v_effects := merge(v_effects, row(put_ready(array(
     select row(lane_id, priority, ord, id, null, null)::ready from execution where id = any(v_due))), '{}')::effects);
+  perform tell(v_effects.watchers);
   perform announce(v_effects.lane_ids, v_now);
   return cardinality(v_parked) + cardinality(v_due) + v_count;
 end $$;
@@ -77,6 +78,7 @@ begin
     select row(e.id, 'failed', null, json_build_object('type', 'pgconductor.errors.Expired', 'message',
       format('task %L was not started within %s', t.name, t.expires_in)))::ended
     from execution e join lane l on l.id = e.lane_id join task t on t.id = l.task_id where e.id = any(v_late)), p_now));
+  perform tell(v_effects.watchers);
   perform announce(v_effects.lane_ids, p_now);
   return cardinality(v_due);
 end $$;
@@ -167,6 +169,15 @@ begin
   return json_build_object('lost', cardinality(v_lost), 'queues', announce(v_effects.lane_ids, v_now), 'watchers', v_effects.watchers);
 end $$;
 
+-- The ends of those among crashed executions whose crash budget is used up.
+create or replace function crashed_too_often(p_ids uuid[]) returns ended[]
+language sql stable set search_path from current as $$
+  select coalesce(array_agg(row(e.id, 'failed', null, json_build_object('type', 'pgconductor.errors.WorkerLost',
+    'message', format('the process that ran it was lost %s times', e.crashes)))::ended), '{}')
+  from execution e join lane l on l.id = e.lane_id join task t on t.id = l.task_id
+  where e.id = any(p_ids) and e.crashes >= t.max_crashes
+$$;
+
 -- Counts a crash for executions whose process is gone: they run again, or end when the budget is used up.
 create or replace function lose(p_lost uuid[], p_now timestamptz) returns effects
 language plpgsql volatile set search_path from current as $$
@@ -187,15 +198,11 @@ begin
   delete from lease where execution_id = any(p_lost);
   v_lanes := release_permits(p_lost);
   v_flagged := array(select id from execution where id = any(p_lost) and cancel_requested_at is not null);
-  v_over := array(
-    select e.id from execution e join lane l on l.id = e.lane_id join task t on t.id = l.task_id
-    where e.id = any(p_lost) and e.crashes >= t.max_crashes and e.id <> all(v_flagged));
-  select array_agg(row(e.id, 'failed', null, json_build_object('type', 'pgconductor.errors.WorkerLost', 'message',
-    format('the process that ran it was lost %s times', e.crashes)))::ended) into v_ended
-  from execution e where e.id = any(v_over);
+  v_ended := crashed_too_often(array(select id from unnest(p_lost) id where id <> all(v_flagged)));
+  v_over := array(select id from unnest(v_ended));
   v_ended := v_ended || cancelled(v_flagged);
   v_lanes := v_lanes || make_ready(array(select id from unnest(p_lost) id where id <> all(v_over) and id <> all(v_flagged)));
-  if v_ended is null then
+  if coalesce(cardinality(v_ended), 0) = 0 then
     return row(v_lanes, '{}')::effects;
   end if;
   return merge(row(v_lanes, '{}')::effects, finish(v_ended, p_now));
@@ -231,6 +238,7 @@ begin
     v_effects := finish(cancelled(v_flagged), p_now);
   end if;
   delete from lease where execution_id = any(v_held);
+  perform tell(v_effects.watchers);
   return v_effects.lane_ids || release_permits(v_held) || make_ready(array(select id from unnest(v_held) id where id <> all(v_flagged)));
 end $$;
 
