@@ -99,14 +99,15 @@ def test_a_process_registers_once(db: Db) -> None:
 # ---------------------------------------------------------------- beat
 
 
-def test_a_beat_tells_each_request_once(db: Db) -> None:
+def test_a_beat_tells_of_a_request_until_its_execution_is_settled(db: Db) -> None:
     register(db, "work")
     id = enqueue(db)
     claim(db)
     cancel(db, id)
     assert call(db, "beat", WORKER) == {"alive": True, "cancel": [id]}
-    assert call(db, "beat", WORKER) == {"alive": True, "cancel": []}
+    assert call(db, "beat", WORKER) == {"alive": True, "cancel": [id]}
     complete(db, id)
+    assert call(db, "beat", WORKER) == {"alive": True, "cancel": []}
 
 
 def test_a_beat_of_the_unknown_is_dead_and_registers_nobody(db: Db) -> None:

@@ -15,8 +15,11 @@ begin
   set beat_at = v_now, stopping_at = case when p_stopping then coalesce(stopping_at, v_now) end
   where id = p_orchestrator;
   v_alive := found;
-  with told as (delete from signal where orchestrator_id = p_orchestrator returning execution_id)
-  select json_agg(execution_id) into v_told from told;
+  -- a signal stays until the lease is gone: this answer may be lost, or come before the reply of the claim
+  delete from signal s
+  where s.orchestrator_id = p_orchestrator and not exists (
+    select from lease l where l.execution_id = s.execution_id and l.orchestrator_id = p_orchestrator);
+  select json_agg(execution_id) into v_told from signal where orchestrator_id = p_orchestrator;
   return json_build_object('alive', v_alive, 'cancel', coalesce(v_told, '[]'));
 end $$;
 
