@@ -4,8 +4,9 @@
 new. The cache is bounded by bytes and number, and what it has lost is simply loaded.
 
 **Last lives.** An execution whose process died under it so often that one more crash ends it runs alone: everything
-that runs ends first, what is buffered goes back, and nothing starts until it has ended. If it kills the process, it
-takes no other execution along. Where the others take too long, it goes back for a while instead, at no cost.
+that runs ends first, what is buffered and whatever else is on its last life goes back, all of that is stored, and
+nothing starts until it has ended. If it kills the process, it takes no other execution along. Where the others take
+too long, it goes back for a while instead, at no cost.
 """
 
 import asyncio
@@ -99,6 +100,9 @@ class Crew:
         self._on_idle = on_idle
         self._alone: deque[tuple[Worker, Claimed, int]] = deque()
         self._alone_id: str | None = None
+        self._chosen: tuple[Worker, Claimed, int] | None = None
+        self._choosing: asyncio.Task[None] | None = None
+        self._flush = settler.batcher.flush
         self._alone_timer: asyncio.TimerHandle | None = None
 
     def attach(self, queue_ids: dict[str, int]) -> None:
@@ -128,13 +132,13 @@ class Crew:
     @property
     def is_idle(self) -> bool:
         """Whether nothing runs and nothing is buffered."""
-        return not self._alone and all(worker.is_idle for worker in self.workers)
+        return not self._alone and self._chosen is None and all(worker.is_idle for worker in self.workers)
 
     def known_tokens(self) -> set[int]:
         """The claims of which something runs or is buffered."""
         tokens = {token for worker in self.workers for _, token in worker.buffer}
         tokens.update(attempt.token for worker in self.workers for attempt, _ in worker.running.values())
-        tokens.update(token for _, _, token in self._alone)
+        tokens.update(token for _, _, token in self._waiting_alone())
         return tokens
 
     def is_held(self) -> bool:
@@ -218,22 +222,36 @@ class Crew:
             self._alone_timer = loop.call_later(ALONE_WAIT_SECONDS, self._give_up_alone)
         self._advance_alone()
 
+    def _waiting_alone(self) -> list[tuple[Worker, Claimed, int]]:
+        return [*self._alone, *filter(None, [self._chosen])]
+
     def _advance_alone(self) -> None:
-        if self.running_count:
+        if self.running_count or self._chosen is not None:
             return
         self._alone_id = None
         if self._alone_timer is not None:
             self._alone_timer.cancel()
             self._alone_timer = None
         if self._alone and not self.is_closed:
-            worker, claimed, token = self._alone.popleft()
-            log.warning("execution %s runs alone: another lost process ends it", claimed.id)
-            self._alone_id = claimed.id
-            worker.start(claimed, token)
+            self._chosen = self._alone.popleft()
+            self._alone_id = self._chosen[1].id
+            self._choosing = asyncio.get_running_loop().create_task(self._start_alone(self._chosen))
         elif not self.is_closed:
             for worker in self.workers:
                 worker.fill()
                 self._on_slot_free(worker)
+
+    async def _start_alone(self, chosen: tuple[Worker, Claimed, int]) -> None:
+        """Start it once nothing else of this process is unsettled: what is, would be lost with it."""
+        for _, claimed, token in self._alone:
+            self.settle(Outcome(claimed.id, token, "released"))
+        self._alone.clear()
+        await self._flush()
+        if self._chosen is chosen:
+            self._chosen = None
+            worker, claimed, token = chosen
+            log.warning("execution %s runs alone: another lost process ends it", claimed.id)
+            worker.start(claimed, token)
 
     def _give_up_alone(self) -> None:
         self._alone_timer = None
@@ -244,9 +262,10 @@ class Crew:
             self._on_slot_free(worker)
 
     def _release_alone(self, delay: float) -> None:
-        for _, claimed, token in self._alone:
+        for _, claimed, token in self._waiting_alone():
             self.settle(Outcome(claimed.id, token, "released", delay=delay))
         self._alone.clear()
+        self._chosen = None
 
     # ------------------------------------------------------------ leaving
 
@@ -265,6 +284,7 @@ class Crew:
         """Drop everything: the leases are lost."""
         self.kept.clear()
         self._alone.clear()
+        self._chosen = self._alone_id = None
         for worker in self.workers:
             worker.take_buffered()
             worker.each(Attempt.abandon)
