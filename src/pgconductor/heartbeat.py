@@ -87,11 +87,17 @@ class Heartbeat:
         membership: The boot id; confirmed from here.
         listener: Who hears of what is learnt.
         pulse: The main loop's sign of life.
+
+    Attributes:
+        is_stopping: Passed on with the beats.
+        error_count: How many beats and sweeps have failed.
+        answered_at: When the last answer to a beat came, whatever it said.
     """
 
     def __init__(self, dsn: str, engine: "Engine", membership: Membership, listener: Listener, pulse: Pulse) -> None:
         self.is_stopping = False
         self.error_count = 0
+        self.answered_at = 0.0
         self._dsn = dsn
         self._engine = engine
         self._membership = membership
@@ -160,6 +166,7 @@ class Heartbeat:
         id, asked_at = self._membership.id, time.monotonic()
         # A call that is repeated after a broken connection would count from its first try: too early, never too late.
         beat = await session.run(self._engine.beat(id, self.is_stopping), timeout=self._timing.beat)
+        self.answered_at = time.monotonic()
         if not beat.alive:
             self._tell(self._listener.on_declared_dead, id)
             return

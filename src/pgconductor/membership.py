@@ -46,8 +46,8 @@ class Membership:
         self._is_given_up = False
 
     def confirm(self, id: str, asked_at: float) -> None:
-        """Note a beat that was answered."""
-        if id == self.id:
+        """Note a beat that was answered; one that comes after the trust has ended does not bring it back."""
+        if id == self.id and time.monotonic() <= self._confirmed_at + self.timing.trust:
             self._confirmed_at = max(self._confirmed_at, asked_at)
 
     def give_up(self) -> None:
@@ -55,9 +55,14 @@ class Membership:
         self._is_given_up = True
 
     def is_fenced(self) -> bool:
-        """Whether the process can no longer be sure of its leases."""
-        return self._is_given_up or time.monotonic() > self._confirmed_at + self.timing.trust
+        """Whether the process can no longer be sure of its leases. Once it is, it stays so until it joins anew.
+
+        Whoever saw it has acted on it: a run that was dropped is settled by nobody, so its lease must not be renewed.
+        """
+        if time.monotonic() > self._confirmed_at + self.timing.trust:
+            self._is_given_up = True
+        return self._is_given_up
 
     def seconds_left(self) -> float:
         """How long the id may still be believed in without another beat."""
-        return self._confirmed_at + self.timing.trust - time.monotonic()
+        return 0.0 if self._is_given_up else self._confirmed_at + self.timing.trust - time.monotonic()

@@ -418,12 +418,17 @@ class _Process:
             self._rejoining = asyncio.get_running_loop().create_task(self._rejoin(), name="pgconductor rejoin")
 
     async def _rejoin(self) -> None:
-        """Settle under the old id what had ended, give the rest back at no cost, join under a new id."""
-        failure_count = 0
+        """Settle under the old id what had ended, give the rest back at no cost, join under a new id.
+
+        Not before beats are answered again: a process that cannot renew a lease must not take one.
+        """
+        failure_count, fenced_at = 0, time.monotonic()
         while True:
             try:
                 await self.settler.batcher.flush()
                 await self._retire(None)
+                while self._heartbeat.answered_at < fenced_at:  # noqa: ASYNC110 (it is noted in another thread)
+                    await asyncio.sleep(self._membership.timing.beat / 4)
                 await self._join(None)
                 break
             except Exception:
