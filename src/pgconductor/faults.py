@@ -5,8 +5,9 @@ A point is a no-op unless the environment armed it before the process imported t
     PGCONDUCTOR_FAULT="after_claim_reply:kill:2,before_settle:raise"     point:action[:at the n-th hit, default 1]
     PGCONDUCTOR_FAULT_LOG=faults.txt                                     a line for each fault that fired
 
-Actions: `kill` sends SIGKILL to the process itself, `hang` stops the thread for ever, `raise` raises `InjectedFault`,
-`exit` leaves without clean-up. A test asserts on the log, so that a fault which never fired is no silent success.
+Actions: `kill` sends SIGKILL to the process itself, `stop` SIGSTOP (it goes on where it stood after SIGCONT), `hang`
+stops the thread for ever, `raise` raises `InjectedFault`, `exit` leaves without clean-up. A test asserts on the log, so
+that a fault which never fired is no silent success.
 """
 
 import os
@@ -55,6 +56,10 @@ def _kill(_name: str) -> NoReturn:
     raise AssertionError("SIGKILL returned")
 
 
+def _stop(_name: str) -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
 def _hang(_name: str) -> NoReturn:
     while True:
         signal.pause()
@@ -68,7 +73,13 @@ def _exit(_name: str) -> NoReturn:
     os._exit(3)
 
 
-_ACTIONS: dict[str, Callable[[str], None]] = {"kill": _kill, "hang": _hang, "raise": _raise, "exit": _exit}
+_ACTIONS: dict[str, Callable[[str], None]] = {
+    "kill": _kill,
+    "stop": _stop,
+    "hang": _hang,
+    "raise": _raise,
+    "exit": _exit,
+}
 
 
 def _parse(text: str) -> dict[str, _Armed]:

@@ -42,6 +42,11 @@ def step(name: str) -> Operation:
     return ["step", name, None]
 
 
+def step_behind(name: str) -> Operation:
+    """Do something once, in a body that takes until the test opens the gate of the step's name."""
+    return ["step_behind", name, None]
+
+
 def transaction(name: str) -> Operation:
     """Write a row, once."""
     return ["transaction", name, None]
@@ -106,6 +111,12 @@ async def _run_step(execution_id: object, name: str) -> str:
     return _body(execution_id, name, "inside_step")
 
 
+async def _run_step_behind(execution_id: object, name: str) -> str:
+    value = _body(execution_id, name, "inside_step")
+    await _until_open(name)
+    return value
+
+
 def _run_step_here(execution_id: object, name: str) -> str:
     return _body(execution_id, name, "inside_step")
 
@@ -118,6 +129,10 @@ async def _write(conn: psycopg.AsyncConnection[Any], execution_id: object, name:
 def _write_here(conn: psycopg.Connection[Any], execution_id: object, name: str) -> str:
     conn.execute(_ADD_EFFECT, [execution_id, name])
     return _body(execution_id, name, "inside_transaction")
+
+
+async def _until_open(gate: str) -> None:
+    await until(Path(os.environ[LEDGER], f"{gate}.open").exists)
 
 
 # ---------------------------------------------------------------- the tasks
@@ -138,6 +153,8 @@ async def program(ctx: Context, operations: list[Any]) -> list[Any]:
 async def _do(ctx: Context, verb: str, name: str, argument: Any) -> Any:
     if verb == "step":
         return await ctx.step(name, _run_step, ctx.execution_id, name)
+    if verb == "step_behind":
+        return await ctx.step(name, _run_step_behind, ctx.execution_id, name)
     if verb == "transaction":
         return await ctx.transaction(name, _write, ctx.execution_id, name)
     if verb == "sleep":
@@ -147,7 +164,7 @@ async def _do(ctx: Context, verb: str, name: str, argument: Any) -> Any:
     if verb == "children":
         return await ctx.invoke_all(name, [program.bind(each) for each in argument])
     if verb == "gate":
-        return await until(Path(os.environ[LEDGER], f"{name}.open").exists)
+        return await _until_open(name)
     return _do_at_once(ctx, verb, name, argument)
 
 

@@ -28,19 +28,22 @@ _ENDS_OF_BATCH = (b"Q", b"S")  # a simple query, or Sync: the server answers wit
 
 
 class Rule:
-    """What to do at the n-th call of a name; `fired` is set once it has been done."""
+    """What to do at the n-th call of a name, or at every n-th; `fired` is set once it has been done."""
 
-    def __init__(self, action: Action, call: str, nth: int = 1) -> None:
+    def __init__(self, action: Action, call: str, nth: int = 1, *, again: bool = False) -> None:
         self.action = action
         self.call = call
         self.fired = asyncio.Event()
-        self._left = nth
+        self._nth = nth
+        self._again = again
+        self._count = 0
 
     def strikes(self, call: str) -> bool:
-        if call == self.call:
-            self._left -= 1
-            return self._left == 0
-        return False
+        """Count a call of the name, and tell whether it is one to act on."""
+        if call != self.call:
+            return False
+        self._count += 1
+        return self._count % self._nth == 0 if self._again else self._count == self._nth
 
 
 def name_of(statement: bytes) -> str:
@@ -182,9 +185,9 @@ class Proxy:
         self._target = (host, port)
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def arm(self, action: Action, call: str, nth: int = 1) -> Rule:
-        """Do something at the n-th call of a name, counted over all links from now on."""
-        rule = Rule(action, call, nth)
+    def arm(self, action: Action, call: str, nth: int = 1, *, again: bool = False) -> Rule:
+        """Do something at the n-th call of a name, or at every n-th, counted over all links from now on."""
+        rule = Rule(action, call, nth, again=again)
         self._rules.append(rule)
         return rule
 
@@ -256,10 +259,8 @@ class Proxy:
             server.close()
             for link in list(self.links):
                 link.reset()
-            for task in list(self._tasks):
-                task.cancel()
             if self._tasks:
-                await asyncio.wait(list(self._tasks))
+                await asyncio.wait(list(self._tasks), timeout=5)
 
 
 async def _read_sized(reader: asyncio.StreamReader) -> bytes:

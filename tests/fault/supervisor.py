@@ -75,14 +75,44 @@ class Worker:
         return self.process.returncode
 
     async def struck(self, point: str) -> None:
-        """Wait until the armed fault has killed it. A fault that never fires fails the test."""
+        """Wait until the armed fault has killed it, and have it declared dead at once, not after its lease.
+
+        A fault that never fires fails the test.
+        """
         code = await self.ended()
         assert (self.faults(), code) == ([point], -signal.SIGKILL), self.log[-3000:]
+        self._world.rows("select sweep('0 seconds')")
+
+    async def halted(self, point: str) -> None:
+        """Wait until the armed fault has stopped it, as SIGSTOP does."""
+        await until(lambda: self.faults() == [point] and self._is_halted())
+
+    async def halt(self) -> None:
+        """Stop it with SIGSTOP, wherever it stands."""
+        self.send(signal.SIGSTOP)
+        await until(self._is_halted)
+
+    def go_on(self) -> None:
+        """Let it go on."""
+        self.send(signal.SIGCONT)
 
     async def stopped(self) -> int:
         """Stop it gracefully; return its exit code."""
         self.send(signal.SIGTERM)
         return await self.ended()
+
+    def _is_halted(self) -> bool:
+        return _state_of(self.pid) == "T"
+
+    @property
+    def boot_id(self) -> str | None:
+        """The id under which the database knows it now."""
+        found = self._world.rows("select id::text from workers where pid = %s", self.pid)
+        return found[0]["id"] if found else None
+
+    async def rejoined(self, old_id: str | None) -> None:
+        """Wait until it has noticed that it lost its leases, and works under another id."""
+        await until(lambda: self.boot_id not in (None, old_id))
 
     def _is_known(self) -> bool:
         assert self.process.poll() is None, self.log[-3000:]
@@ -158,7 +188,13 @@ class World:
     # ------------------------------------------------------------ the database
 
     def rows(self, query: str, *parameters: object) -> list[DictRow]:
-        """Ask the database."""
+        """Ask the database; once more if the server has been away."""
+        try:
+            return self._ask(query, parameters)
+        except psycopg.OperationalError:
+            return self._ask(query, parameters)
+
+    def _ask(self, query: str, parameters: tuple[object, ...]) -> list[DictRow]:
         if self._connection is None or self._connection.closed:
             self._connection = psycopg.Connection[DictRow].connect(
                 self.dsn, autocommit=True, row_factory=dict_row, options="-c search_path=pgconductor,public"
@@ -184,6 +220,11 @@ class World:
         """Return the children of an execution."""
         return self.rows("select * from executions where parent_id = %s order by created_at, id", id)
 
+    def moves(self, id: UUID, state: str) -> int:
+        """Return how often an execution has come to be in a state."""
+        query = "select 1 from audit.history where execution_id = %s and op = 'move' and to_state = %s"
+        return len(self.rows(query, id, state))
+
     async def reaches(self, id: UUID, state: str) -> None:
         """Wait until an execution is in a state."""
         await until(lambda: self.execution(id)["state"] == state)
@@ -202,8 +243,9 @@ class World:
     async def converges(self, seconds_max: float = 60.0) -> None:
         """Wait until everything has ended, stop the workers, and hold what is left to the invariants and the ledger."""
         await until(lambda: not self.rows("select 1 from execution where outcome is null limit 1"), seconds_max)
+        self.proxy.heal()
         for worker in self.workers:
-            worker.send(signal.SIGCONT)
+            worker.go_on()
             worker.send(signal.SIGTERM)
         for worker in self.workers:
             await worker.ended()
@@ -221,6 +263,11 @@ class World:
     def logs(self) -> str:
         """Return the ends of all logs, for a failed test."""
         return "\n".join(f"--- worker {worker.pid}\n{worker.log[-4000:]}" for worker in self.workers)
+
+
+def _state_of(pid: int) -> str:
+    found = subprocess.run(["ps", "-o", "state=", "-p", str(pid)], capture_output=True, text=True, check=False)
+    return found.stdout.strip()[:1]
 
 
 def _tcp_dsn(server: EmbeddedServer) -> str:

@@ -1,0 +1,93 @@
+"""F1, 16 to 20, and 64: many at once, in the middle of a batch, while stopping, and handlers that end their process."""
+
+import asyncio
+import signal
+
+import pytest
+
+from pgconductor import ExecutionFailed
+from tests.fault.programs import app, child, gate, leave, program, sleep, step, transaction
+from tests.fault.supervisor import World
+from tests.waiting import until
+
+UNHARMED = ("completed", 1, 0)
+
+
+async def test_f1_16_a_graceful_stop_gives_unfinished_work_back_at_no_cost(world: World) -> None:
+    run = await program.invoke([step("a"), gate("g"), step("b")])
+    worker = world.worker()
+    await until(lambda: bool(world.ledger.of("saw", "a")))
+    worker.send(signal.SIGTERM)
+    await until(lambda: bool(world.rows("select 1 from workers where stopping_at is not null")))
+    assert world.facts(run.id) == ("running", 1, 0)  # it has the grace time to come to its next operation
+    world.open_gate("g")
+    assert await worker.ended() == 0
+    assert world.facts(run.id) == ("ready", 1, 0)
+    assert world.ledger.runs("b") == 0
+    world.worker()
+    await run.result(30)
+    assert world.facts(run.id) == UNHARMED
+    assert (world.ledger.runs("a"), world.ledger.runs("b")) == (1, 1)
+
+
+async def test_f1_16_killed_during_its_graceful_stop_costs_one_crash(world: World) -> None:
+    run = await program.invoke([step("a"), gate("g"), step("b")])
+    worker = world.worker()
+    await until(lambda: bool(world.ledger.of("saw", "a")))
+    worker.send(signal.SIGTERM)
+    await until(lambda: bool(world.rows("select 1 from workers where stopping_at is not null")))
+    worker.kill()
+    world.open_gate("g")
+    world.worker()
+    await run.result(30)
+    assert world.facts(run.id) == ("completed", 1, 1)
+
+
+async def test_f1_18_all_workers_killed_at_once_and_started_again_resume_everything(world: World) -> None:
+    work = [step("a"), transaction("t"), sleep("nap", 0.2), child("c", step("x")), gate("g"), step("b")]
+    runs = await app.invoke_many([program.bind(work) for _ in range(20)])
+    workers = [world.worker(concurrency=20) for _ in range(2)]
+    await until(lambda: len(world.ledger.of("saw", "c")) >= 10)
+    for worker in workers:
+        worker.send(signal.SIGKILL)
+    world.open_gate("g")
+    world.worker()
+    await asyncio.gather(*(run.result(60) for run in runs))
+    assert world.one("select count(*) from effect") == 20
+    facts = [world.facts(run.id) for run in runs]
+    assert {fact[:2] for fact in facts} == {("completed", 1)}
+    assert sum(fact[2] for fact in facts) >= 10
+
+
+@pytest.mark.parametrize("point", ["before_settle", "after_settle_reply", "before_save", "after_save_reply"])
+async def test_f1_20_killed_in_the_middle_of_a_batch_keeps_what_is_stored(world: World, point: str) -> None:
+    runs = await app.invoke_many([program.bind([step("a"), step("b")]) for _ in range(40)])
+    await world.worker(f"{point}:kill:2", concurrency=5).struck(point)
+    done = {row["id"] for row in world.rows("select id from executions where state = 'completed'")}
+    began_at = max(line.at for line in world.ledger.lines)
+    world.worker()
+    await asyncio.gather(*(run.result(60) for run in runs))
+    again = {line.execution for line in world.ledger.of("began", "") if line.at > began_at}
+    assert not again & {str(id) for id in done}
+    assert all(world.facts(run.id)[:2] == ("completed", 1) for run in runs)
+
+
+async def test_f7_64_a_handler_that_ends_its_process_uses_up_its_crashes_and_spares_its_neighbours(
+    world: World,
+) -> None:
+    culprit = await program.invoke([step("a"), leave("now")])
+    neighbours = await app.invoke_many([program.bind([step("b"), gate("g"), step("c")]) for _ in range(3)])
+    for _ in range(5):
+        worker = world.worker()
+        assert await worker.ended() == 9
+        world.rows("select sweep('0 seconds')")
+    assert world.facts(culprit.id) == ("failed", 1, 5)
+    with pytest.raises(ExecutionFailed, match="lost 5 times"):
+        await culprit.result(10)
+    crashes = [world.facts(run.id)[2] for run in neighbours]
+    assert max(crashes) <= 4
+    world.open_gate("g")
+    world.worker()
+    await asyncio.gather(*(run.result(30) for run in neighbours))
+    assert world.ledger.runs("a") == 1
+    assert {world.facts(run.id)[:2] for run in neighbours} == {("completed", 1)}

@@ -1,0 +1,65 @@
+"""F3: Postgres is killed, or sessions are terminated, again and again under load. Nothing is lost or counted twice."""
+
+import asyncio
+import random
+from functools import partial
+
+from tests.fault.programs import Program, app, children, gate, program, sleep, step, transaction
+from tests.fault.supervisor import World
+from tests.waiting import until
+
+WORK: Program = [step("a"), transaction("t"), sleep("nap", 0.05), children("c", [step("x")], [step("y")]), step("b")]
+SESSIONS = ("claim", "settle", "save", "worker", "notify", "listener", "heartbeat", "transaction")
+
+
+async def test_f3_30_postgres_killed_again_and_again_under_load_loses_nothing(world: World) -> None:
+    for worker in [world.worker(), world.worker()]:
+        await worker.up()
+    runs = await app.invoke_many([program.bind(WORK) for _ in range(60)])
+    for left in (55, 40, 20):
+        await until(partial(has_at_most, world, left))
+        await world.restart_postgres()
+    states = [await run.state() for run in runs]
+    await asyncio.gather(*(run.result(60) for run in runs))
+    assert set(states) <= {"scheduled", "ready", "running", "waiting", "completed"}
+    assert {world.facts(run.id)[:2] for run in runs} == {("completed", 1)}
+    assert {world.facts(run.id)[2] for run in runs} == {0}  # an outage is nobody's crash
+    assert world.one("select count(*) from effect") == 60
+
+
+async def test_f3_30_a_transaction_begun_while_postgres_is_away_waits_for_it(world: World) -> None:
+    run = await program.invoke([step("a"), gate("g"), transaction("t")])
+    await world.worker().up()
+    await until(lambda: bool(world.ledger.of("saw", "a")))
+    await asyncio.to_thread(world.server.kill)
+    world.open_gate("g")
+    await asyncio.to_thread(world.server.start)
+    await run.result(30)
+    assert world.facts(run.id) == ("completed", 1, 0)
+    assert world.one("select count(*) from effect") == 1
+
+
+async def test_f3_31_sessions_terminated_at_random_under_load_lose_nothing(world: World) -> None:
+    choose = random.Random(31)  # noqa: S311
+    for worker in [world.worker(), world.worker()]:
+        await worker.up()
+    runs = await app.invoke_many([program.bind(WORK) for _ in range(60)])
+    count = 0
+    while unfinished(world):
+        count += world.terminate(f"pgconductor {choose.choice(SESSIONS)}")
+        await asyncio.sleep(0.01)  # not to synchronise: a pace of terminations that leaves the workers some time
+    assert count >= 10
+    await asyncio.gather(*(run.result(60) for run in runs))
+    assert {world.facts(run.id) for run in runs} == {("completed", 1, 0)}
+    assert world.one("select count(*) from effect") == 60
+
+
+def unfinished(world: World) -> int:
+    """Return how many roots have not ended."""
+    count: int = world.one("select count(*) from execution where outcome is null and parent_id is null")
+    return count
+
+
+def has_at_most(world: World, left: int) -> bool:
+    """Tell whether no more roots than that are unfinished."""
+    return unfinished(world) <= left
