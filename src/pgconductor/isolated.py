@@ -24,7 +24,7 @@ from msgspec import Struct
 
 from pgconductor.attempt import Attempt
 from pgconductor.engine import Claimed, Completion, Outcome
-from pgconductor.errors import ConfigurationError
+from pgconductor.errors import ConductorError, ConfigurationError
 
 log = logging.getLogger("pgconductor.isolated")
 LINE_BYTES_MAX = 256 * 1024 * 1024
@@ -115,7 +115,12 @@ class Processes:
     async def take(self, module: str) -> _Child:
         """Return an idle child that has imported a module, or start one."""
         idle = self._idle.setdefault(module, deque())
-        return idle.pop() if idle else await self._start(module)
+        while idle:
+            child = idle.pop()
+            if child.process.returncode is None:
+                return child
+            self.discard(child)  # it died while it had nothing to do: that is no run's crash
+        return await self._start(module)
 
     def give_back(self, module: str, child: _Child) -> None:
         """Keep a child for the next run."""
@@ -135,6 +140,7 @@ class Processes:
             await child.process.wait()
 
     async def _start(self, module: str) -> _Child:
+        home = Home(self._dsn, self._schema, *locate(module), [each or os.getcwd() for each in sys.path])  # noqa: PTH109
         ours, theirs = socket.socketpair()
         with theirs:
             process = await asyncio.create_subprocess_exec(
@@ -144,7 +150,7 @@ class Processes:
         reader, writer = await asyncio.open_connection(sock=ours, limit=LINE_BYTES_MAX)
         child = _Child(process, reader, writer)
         self._all.add(child)
-        child.send(Home(self._dsn, self._schema, *locate(module), [each or os.getcwd() for each in sys.path]))  # noqa: PTH109
+        child.send(home)
         return child
 
 
@@ -180,7 +186,13 @@ class IsolatedAttempt(Attempt):
         if self.is_over():
             return self.leave(self.exit or "released")
         module = str(getattr(self.task.fn, "__module__", "__main__"))
-        child = await self._processes.take(module)
+        try:
+            child = await self._processes.take(module)
+        except ConfigurationError as error:
+            return self._failed(error)
+        if self.is_over() or self._leaving:  # told so while the process started
+            self._processes.give_back(module, child)
+            return self.leave(self.exit or "released")
         self._child = child
         answer: Answer | None = None
         try:
@@ -207,7 +219,7 @@ class IsolatedAttempt(Attempt):
         if answer is None:
             return self._crashed()
         if answer.error is not None:
-            log.error("%s could not run in a process of its own: %s", self.label, answer.error)
+            return self._failed(ConductorError(f"it could not run in a process of its own: {answer.error}"))
         return answer.completion or answer.outcome
 
     def _crashed(self) -> Outcome:
@@ -226,9 +238,12 @@ class IsolatedAttempt(Attempt):
 
     def request_release(self, *, hard: bool = False) -> None:
         """Pass the request on; with `hard`, end the process."""
+        self._leaving = True
         if not hard:
             self._tell("release")
-        elif self._child is not None:
+            return
+        self._hard = True
+        if self._child is not None:
             self.exit = "released"
             self._child.kill()
 

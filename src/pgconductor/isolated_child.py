@@ -17,6 +17,7 @@ from pgconductor.engine import Completion, Engine, Operation, SavedStep
 from pgconductor.errors import StaleLease
 from pgconductor.host import ProcessHost
 from pgconductor.isolated import LINE_BYTES_MAX, Answer, Control, Home, Message, Start
+from pgconductor.operations import has_step_threads
 from pgconductor.session import Session
 from pgconductor.threads import Threads
 
@@ -66,17 +67,27 @@ class _Runner:
         self._reader = reader
         self._writer = writer
         self._attempt: Attempt | None = None
+        self._running: asyncio.Task[None] | None = None
         self._decoder = msgspec.json.Decoder(Message)
 
     async def serve(self) -> None:
-        running: asyncio.Task[None] | None = None
+        """Serve until the parent is gone, and with it every lease."""
         while line := await self._reader.readline():
             message = self._decoder.decode(line)
             if isinstance(message, Start):
-                running = asyncio.create_task(self._run(message))
+                self._begin(message)
             else:
                 self._control(message)
-        del running  # the parent is gone, and with it the lease
+
+    def _begin(self, start: Start) -> None:
+        """Make the run at once, so that what the parent sends next finds it."""
+        self._identity.id = self._host.orchestrator_id = start.orchestrator_id
+        task = self._app.tasks.get(start.task)
+        if task is None or task.fn is None:
+            self._send(Answer(error=f"its module defines no task {start.task!r} when it is imported"))
+            return
+        self._attempt = Attempt(start.claimed, start.token, task, start.queue, self._host)
+        self._running = asyncio.create_task(self._run(self._attempt))
 
     def _control(self, message: Control) -> None:
         if self._attempt is None:
@@ -88,20 +99,20 @@ class _Runner:
         else:
             self._attempt.abandon()
 
-    async def _run(self, start: Start) -> None:
-        self._identity.id = self._host.orchestrator_id = start.orchestrator_id
-        task = self._app.tasks[start.task]
-        self._attempt = Attempt(start.claimed, start.token, task, start.queue, self._host)
+    async def _run(self, attempt: Attempt) -> None:
         try:
-            settlement = await self._attempt.run()
+            settlement = await attempt.run()
         finally:
             self._attempt = None
-        answer = Answer(spent=self._threads.is_busy)
+        answer = Answer(spent=self._threads.is_busy or has_step_threads())
         if isinstance(settlement, Completion):
             answer.completion = settlement
         elif settlement is not None:
             settlement.cached = False
             answer.outcome = settlement
+        self._send(answer)
+
+    def _send(self, answer: Answer) -> None:
         self._writer.write(msgspec.json.encode(answer) + b"\n")
 
 

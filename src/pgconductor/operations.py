@@ -7,6 +7,7 @@ from contextvars import copy_context
 from datetime import datetime
 from functools import cached_property
 from threading import Thread
+from threading import enumerate as enumerate_threads
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, cast
 from uuid import UUID
 
@@ -73,6 +74,11 @@ def run_in_own_thread(fn: Callable[[], T]) -> "Future[T]":
 
     Thread(target=run, name=STEP_THREAD, daemon=True).start()
     return future
+
+
+def has_step_threads() -> bool:
+    """Tell whether the thread of a step that had a timeout still runs."""
+    return any(thread.name == STEP_THREAD for thread in enumerate_threads())
 
 
 def call_plainly(fn: Callable[[], T]) -> T:
