@@ -34,6 +34,7 @@ from pgconductor.operations import (
 from pgconductor.session import backoff_seconds
 from pgconductor.signature import return_codec_of
 from pgconductor.task import Call, Task
+from pgconductor.triggers import handed_over
 
 if TYPE_CHECKING:
     from pgconductor.engine import Recorded
@@ -452,6 +453,8 @@ def call_handler(attempt: Attempt) -> Awaitable[Any]:
     if task.config.batch is not None:
         return _call_batch(fn, attempt, signature.decode_element(bytes(attempt.claimed.payload)))
     args, kwargs = signature.decode_payload(bytes(attempt.claimed.payload))
+    if attempt.claimed.trigger_kind is not None:
+        kwargs.update(handed_over(signature.triggers, attempt.claimed))
     if runs_on_loop(task):
         return cast("Awaitable[Any]", fn(Context[Any](attempt), *args, **kwargs))
     from pgconductor.sync_context import call_in_thread

@@ -22,6 +22,7 @@ Report: TypeAlias = dict[str, Any]
 NULL: Final = Raw(b"null")
 StepKind = Literal["step", "transaction", "sleep", "invoke", "invoke_all", "start", "wait", "wait_for", "call"]
 StepStatus = Literal["pending", "completed", "failed", "cancelled", "timed_out"]
+TriggerKind = Literal["schedule", "event", "change"]
 
 # ---------------------------------------------------------------- what the engine hands out
 
@@ -45,7 +46,7 @@ class Claimed(Struct, array_like=True, gc=False):
     """An execution that this process may run until it settles it.
 
     `steps` holds what was recorded earlier: None for a first run; with `cached`, only what changed since this very
-    process parked the execution.
+    process parked the execution. `trigger_data` is what a trigger of `trigger_kind` hands to the handler.
     """
 
     id: str
@@ -60,6 +61,8 @@ class Claimed(Struct, array_like=True, gc=False):
     trigger: str | None
     cached: bool | None
     steps: list[Recorded] | None
+    trigger_kind: TriggerKind | None = None
+    trigger_data: Raw = NULL
 
 
 class Claim(Struct):

@@ -47,9 +47,10 @@ create or replace function insert_executions(p_new new_execution[], p_now timest
 language plpgsql volatile set search_path from current as $$
 begin
   insert into execution (id, ord, created_at, lane_id, priority, depth, parent_id, parent_step, parent_round,
-                         parent_index, root_id, dedupe_key, trigger, payload, run_at)
+                         parent_index, root_id, dedupe_key, trigger, payload, run_at, trigger_kind, trigger_data)
   select n.id, n.ord, p_now, n.lane_id, n.priority, n.depth, n.parent_id, n.parent_step, n.parent_round,
-         n.parent_index, n.root_id, n.dedupe_key, n.trigger, n.payload, nullif(n.due_at, 'infinity')
+         n.parent_index, n.root_id, n.dedupe_key, n.trigger, n.payload, nullif(n.due_at, 'infinity'),
+         n.trigger_kind, n.trigger_data
   from unnest(p_new) n;
   insert into timer (execution_id, due_at)
   select n.id, n.due_at from unnest(p_new) n where n.due_at > p_now;
@@ -127,7 +128,7 @@ begin
 
   select array_agg(row(c.id, c.lane, nextval('execution_ord'), coalesce(c.priority, 0), 0, null, null, null, null,
                        null, c.dedupe_key, c.trigger, c.payload,
-                       coalesce(c.run_at, v_now + make_interval(secs => c.delay)))::new_execution)
+                       coalesce(c.run_at, v_now + make_interval(secs => c.delay)), null, null)::new_execution)
   into v_new
   from (select c.*, x.lane
         from rows from (json_to_recordset(p_calls) as (id uuid, task text, queue text, payload json,

@@ -101,7 +101,8 @@ begin
         e.id, l.task_id, l.queue_id, e.payload, e.failures, e.crashes, e.depth, e.parent_id, e.root_id, e.trigger,
         t.cached_by = p_orchestrator,
         case when t.ord < 0 or e.started_at is not null then
-          recorded_steps(e.id, case when t.cached_by = p_orchestrator then t.cached_seq else 0 end) end)
+          recorded_steps(e.id, case when t.cached_by = p_orchestrator then t.cached_seq else 0 end) end,
+        e.trigger_kind, e.trigger_data)
         order by t.priority desc, t.ord)
       from unnest(v_taken) t join execution e on e.id = t.execution_id join lane l on l.id = e.lane_id));
 end $$;

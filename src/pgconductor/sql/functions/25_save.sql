@@ -78,7 +78,7 @@ begin
       case when not c.detached then p.id end, case when not c.detached then c.name end,
       case when not c.detached then c.round end, case when not c.detached then c.index end,
       case when not c.detached then coalesce(p.root_id, p.id) end,
-      null, null, c.payload, c.due_at)::new_execution)
+      null, null, c.payload, c.due_at, null, null)::new_execution)
     from (
       select o.id as parent, o.name, o.round, coalesce(o.detached, false) as detached, c.id, c.payload, c.priority,
              x.lane, case when o.kind = 'invoke_all' then c.ordinality else 0 end as index,
