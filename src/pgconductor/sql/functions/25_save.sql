@@ -94,7 +94,7 @@ begin
       where o.children is not null
       order by o.place, c.ordinality
     ) c
-    join execution p on p.id = c.parent
+    cross join lateral (select * from execution k where k.id = c.parent offset 0) p
     where c.id = any(p_opened));
 end $$;
 
@@ -138,7 +138,7 @@ declare
   v_roots uuid[];
 begin
   select array_agg(e.id), array_agg(coalesce(e.root_id, e.id)) into v_parents, v_roots
-  from (select distinct o.id from json_to_recordset(p_ops) as o(id uuid)) o join execution e on e.id = o.id
+  from (select distinct o.id from json_to_recordset(p_ops) as o(id uuid)) o cross join lateral (select * from execution k where k.id = o.id offset 0) e
   where p_lost is null or o.id <> all(p_lost);
   perform lock_trees(v_roots, '{}');
   perform lock_executions(v_parents);
