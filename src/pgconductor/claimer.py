@@ -24,6 +24,7 @@ from pgconductor.session import ConnectionLost, Session, backoff_seconds
 if TYPE_CHECKING:
     from pgconductor.crew import Crew
     from pgconductor.engine import Engine
+    from pgconductor.schedules import DueSchedule
     from pgconductor.worker import Worker
 
 log = logging.getLogger("pgconductor.claimer")
@@ -45,6 +46,7 @@ class Claimer:
         unsettled_tokens: The claims of which outcomes are not stored yet.
         is_listening: Whether hints arrive; without them the poll interval is halved.
         on_declared_dead: Told that the engine no longer knows the boot id.
+        on_schedules: Given the schedules that are due.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class Claimer:
         unsettled_tokens: Callable[[], set[int]],
         is_listening: Callable[[], bool],
         on_declared_dead: Callable[[str], None],
+        on_schedules: Callable[["list[DueSchedule] | None"], None],
     ) -> None:
         self.error_count = 0
         self.claim_count = 0
@@ -70,6 +73,7 @@ class Claimer:
         self._unsettled_tokens = unsettled_tokens
         self._is_listening = is_listening
         self._on_declared_dead = on_declared_dead
+        self._on_schedules = on_schedules
         self._token = 0
         self._expected: set[int] = set()
         self._wake = asyncio.Event()
@@ -185,7 +189,7 @@ class Claimer:
         if self._reconcile_at <= now:
             await self._reconcile()
         wants = self._collect_wants(everything=is_poll or is_due)
-        if wants or is_due:
+        if wants or is_due or is_poll:  # schedules are due whether or not there is a free slot
             await self._claim(wants, fire=is_due or is_poll)
 
     def _collect_wants(self, *, everything: bool) -> list[Want]:
@@ -215,6 +219,7 @@ class Claimer:
 
     def _distribute(self, claim: Claim, wants: list[Want], token: int, *, fired: bool) -> None:
         self._set_due(claim.next_due, fired=fired)
+        self._on_schedules(claim.schedules)
         claimed = claim.claimed or []
         counts: dict[int, int] = {}
         for each in claimed:

@@ -17,7 +17,7 @@ from pgconductor.codec import Codec
 from pgconductor.durations import Duration, seconds
 from pgconductor.errors import AttemptTimeout, ConductorError, Suspend
 from pgconductor.faults import fault
-from pgconductor.journal import CANCELLED, PENDING
+from pgconductor.journal import CANCELLED, PENDING, remember_call
 from pgconductor.model import EventDef, RetryPolicy
 from pgconductor.operations import (
     PLAIN,
@@ -31,13 +31,14 @@ from pgconductor.operations import (
     partition,
     run_in_own_thread,
 )
+from pgconductor.schedules import schedule_of
 from pgconductor.session import backoff_seconds
 from pgconductor.signature import return_codec_of
 from pgconductor.task import Call, Task
 from pgconductor.triggers import handed_over
 
 if TYPE_CHECKING:
-    from pgconductor.engine import Recorded
+    from pgconductor.engine import Engine, Query, Recorded
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -433,12 +434,52 @@ class Context(RunFacts[D]):
         raise not_yet("emit", event, payload)
 
     async def schedule(self, name: str, call: Call[Any], *, cron: str, tz: str = "UTC") -> None:
-        """Make or change a schedule. Not available in this version."""
-        raise not_yet("schedule", name, call, cron, tz)
+        """Start a call on a schedule from now on, once per tick; a schedule of that name and task is changed.
+
+        It outlives this execution, deploys and restarts, until `unschedule`. Of ticks that fell while nothing ran, the
+        latest runs. With an unchanged expression and zone, the ticks go on as they were.
+
+        Args:
+            name: What `Tick.name` says; with the task, it is the schedule's identity.
+            call: `task.bind(...)`; its options `queue` and `priority` hold for every tick.
+            cron: As for `cron(...)`.
+            tz: The IANA zone whose clock the fields mean.
+
+        Raises:
+            ConfigurationError: The expression cannot be read or never fires, the zone is not known, or the call has
+                options that say when or whether it runs. Nothing was scheduled.
+
+        Source: sql/functions/55_schedules.sql
+        """
+        row = schedule_of(name, call, cron, tz)
+        await self._record_once("schedule", lambda engine, step, lease: engine.schedule_as_step(lease, step, row))
 
     async def unschedule(self, name: str, task: Task[..., Any]) -> None:
-        """Remove a schedule. Not available in this version."""
-        raise not_yet("unschedule", name, task)
+        """Remove a schedule that `schedule` made, if there is one. What it has started goes on.
+
+        Args:
+            name: As given to `schedule`.
+            task: The task of its call.
+        """
+        await self._record_once(
+            "unschedule", lambda engine, step, lease: engine.unschedule_as_step(lease, step, task.name, name)
+        )
+
+    async def _record_once(self, verb: str, query: "Callable[[Engine, str, tuple[str, str, int]], Query[str]]") -> None:
+        """Do what answers nothing, and record in the same transaction that it is done."""
+        attempt = self._attempt
+        await attempt.boundary()
+        name = attempt.journal.numbered(verb)
+        if attempt.journal.begin(name, "call") is not None:
+            return
+        asked = query(attempt.host.engine, name, (attempt.host.orchestrator_id, attempt.claimed.id, attempt.token))
+        with _working(attempt):
+            answer = await attempt.store(
+                attempt.host.run_query(asked), lambda answer: remember_call(attempt.journal, name, answer)
+            )
+        if answer == "false":
+            attempt.exit = "abandoned"
+            raise Suspend
 
 
 class BatchContext(RunFacts[D]):

@@ -10,11 +10,13 @@ Instants are the database's. A test that moves the clock gives the engine a `clo
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any, Final, Generic, Literal, TypeAlias, TypeVar
 
 import msgspec
 from msgspec import UNSET, Raw, Struct, UnsetType
+
+from pgconductor.schedules import DueSchedule, Fired, FiredNow, FiredSchedule, NewSchedule
 
 T = TypeVar("T")
 Report: TypeAlias = dict[str, Any]
@@ -23,8 +25,6 @@ NULL: Final = Raw(b"null")
 StepKind = Literal["step", "transaction", "sleep", "invoke", "invoke_all", "start", "wait", "wait_for", "call"]
 StepStatus = Literal["pending", "completed", "failed", "cancelled", "timed_out"]
 TriggerKind = Literal["schedule", "event", "change"]
-TREE_SIZE_MAX: Final = 10_001
-"""The most executions of a tree that retention removes in one transaction: a parent and all its children."""
 
 # ---------------------------------------------------------------- what the engine hands out
 
@@ -68,12 +68,13 @@ class Claimed(Struct, array_like=True, gc=False):
 
 
 class Claim(Struct):
-    """What one claim brought; `next_due` is in seconds from now, below zero when overdue."""
+    """What one claim brought; `next_due` is in seconds from now, below zero when overdue; `schedules` are those due."""
 
     next_due: float | None = None
     claimed: list[Claimed] | None = None
 
 
+    schedules: list[DueSchedule] | None = None
 class Settled(Struct):
     """What became of a settle: outcomes that were refused, who has new work, who is to be told."""
 
@@ -140,13 +141,6 @@ class Outstanding(Struct):
     ready: int
     leased: int
     next_due: datetime | None = None
-
-
-class Pruned(Struct):
-    """How much was removed, and whether there is more to do now."""
-
-    removed: int
-    more: bool
 
 
 class Named(Struct):
@@ -254,19 +248,12 @@ class Want(Struct):
 
 
 class TaskRow(Struct):
-    """The options of a task that the database must know. `keep_*` are in seconds; below zero is for ever."""
+    """The options of a task that the database must know."""
 
     name: str
     queue: str
     max_attempts: int
     max_crashes: int
-    keep_completed: float = 604_800
-    keep_failed: float = 2_592_000
-
-
-def kept_seconds(kept: timedelta | None) -> float:
-    """Return how long something is kept as `TaskRow` says it."""
-    return -1.0 if kept is None else kept.total_seconds()
 
 
 # ---------------------------------------------------------------- the queries
@@ -301,7 +288,6 @@ _result = _reader(Result)
 _ended = _reader(list[Ended])
 _outstanding = _reader(Outstanding)
 _names = _reader(list[Named])
-_pruned = _reader(Pruned)
 _steps = _reader(list[Recorded])
 
 
@@ -340,6 +326,8 @@ class Engine:
     Args:
         schema: The engine's schema.
         clock: Where `p_now` comes from; None leaves the time to the database.
+_fired = _reader(Fired)
+_fired_now = _reader(FiredNow)
     """
 
     def __init__(self, schema: str, clock: Callable[[], datetime] | None = None) -> None:
@@ -460,10 +448,6 @@ class Engine:
         parameters = (f"{expiry_seconds} seconds", self._now())
         return self._query("sweep", "interval timestamptz", parameters, _moved)
 
-    def prune(self, limit: int = 1_000) -> Query[Pruned]:
-        """See 80_prune.sql."""
-        return self._query("prune", "int int timestamptz", (limit, TREE_SIZE_MAX, self._now()), _pruned)
-
     def reconcile(self, orchestrator: str, known: Sequence[int]) -> Query[Moved | None]:
         """See 60_sweep.sql. None: the process was declared dead."""
         return self._query("reconcile", "uuid bigint[] timestamptz", (orchestrator, list(known), self._now()), _moved)
@@ -489,6 +473,39 @@ class Engine:
         return self._query("state_of", "uuid", (id,), _as_is)
 
     def load_steps(self, id: str) -> Query[list[Recorded]]:
+    def register_schedules(self, deployment: str, schedules: Sequence[NewSchedule]) -> Query[None]:
+        """See 55_schedules.sql, as the next ones."""
+        return self._query(
+            "register_schedules", "text json timestamptz", (deployment, _text(schedules), self._now()), _as_is
+        )
+
+    def fire_schedules(self, fired: Sequence[FiredSchedule]) -> Query[Fired]:
+        """The first to answer what is due wins."""
+        return self._query("fire_schedules", "json timestamptz", (_text(fired), self._now()), _fired)
+
+    def schedule_as_step(self, lease: Sequence[object], name: str, schedule: NewSchedule) -> Query[str]:
+        """`lease`: orchestrator, execution, token. Answers `false` when it is gone."""
+        parameters = (*lease, name, _text([schedule]), self._now())
+        return self._query("schedule_as_step", "uuid uuid bigint text json timestamptz", parameters, _as_is)
+
+    def unschedule_as_step(self, lease: Sequence[object], name: str, task: str, schedule: str) -> Query[str]:
+        """The same for a removal."""
+        parameters = (*lease, name, task, schedule, self._now())
+        return self._query("unschedule_as_step", "uuid uuid bigint text text text timestamptz", parameters, _as_is)
+
+    def pause_schedules(self, task: str, schedule: str | None, *, paused: bool) -> Query[int]:
+        """Answers how many were changed."""
+        parameters = (task, schedule, paused, self._now())
+        return self._query("pause_schedules", "text text boolean timestamptz", parameters, int)
+
+    def fire_now(self, task: str, schedule: str | None) -> Query[FiredNow]:
+        """Start a tick by hand."""
+        return self._query("fire_now", "text text timestamptz", (task, schedule, self._now()), _fired_now, False)
+
+    def list_schedules(self) -> Query[list[Report]]:
+        """For people."""
+        return self._query("list_schedules", "", (), _reports)
+
         """See 70_inspect.sql."""
         return self._query("load_steps", "uuid", (id,), _steps)
 

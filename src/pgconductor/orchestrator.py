@@ -24,12 +24,14 @@ from pgconductor import stop_signals
 from pgconductor.claimer import Claimer
 from pgconductor.crew import Crew
 from pgconductor.durations import Duration, parse_duration
-from pgconductor.engine import Moved, TaskRow, kept_seconds
+from pgconductor.engine import Moved, TaskRow
 from pgconductor.errors import ConfigurationError
 from pgconductor.heartbeat import Heartbeat, Pulse
 from pgconductor.host import ProcessHost
 from pgconductor.membership import Membership, Timing
 from pgconductor.notify import Listener, Notifier
+from pgconductor.scheduler import Scheduler
+from pgconductor.schedules import declared_schedules
 from pgconductor.session import Session, backoff_seconds
 from pgconductor.settler import Effects, Saver, Settler
 from pgconductor.task import Task
@@ -257,18 +259,12 @@ class _Process:
 
     async def _register(self, tasks: Mapping[str, Task[..., Any]]) -> dict[int, Task[..., Any]]:
         rows = [
-            TaskRow(
-                task.name,
-                task.queue,
-                task.config.max_attempts,
-                task.config.max_crashes,
-                keep_completed=kept_seconds(task.config.keep_completed),
-                keep_failed=kept_seconds(task.config.keep_failed),
-            )
-            for task in tasks.values()
+            TaskRow(task.name, task.queue, task.config.max_attempts, task.config.max_crashes) for task in tasks.values()
         ]
         engine, session = self._engine, self._other_session
         names = await session.run(engine.register_tasks(self._conductor.name, rows), timeout=START_SECONDS)
+        schedules = declared_schedules(tasks.values())
+        await session.run(engine.register_schedules(self._conductor.name, schedules), timeout=START_SECONDS)
         wanted = [worker.queue for worker in self._workers]
         queues = await session.run(engine.register_queues(wanted), timeout=START_SECONDS)
         self._queue_ids = {queue.name: queue.id for queue in queues or ()}
@@ -298,6 +294,7 @@ class _Process:
         self.crew.attach(self._queue_ids)
         self._stack.callback(self.crew.detach)
         self._notifier = Notifier(self._other_session, engine)
+        self._scheduler = Scheduler(self._other_session, engine, self._on_effects)
         self.claimer = Claimer(
             self._claim_session,
             engine,
@@ -306,6 +303,7 @@ class _Process:
             unsettled_tokens=self._unsettled_tokens,
             is_listening=self._is_listening,
             on_declared_dead=self.on_declared_dead,
+            on_schedules=self._scheduler.look,
         )
         self._heartbeat = Heartbeat(self._conductor.dsn, engine, membership, self, self._pulse)
         self._listener = Listener(self._conductor.dsn, engine.schema, self._hear)
@@ -337,6 +335,7 @@ class _Process:
             self._stack.push_async_callback(self._listener.stop)
         self._watch_fence()
         self._stack.callback(self._unwatch_fence)
+        self._stack.push_async_callback(self._scheduler.stop)
         self.claimer.start()
         self._stack.push_async_callback(self.claimer.stop)
 
@@ -472,6 +471,7 @@ class _Process:
         return (
             self.crew.is_idle
             and self.claimer.is_quiet
+            and self._scheduler.is_quiet
             and not len(self.settler.batcher)
             and not self._membership.is_fenced()
         )
@@ -495,6 +495,7 @@ class _Process:
         self._host.is_leaving = True
         self.crew.close()
         await self.claimer.stop()
+        await self._scheduler.stop()
         await self._let_runs_end()
         await self._flush()
         await self.tear_down()

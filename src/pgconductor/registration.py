@@ -10,6 +10,7 @@ from pgconductor.model import Change, Cron, Event, Invocable, OnChange, OnEvent,
 from pgconductor.options import TaskConfig, TaskOptions, configure_task
 from pgconductor.signature import Signature, signature_of, signature_of_reference
 from pgconductor.task import Client, Task
+from pgconductor.ticks import recurrence
 
 _KINDS: Final[dict[type[Trigger], type]] = {Cron: Tick, OnEvent: Event, OnChange: Change}
 _HANDED_OVER: Final = (Tick, Event, Change)
@@ -30,6 +31,7 @@ def make_task(fn: Callable[..., Any], options: TaskOptions, client: Client) -> T
     )
     for trigger in config.triggers:
         _check_trigger(trigger, config, signature)
+    _check_schedules(config)
     return Task(fn, config, payload=signature, returns=signature.returns, client=client)
 
 
@@ -71,6 +73,22 @@ def _check_trigger(trigger: Trigger, config: TaskConfig, signature: Signature) -
                 f"{_described(trigger)} brings no payload to fill it",
                 "give it a default, or start the task by invoke alone",
             )
+
+
+def _check_schedules(config: TaskConfig) -> None:
+    """Refuse expressions that cannot be read, and schedules of one name: the name tells them apart."""
+    names: set[str] = set()
+    for trigger in config.triggers:
+        if not isinstance(trigger, Cron):
+            continue
+        recurrence(trigger.expr, trigger.tz)
+        if trigger.name in names:
+            raise ConfigurationError(
+                f"task {config.name!r}: cron({trigger.expr!r})",
+                f"another of its schedules is named {trigger.name!r} too",
+                "give each a name=",
+            )
+        names.add(trigger.name)
 
 
 def _described(trigger: Trigger) -> str:

@@ -23,10 +23,10 @@ from typing_extensions import TypeVar as DefaultTypeVar
 from pgconductor.attempt import Attempt, OutcomeUnknown, accept_transaction, inside_step
 from pgconductor.codec import Codec
 from pgconductor.durations import Duration, seconds
-from pgconductor.engine import Operation, Recorded, SavedStep
+from pgconductor.engine import Engine, Operation, Query, Recorded, SavedStep
 from pgconductor.errors import AttemptTimeout, ConductorError, Suspend
 from pgconductor.faults import fault
-from pgconductor.journal import CANCELLED, PENDING
+from pgconductor.journal import CANCELLED, PENDING, remember_call
 from pgconductor.model import EventDef, RetryPolicy
 from pgconductor.operations import (
     PLAIN,
@@ -41,6 +41,7 @@ from pgconductor.operations import (
     partition,
     run_in_own_thread,
 )
+from pgconductor.schedules import schedule_of
 from pgconductor.session import backoff_seconds
 from pgconductor.signature import return_codec_of
 from pgconductor.task import Call, Task
@@ -303,12 +304,29 @@ class SyncContext(RunFacts[D]):
         raise not_yet("emit", event, payload)
 
     def schedule(self, name: str, call: Call[Any], *, cron: str, tz: str = "UTC") -> None:
-        """Make or change a schedule. Not available in this version."""
-        raise not_yet("schedule", name, call, cron, tz)
+        """Start a call on a schedule from now on, once per tick. See `Context.schedule`."""
+        row = schedule_of(name, call, cron, tz)
+        self._record_once("schedule", lambda engine, step, lease: engine.schedule_as_step(lease, step, row))
 
     def unschedule(self, name: str, task: Task[..., Any]) -> None:
-        """Remove a schedule. Not available in this version."""
-        raise not_yet("unschedule", name, task)
+        """Remove a schedule that `schedule` made. See `Context.unschedule`."""
+        self._record_once(
+            "unschedule", lambda engine, step, lease: engine.unschedule_as_step(lease, step, task.name, name)
+        )
+
+    def _record_once(self, verb: str, query: "Callable[[Engine, str, tuple[str, str, int]], Query[str]]") -> None:
+        self._boundary()
+        attempt = self._attempt
+        name = attempt.journal.numbered(verb)
+        if attempt.journal.begin(name, "call") is not None:
+            return
+        asked = query(attempt.host.engine, name, (attempt.host.orchestrator_id, attempt.claimed.id, attempt.token))
+        answer = self._on_loop(
+            attempt.store(attempt.host.run_query(asked), lambda answer: remember_call(attempt.journal, name, answer))
+        )
+        if answer == "false":
+            attempt.exit = "abandoned"
+            raise Suspend
 
     # ------------------------------------------------------------ between thread and loop
 

@@ -84,12 +84,14 @@ language sql stable set search_path from current as $$
   select id from tree
 $$;
 
--- In how many seconds the next thing is due that only time brings; below zero when it is overdue.
+-- In how many seconds the next thing is due that only time brings; below zero when it is overdue. Schedules that are
+-- due already do not count: the claims bring them.
 create or replace function next_due(p_now timestamptz) returns float8
 language sql stable set search_path from current as $$
   select extract(epoch from least(
     (select due_at from timer where due_at < 'infinity' order by due_at limit 1),
     (select due_at from expiry order by due_at limit 1),
+    (select next_at from schedule where next_at > p_now order by next_at limit 1),
     (select opens_at from gate order by opens_at limit 1)) - p_now)
 $$;
 

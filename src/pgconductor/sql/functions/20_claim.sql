@@ -2,8 +2,8 @@
 -- Called by the claimer of a worker process. States: ready → running. Locks: the caller's orchestrator row, the ready
 -- rows it takes (skipping those that another process is taking). The commit is asynchronous: a claim that is lost in
 -- a crash of the server is simply claimed again.
--- Returns null when the process was declared dead, else {next_due, closing, claimed: [[...]]}; closing: for tasks with
--- a window, in how many seconds it closes.
+-- Returns null when the process was declared dead, else {next_due, schedules, closing, claimed: [[...]]}; closing: for
+-- tasks with a window, in how many seconds it closes; schedules: those that are due, as due_schedules tells of them.
 
 -- Splits a limit over lanes so that the best rows of all of them are taken, in (priority, order).
 create or replace function share_limit(p_lanes int[], p_limit int) returns table (lane_id int, take int)
@@ -91,7 +91,7 @@ begin
   insert into lease (execution_id, orchestrator_id, token, claimed_at)
   select t.execution_id, p_orchestrator, p_token, v_now from unnest(v_taken) t;
   return json_build_object(
-    'next_due', next_due(v_now),
+    'next_due', next_due(v_now), 'schedules', case when p_fire then due_schedules(v_now) end,
     'closing', (
       select json_object_agg(k.id, closes_in(k, v_now)) from task k
       where k.window_start is not null and k.id in (
