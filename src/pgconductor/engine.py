@@ -10,7 +10,7 @@ Instants are the database's. A test that moves the clock gives the engine a `clo
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, Final, Generic, Literal, TypeAlias, TypeVar
 
 import msgspec
@@ -25,6 +25,8 @@ NULL: Final = Raw(b"null")
 StepKind = Literal["step", "transaction", "sleep", "invoke", "invoke_all", "start", "wait", "wait_for", "call"]
 StepStatus = Literal["pending", "completed", "failed", "cancelled", "timed_out"]
 TriggerKind = Literal["schedule", "event", "change"]
+TREE_SIZE_MAX: Final = 10_001
+"""The most executions of a tree that retention removes in one transaction: a parent and all its children."""
 
 # ---------------------------------------------------------------- what the engine hands out
 
@@ -143,6 +145,13 @@ class Outstanding(Struct):
     next_due: datetime | None = None
 
 
+class Pruned(Struct):
+    """How much was removed, and whether there is more to do now."""
+
+    removed: int
+    more: bool
+
+
 class Named(Struct):
     """An interned name."""
 
@@ -248,12 +257,19 @@ class Want(Struct):
 
 
 class TaskRow(Struct):
-    """The options of a task that the database must know."""
+    """The options of a task that the database must know. `keep_*` are in seconds; below zero is for ever."""
 
     name: str
     queue: str
     max_attempts: int
     max_crashes: int
+    keep_completed: float = 604_800
+    keep_failed: float = 2_592_000
+
+
+def kept_seconds(kept: timedelta | None) -> float:
+    """Return how long something is kept as `TaskRow` says it."""
+    return -1.0 if kept is None else kept.total_seconds()
 
 
 # ---------------------------------------------------------------- the queries
@@ -288,6 +304,7 @@ _result = _reader(Result)
 _ended = _reader(list[Ended])
 _outstanding = _reader(Outstanding)
 _names = _reader(list[Named])
+_pruned = _reader(Pruned)
 _steps = _reader(list[Recorded])
 
 
@@ -447,6 +464,10 @@ _fired_now = _reader(FiredNow)
         """See 60_sweep.sql."""
         parameters = (f"{expiry_seconds} seconds", self._now())
         return self._query("sweep", "interval timestamptz", parameters, _moved)
+
+    def prune(self, limit: int = 1_000) -> Query[Pruned]:
+        """See 80_prune.sql."""
+        return self._query("prune", "int int timestamptz", (limit, TREE_SIZE_MAX, self._now()), _pruned)
 
     def reconcile(self, orchestrator: str, known: Sequence[int]) -> Query[Moved | None]:
         """See 60_sweep.sql. None: the process was declared dead."""

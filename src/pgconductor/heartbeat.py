@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 log = logging.getLogger("pgconductor.heartbeat")
 PULSE_SECONDS: Final = 0.25
+PRUNE_SHARE: Final = 0.2
 
 
 class Listener(Protocol):
@@ -180,6 +181,14 @@ class Heartbeat:
             log.warning("took over %d executions of processes that stopped beating", moved.lost)
         if moved.lost or moved.queues or moved.watchers:
             self._tell(self._listener.on_swept, moved)
+        await self._prune(session)
+
+    async def _prune(self, session: Session) -> None:
+        """Remove what has been kept long enough: a batch, and more of them while there is time before the next beat."""
+        until = time.monotonic() + self._timing.beat * PRUNE_SHARE
+        while (await session.run(self._engine.prune(), timeout=self._timing.expiry)).more and not self._ended:
+            if time.monotonic() > until:
+                return
 
     def _tell(self, hear: Callable[[T], None], fact: T) -> None:
         with contextlib.suppress(RuntimeError):  # the main loop has just closed

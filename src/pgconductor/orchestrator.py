@@ -24,7 +24,7 @@ from pgconductor import stop_signals
 from pgconductor.claimer import Claimer
 from pgconductor.crew import Crew
 from pgconductor.durations import Duration, parse_duration
-from pgconductor.engine import Moved, TaskRow
+from pgconductor.engine import Moved, TaskRow, kept_seconds
 from pgconductor.errors import ConfigurationError
 from pgconductor.heartbeat import Heartbeat, Pulse
 from pgconductor.host import ProcessHost
@@ -259,7 +259,15 @@ class _Process:
 
     async def _register(self, tasks: Mapping[str, Task[..., Any]]) -> dict[int, Task[..., Any]]:
         rows = [
-            TaskRow(task.name, task.queue, task.config.max_attempts, task.config.max_crashes) for task in tasks.values()
+            TaskRow(
+                task.name,
+                task.queue,
+                task.config.max_attempts,
+                task.config.max_crashes,
+                keep_completed=kept_seconds(task.config.keep_completed),
+                keep_failed=kept_seconds(task.config.keep_failed),
+            )
+            for task in tasks.values()
         ]
         engine, session = self._engine, self._other_session
         names = await session.run(engine.register_tasks(self._conductor.name, rows), timeout=START_SECONDS)

@@ -23,7 +23,19 @@ import msgspec
 import psycopg
 
 from pgconductor.attempt import Attempt
-from pgconductor.engine import Claimed, Completion, Engine, Operation, Outcome, Query, SavedStep, TaskRow, Want, quote
+from pgconductor.engine import (
+    Claimed,
+    Completion,
+    Engine,
+    Operation,
+    Outcome,
+    Query,
+    SavedStep,
+    TaskRow,
+    Want,
+    kept_seconds,
+    quote,
+)
 from pgconductor.errors import ChildFailed, ConductorError, Crash
 from pgconductor.host import ProcessHost
 from pgconductor.membership import Membership, Timing
@@ -266,7 +278,8 @@ class ManualWorker:
         tasks = {name: task for name, task in self._app.tasks.items() if task.fn is not None}
         if not tasks or list(self._tasks.values()) == list(tasks.values()):
             return
-        rows = [TaskRow(each.name, each.queue, each.config.max_attempts, each.config.max_crashes)
+        rows = [TaskRow(each.name, each.queue, each.config.max_attempts, each.config.max_crashes,
+                        kept_seconds(each.config.keep_completed), kept_seconds(each.config.keep_failed))
                 for each in tasks.values()]  # fmt: skip
         named = await self._session.run(self._engine.register_tasks(self._app.name, rows))
         ids = {each.name: each.id for each in named or ()}

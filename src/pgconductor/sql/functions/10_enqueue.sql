@@ -66,18 +66,25 @@ end $$;
 -- Keeps the first execution of each (task, key); returns (new id, kept id) for the calls that lost.
 create or replace function claim_keys(p_new new_execution[]) returns table (new_id uuid, kept_id uuid)
 language plpgsql volatile set search_path from current as $$
+declare
+  v_new uuid[];
+  v_kept uuid[];
 begin
-  insert into dedupe (task_id, key, execution_id)
-  select l.task_id, n.dedupe_key, n.id
-  from unnest(p_new) with ordinality as n join lane l on l.id = n.lane_id
-  where n.dedupe_key is not null
-  order by l.task_id, n.dedupe_key, n.ordinality
-  on conflict do nothing;
-  return query
-    select n.id, d.execution_id
+  loop
+    insert into dedupe (task_id, key, execution_id)
+    select l.task_id, n.dedupe_key, n.id
+    from unnest(p_new) with ordinality as n join lane l on l.id = n.lane_id
+    where n.dedupe_key is not null
+    order by l.task_id, n.dedupe_key, n.ordinality
+    on conflict do nothing;
+    select array_agg(n.id), array_agg(d.execution_id) into v_new, v_kept
     from unnest(p_new) n join lane l on l.id = n.lane_id
-    join dedupe d on d.task_id = l.task_id and d.key = n.dedupe_key
-    where n.dedupe_key is not null and d.execution_id <> n.id;
+    left join dedupe d on d.task_id = l.task_id and d.key = n.dedupe_key
+    where n.dedupe_key is not null;
+    -- a key that stood in the way and was removed with its execution is free
+    exit when array_position(v_kept, null) is null;
+  end loop;
+  return query select k.id, k.kept from unnest(v_new, v_kept) as k(id, kept) where k.id <> k.kept;
 end $$;
 
 -- Gives an execution that has not started the payload, priority and time of a later call with the same key.
@@ -136,6 +143,7 @@ begin
         join unnest(v_tasks, v_queues, v_lanes) as x(task, queue, lane)
           on x.task = c.task and x.queue is not distinct from c.queue
         where not p_again or not exists (select from execution e where e.id = c.id)
+          and not exists (select from removed r where r.execution_id = c.id)
         order by c.ordinality) c;
 
   if exists (select from unnest(v_new) n where n.dedupe_key is not null) then

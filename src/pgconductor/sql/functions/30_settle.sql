@@ -18,6 +18,7 @@ declare
   v_ids uuid[];
   v_claimed timestamptz[];
   v_results json[];
+  v_gone uuid[];
   v_count int;
   v_effects effects := row('{}'::int[], '{}'::text[]);
 begin
@@ -38,9 +39,15 @@ begin
     v_effects := finish(cancelled(array(
       select id from execution where id = any(v_ids) and outcome is null)), p_now);
   end if;
+  if exists (select from keeps_nothing) then
+    v_gone := kept_not(v_ids, p_now);
+  end if;
   p_lanes := v_effects.lane_ids || release_permits(v_ids);
   p_watchers := v_effects.watchers || watchers_of(v_ids);
   delete from lease where execution_id = any(v_ids);
+  if cardinality(v_gone) > 0 then
+    perform remove(v_gone, p_now);
+  end if;
   if coalesce(cardinality(v_ids), 0) < json_array_length(p_completed) then
     p_lost := p_lost || array(select g.id from json_to_recordset(p_completed) as g(id uuid)
                               where v_ids is null or g.id <> all(v_ids));

@@ -191,6 +191,7 @@ begin
   if v_answers is not null then
     v_effects := merge(v_effects, answer(v_answers, p_now));
   end if;
+  perform remove_soon(v_ids, p_now);
   return merge(v_effects, row('{}', watchers_of(v_ids))::effects);
 end $$;
 

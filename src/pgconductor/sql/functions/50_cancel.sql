@@ -111,12 +111,18 @@ declare
   v_execution execution;
 begin
   select * into v_execution from execution where id = p_id for no key update;
+  if found and v_execution.root_id is not null then
+    perform from execution where id = v_execution.root_id for key share;
+  end if;
   if not found then
     return json_build_object('result', 'unknown');
   end if;
   if v_execution.outcome is null or v_execution.outcome = 'completed' then
     return json_build_object('result', 'refused');
   end if;
+  -- its first life has been passed over by retention, or noted
+  insert into prune_later (execution_id, look_at) values (coalesce(v_execution.root_id, p_id), instant(null))
+  on conflict do nothing;
   update execution
   set outcome = null, finished_at = null, error = null, failures = 0, crashes = 0,
       cancel_requested_at = null, cancel_reason = null
