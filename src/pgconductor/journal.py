@@ -347,6 +347,12 @@ class Journal:
         return values
 
 
+def remember_call(journal: Journal, name: str, answer: str) -> None:
+    """Know that something which answers nothing was done; `false`: it was not, the lease is gone."""
+    if answer != "false":
+        journal.remember(journal.finished(name, "call", b"null"))
+
+
 def child_of(call: Call[Any], place: str) -> NewExecution:
     """Return the row of a child, refusing options that an attached child cannot have."""
     options = call.options
@@ -354,12 +360,6 @@ def child_of(call: Call[Any], place: str) -> NewExecution:
         if getattr(options, option) is not None:
             raise ConfigurationError(f"{place}: {option}", "cannot be given to a child", "drop it, or use app.invoke")
     return NewExecution(
-def remember_call(journal: Journal, name: str, answer: str) -> None:
-    """Know that something which answers nothing was done; `false`: it was not, the lease is gone."""
-    if answer != "false":
-        journal.remember(journal.finished(name, "call", b"null"))
-
-
         new_id(),
         call.task,
         Raw(call.payload.encode()),
