@@ -78,8 +78,8 @@ language sql stable set search_path from current as $$
     select child_id from step
     where execution_id = any(p_ids) and status = 'pending' and child_id is not null
     union
-    select s.child_id from tree t join step s on s.execution_id = t.id
-    where s.status = 'pending' and s.child_id is not null
+    select s.child_id from tree t cross join lateral (
+      select child_id from step k where k.execution_id = t.id and k.status = 'pending' and k.child_id is not null offset 0) s
   )
   select id from tree
 $$;
@@ -92,7 +92,7 @@ language sql stable set search_path from current as $$
     (select due_at from timer where due_at < 'infinity' order by due_at limit 1),
     (select due_at from expiry order by due_at limit 1),
     (select next_at from schedule where next_at > p_now order by next_at limit 1),
-    (select opens_at from gate order by opens_at limit 1)) - p_now)
+    next_gate()) - p_now)
 $$;
 
 -- In how many seconds a task's window closes; null while it is closed. The hours are local, and may cross midnight.

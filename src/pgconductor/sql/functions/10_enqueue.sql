@@ -87,8 +87,9 @@ begin
   return query select k.id, k.kept from unnest(v_new, v_kept) as k(id, kept) where k.id <> k.kept;
 end $$;
 
--- Gives an execution that has not started the payload, priority and time of a later call with the same key.
-create or replace function replace_unstarted(p_id uuid, p_with new_execution, p_now timestamptz) returns void
+-- Gives an execution that has not started the payload, priority and time of a later call with the same key. Returns
+-- whether it could.
+create or replace function replace_unstarted(p_id uuid, p_with new_execution, p_now timestamptz) returns boolean
 language plpgsql volatile set search_path from current as $$
 declare
   v_old execution;
@@ -96,13 +97,13 @@ declare
 begin
   select * into v_old from execution where id = p_id for no key update;
   if v_old.outcome is not null or v_old.started_at is not null or v_old.failures + v_old.crashes > 0 then
-    return;
+    return false;
   end if;
   delete from timer where execution_id = p_id;
   v_found := found;
   v_found := v_found or take_out(array[p_id]) = array[p_id];
   if not v_found then
-    return;
+    return false;
   end if;
   update execution
   set payload = p_with.payload, priority = p_with.priority, run_at = p_with.due_at where id = p_id;
@@ -111,9 +112,71 @@ begin
   else
     perform put_ready(array[row(v_old.lane_id, p_with.priority, v_old.ord, p_id, null, null)::ready]);
   end if;
+  update expiry x set due_at = coalesce(p_with.due_at, p_now) + t.expires_in
+  from lane l join task t on t.id = l.task_id
+  where x.execution_id = p_id and l.id = v_old.lane_id and t.expires_in is not null;
+  return true;
 end $$;
 
--- p_calls: [{id, task, queue?, payload, priority?, run_at?, delay? (seconds), dedupe_key?, replace?, trigger?}]
+-- Says which execution a throttled or debounced call means: its own when it is the one that its period lets in, else
+-- that one. A debounced call that comes in time changes it; the period stays as it began.
+create or replace function thin(
+  p_task int, p_key text, p_with new_execution, p_until timestamptz, p_is_debounce boolean, p_now timestamptz
+) returns uuid
+language plpgsql volatile set search_path from current as $$
+declare
+  v_earlier throttle;
+begin
+  insert into throttle as t (task_id, key, execution_id, until) values (p_task, p_key, p_with.id, p_until)
+  on conflict (task_id, key) do update
+  set execution_id = excluded.execution_id, until = excluded.until where t.until <= p_now;
+  if found then
+    return p_with.id;
+  end if;
+  select * into v_earlier from throttle where task_id = p_task and key = p_key;
+  p_with.due_at := v_earlier.until;
+  if p_is_debounce and v_earlier.execution_id <> p_with.id
+     and not replace_unstarted(v_earlier.execution_id, p_with, p_now) then
+    update throttle set execution_id = p_with.id, until = p_until where task_id = p_task and key = p_key;
+    return p_with.id;
+  end if;
+  return v_earlier.execution_id;
+end $$;
+
+-- The same for many calls: {id: the id that it means}, of all that are throttled or debounced. Of equal calls the first
+-- stands for all in a throttle, the last in a debounce. Keys in order, so that two batches do not deadlock.
+create or replace function thin_calls(p_calls json, p_new new_execution[], p_now timestamptz) returns jsonb
+language plpgsql volatile set search_path from current as $$
+declare
+  v_group record;
+  v_id uuid;
+  v_kept jsonb;
+begin
+  for v_group in
+    select t.id as task_id, coalesce(c.dedupe_key, '') as key, c.debounce is not null as is_debounce,
+           (array_agg(coalesce(c.throttle, c.debounce) order by c.place))[1] as seconds,
+           array_agg(c.id order by c.place) as ids
+    from rows from (json_to_recordset(p_calls) as (id uuid, task text, dedupe_key text, throttle float8,
+      debounce float8)) with ordinality as c(id, task, dedupe_key, throttle, debounce, place)
+    join task t on t.name = c.task
+    where c.throttle is not null or c.debounce is not null
+    group by 1, 2, 3 order by 1, 2, 3
+  loop
+    -- what is there already is of a first try whose reply was lost
+    select id into v_id from execution where id = any(v_group.ids);
+    if not found then
+      select thin(v_group.task_id, v_group.key, n, p_now + make_interval(secs => v_group.seconds),
+                  v_group.is_debounce, p_now) into v_id
+      from unnest(p_new) n
+      where n.id = v_group.ids[case when v_group.is_debounce then cardinality(v_group.ids) else 1 end];
+    end if;
+    v_kept := coalesce(v_kept, '{}') || (select jsonb_object_agg(id, v_id) from unnest(v_group.ids) id);
+  end loop;
+  return v_kept;
+end $$;
+
+-- p_calls: [{id, task, queue?, payload, priority?, run_at?, delay? (seconds), dedupe_key?, replace?, trigger?,
+--            throttle? (seconds), debounce? (seconds)}]
 -- p_again: the call is a repetition after a lost reply; executions that exist already are left alone.
 create or replace function enqueue(
   p_calls json, p_notify boolean default false, p_again boolean default false, p_now timestamptz default null
@@ -134,30 +197,40 @@ begin
   v_lanes := lanes_of(v_tasks, v_queues);
 
   select array_agg(row(c.id, c.lane, nextval('execution_ord'), coalesce(c.priority, 0), 0, null, null, null, null,
-                       null, c.dedupe_key, c.trigger, c.payload,
-                       coalesce(c.run_at, v_now + make_interval(secs => c.delay)), null, null)::new_execution)
+                       null, case when c.throttle is null and c.debounce is null then c.dedupe_key end, c.trigger,
+                       c.payload, coalesce(c.run_at, v_now + make_interval(secs => coalesce(c.debounce, c.delay))),
+                       null, null)::new_execution)
   into v_new
   from (select c.*, x.lane
         from rows from (json_to_recordset(p_calls) as (id uuid, task text, queue text, payload json,
-          priority smallint, run_at timestamptz, delay float8, dedupe_key text, trigger text)) with ordinality as c
+          priority smallint, run_at timestamptz, delay float8, dedupe_key text, trigger text, throttle float8,
+          debounce float8)) with ordinality as c
         join unnest(v_tasks, v_queues, v_lanes) as x(task, queue, lane)
           on x.task = c.task and x.queue is not distinct from c.queue
         where not p_again or not exists (select from execution e where e.id = c.id)
           and not exists (select from removed r where r.execution_id = c.id)
         order by c.ordinality) c;
 
+  if exists (select from json_to_recordset(p_calls) as c(throttle float8, debounce float8)
+             where coalesce(c.throttle, c.debounce) is not null) then
+    v_kept := thin_calls(p_calls, v_new, v_now);
+  end if;
   if exists (select from unnest(v_new) n where n.dedupe_key is not null) then
-    select jsonb_object_agg(k.new_id, k.kept_id) into v_kept from claim_keys(v_new) k;
+    v_kept := coalesce(v_kept, '{}') || coalesce((
+      select jsonb_object_agg(k.new_id, k.kept_id) from claim_keys(v_new) k), '{}');
+  end if;
+  if v_kept is not null then
     select json_agg(coalesce(v_kept ->> c.id::text, c.id::text)) into v_ids
     from json_to_recordset(p_calls) as c(id uuid);
   end if;
-  v_lanes := insert_executions(array(select n from unnest(v_new) n where v_kept -> n.id::text is null), v_now);
+  v_lanes := insert_executions(array(
+    select n from unnest(v_new) n where coalesce(v_kept ->> n.id::text, n.id::text) = n.id::text), v_now);
   -- after the insert, since the kept call may be of this batch; by id, so that two batches do not deadlock
   for v_again in
     select (v_kept ->> n.id::text)::uuid as id, n as call
     from unnest(v_new) n
     join json_to_recordset(p_calls) as c(id uuid, replace boolean) on c.id = n.id
-    where c.replace and v_kept -> n.id::text is not null
+    where c.replace and v_kept ->> n.id::text <> n.id::text
     order by 1, n.ord
   loop
     perform replace_unstarted(v_again.id, v_again.call, v_now);
@@ -173,7 +246,7 @@ end $$;
 create or replace function invoke(
   task text, payload jsonb default '{}', queue text default null, priority int default 0,
   run_at timestamptz default null, delay interval default null, dedupe_key text default null,
-  on_duplicate text default 'keep'
+  on_duplicate text default 'keep', throttle interval default null, debounce interval default null
 ) returns uuid
 language plpgsql volatile set search_path from current set enable_seqscan = off set enable_mergejoin = off set jit = off set plan_cache_mode = force_generic_plan as $$
 declare
@@ -181,6 +254,9 @@ declare
 begin
   if on_duplicate not in ('keep', 'replace') then
     raise exception 'on_duplicate must be keep or replace, not %', on_duplicate using errcode = 'PC003';
+  end if;
+  if num_nonnulls(throttle, debounce) = 2 or debounce is not null and num_nonnulls(run_at, delay) > 0 then
+    raise exception 'throttle, debounce and, for debounce, run_at and delay exclude each other' using errcode = 'PC003';
   end if;
   if jsonb_typeof(payload) is distinct from 'object' then
     raise exception 'the payload of % must be a JSON object with one entry a parameter', task using errcode = 'PC003';
@@ -190,6 +266,7 @@ begin
   end if;
   return coalesce((enqueue(json_build_array(json_build_object(
     'id', v_id, 'task', task, 'queue', queue, 'payload', payload, 'priority', priority, 'run_at', run_at,
-    'delay', extract(epoch from delay), 'dedupe_key', dedupe_key, 'replace', on_duplicate = 'replace')),
+    'delay', extract(epoch from delay), 'dedupe_key', dedupe_key, 'replace', on_duplicate = 'replace',
+    'throttle', extract(epoch from throttle), 'debounce', extract(epoch from debounce))),
     p_notify => true) -> 'ids' ->> 0)::uuid, v_id);
 end $$;

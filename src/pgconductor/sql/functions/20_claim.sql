@@ -1,19 +1,73 @@
 -- claim: take what may run now, for all the free slots of one process, in one round trip.
--- Called by the claimer of a worker process. States: ready → running. Locks: the caller's orchestrator row, the ready
--- rows it takes (skipping those that another process is taking). The commit is asynchronous: a claim that is lost in
--- a crash of the server is simply claimed again.
+-- Called by the claimer of a worker process. States: ready → running. Locks: the caller's orchestrator row; what timers
+-- need; the limits of limited tasks that are to be looked at; the rows it takes, skipping those that another process is
+-- taking. The commit is asynchronous: a claim that is lost in a crash of the server is simply claimed again.
 -- Returns null when the process was declared dead, else {next_due, schedules, closing, claimed: [[...]]}; closing: for
 -- tasks with a window, in how many seconds it closes; schedules: those that are due, as due_schedules tells of them.
 
 -- Splits a limit over lanes so that the best rows of all of them are taken, in (priority, order).
-create or replace function share_limit(p_lanes int[], p_limit int) returns table (lane_id int, take int)
+-- p_held: what limited lanes may add.
+create or replace function share_limit(p_lanes int[], p_limit int, p_held ready[]) returns table (lane_id int, take int)
 language sql stable set search_path from current as $$
   select n.lane_id, count(*)::int
-  from (select r.lane_id from unnest(p_lanes) l
-        cross join lateral (select * from ready r where r.lane_id = l order by r.priority desc, r.ord limit p_limit) r
+  from (select r.lane_id
+        from (select r.* from unnest(p_lanes) l cross join lateral (
+                select * from ready r where r.lane_id = l order by r.priority desc, r.ord limit p_limit) r
+              union all select * from unnest(p_held)) r
         order by r.priority desc, r.ord limit p_limit) n
   group by n.lane_id
 $$;
+
+-- Which limited lanes of the wanted queues the claim should look at. Their tasks' locks are taken, in order.
+create or replace function limited_lanes(p_wants json, p_tasks int[], p_now timestamptz) returns int[]
+language plpgsql volatile set search_path from current as $$
+declare
+  v_lanes int[];
+  v_locked int[];
+begin
+  select array_agg(l.id), array_agg(l.task_id) into v_lanes, v_locked
+  from json_to_recordset(p_wants) as w(queue int)
+  join queue q on q.id = w.queue and q.paused_at is null
+  join lane l on l.queue_id = q.id and l.is_limited and l.task_id = any(p_tasks)
+  join task k on k.id = l.task_id
+  where exists (select from look where lane_id = l.id)
+    and (k.window_start is null or closes_in(k, p_now) is not null);
+  if v_lanes is not null then
+    perform lock_limits(v_locked);
+  end if;
+  return v_lanes;
+end $$;
+
+-- Takes the best of a queue: what stands in ready, and what the limits of its limited lanes let in. What is limited is
+-- taken for free slots alone, and not ahead.
+create or replace function take_best(p_lanes int[], p_limited int[], p_limit int, p_free int, p_now timestamptz)
+returns ready[]
+language plpgsql volatile set search_path from current as $$
+declare
+  v_lane int;
+  v_share record;
+  v_held ready[] := '{}'::ready[];
+  v_taken ready[] := '{}'::ready[];
+begin
+  if p_limited is null and cardinality(p_lanes) = 1 then
+    return take_ready(p_lanes[1], p_limit);
+  end if;
+  if p_free > 0 then
+    foreach v_lane in array coalesce(p_limited, '{}') loop
+      v_held := v_held || admissible(v_lane, least(p_free, p_limit), p_now);
+    end loop;
+  end if;
+  for v_share in select * from share_limit(p_lanes, p_limit, v_held) loop
+    if v_share.lane_id = any(p_limited) then
+      v_taken := v_taken || admit(v_share.lane_id, array(
+        select h from unnest(v_held) h where h.lane_id = v_share.lane_id
+        order by h.priority desc, h.ord limit v_share.take), p_now);
+    else
+      v_taken := v_taken || take_ready(v_share.lane_id, v_share.take);
+    end if;
+  end loop;
+  return v_taken;
+end $$;
 
 -- Removes and returns the first ready rows of one lane. Each statement can only be an index scan, whatever the planner
 -- believes of the table: believed empty, a join would scan the whole backlog.
@@ -48,7 +102,7 @@ language sql stable set search_path from current as $$
   from step where execution_id = p_execution and seq > p_since
 $$;
 
--- p_wants: [{queue, limit}]; p_tasks: the task ids that this process knows.
+-- p_wants: [{queue, limit, free? (of the limit, what has a free slot)}]; p_tasks: the task ids that this process knows.
 -- p_token: the process' own number of this claim, part of every lease it makes.
 create or replace function claim(
   p_orchestrator uuid, p_token bigint, p_wants json, p_tasks int[], p_fire boolean default false,
@@ -58,7 +112,7 @@ language plpgsql volatile set search_path from current set enable_seqscan = off 
 declare
   v_now timestamptz := instant(p_now);
   v_want record;
-  v_share record;
+  v_limited int[];
   v_taken ready[] := '{}'::ready[];
 begin
   if not hold_alive(p_orchestrator) then
@@ -69,23 +123,19 @@ begin
     perform fire_timers(v_now);
   end if;
 
+  v_limited := limited_lanes(p_wants, p_tasks, v_now);
   for v_want in
-    select w.queue, w."limit", array_agg(l.id) as lanes
-    from json_to_recordset(p_wants) as w(queue int, "limit" int)
+    select w."limit", coalesce(w.free, w."limit") as free, array_agg(l.id) filter (where not l.is_limited) as lanes,
+           array_agg(l.id order by l.id) filter (where l.is_limited) as limited
+    from json_to_recordset(p_wants) as w(queue int, "limit" int, free int)
     join queue q on q.id = w.queue and q.paused_at is null
     join lane l on l.queue_id = q.id and l.task_id = any(p_tasks)
     join task k on k.id = l.task_id
-    cross join lateral (select from ready r where r.lane_id = l.id limit 1) r
-    where (k.window_start is null or closes_in(k, v_now) is not null)
-    group by w.queue, w."limit"
+    where case when l.is_limited then l.id = any(v_limited) else exists (select from ready r where r.lane_id = l.id) end
+      and (k.window_start is null or closes_in(k, v_now) is not null)
+    group by w.queue, w."limit", w.free
   loop
-    if cardinality(v_want.lanes) = 1 then
-      v_taken := v_taken || take_ready(v_want.lanes[1], v_want."limit");
-    else
-      for v_share in select * from share_limit(v_want.lanes, v_want."limit") loop
-        v_taken := v_taken || take_ready(v_share.lane_id, v_share.take);
-      end loop;
-    end if;
+    v_taken := v_taken || take_best(v_want.lanes, v_want.limited, v_want."limit", v_want.free, v_now);
   end loop;
 
   insert into lease (execution_id, orchestrator_id, token, claimed_at)
@@ -95,7 +145,7 @@ begin
     'closing', (
       select json_object_agg(k.id, closes_in(k, v_now)) from task k
       where k.window_start is not null and k.id in (
-        select l.task_id from unnest(v_taken) t join execution e on e.id = t.execution_id join lane l on l.id = e.lane_id)),
+        select l.task_id from unnest(v_taken) t cross join lateral (select * from execution k where k.id = t.execution_id offset 0) e join lane l on l.id = e.lane_id)),
     'claimed', (
       select json_agg(json_build_array(
         e.id, l.task_id, l.queue_id, e.payload, e.failures, e.crashes, e.depth, e.parent_id, e.root_id, e.trigger,
@@ -104,5 +154,5 @@ begin
           recorded_steps(e.id, case when t.cached_by = p_orchestrator then t.cached_seq else 0 end) end,
         e.trigger_kind, e.trigger_data)
         order by t.priority desc, t.ord)
-      from unnest(v_taken) t join execution e on e.id = t.execution_id join lane l on l.id = e.lane_id));
+      from unnest(v_taken) t cross join lateral (select * from execution k where k.id = t.execution_id offset 0) e join lane l on l.id = e.lane_id));
 end $$;

@@ -1,12 +1,16 @@
--- put_ready, admit, release_permits: the way into ready, and what holds limited work before it.
--- Called by every function that makes work ready. States: backlog → ready (both are "ready" to the reader).
+-- put_ready, admissible, admit, release_permits: limits, and what holds limited work until there is room.
+-- Called by every function that makes work ready, and by claim. States: none of its own; work in the backlog is "ready".
 --
--- A permit is taken when work enters ready and given back when its lease ends, so a claim never meets work that may
--- not run, and a limited task costs the others nothing. Permits are rows, counted: there is no counter to drift, and
--- the sweep removes a permit whose execution is neither ready nor running.
+-- The ready work of a limited lane stands in the backlog. A claim takes from it only what the limits let in, and writes
+-- a permit a concurrency limit beside the lease, and the start for a rate. So a permit is a row that lives and goes with
+-- its lease: there is no counter to drift, what does not run holds nothing, and the sweep removes a permit without a
+-- lease. Keys take turns; a key whose own limits are full stands aside until one of them has room again.
 --
--- Locks: after all execution rows, one advisory lock a limited task, in the order of task ids, held to the commit. All
--- admission of a task happens under it. admit is the last thing that a top-level function does.
+-- A claim looks at a limited lane only if a row in look says why, so that a full task costs the others nothing. Whoever
+-- brings work or gives a permit back writes such a row and waits for nobody, not even in a user's long transaction.
+--
+-- Locks: one advisory lock a limited task, taken in the order of task ids by claim, the sweep and whoever changes
+-- limits, as the last of their locks. backlog_key is written under it alone. Whoever holds it waits for no row.
 
 -- Enters work into ready; that of limited lanes into the backlog. Returns the lanes.
 create or replace function put_ready(p_rows ready[]) returns int[]
@@ -25,262 +29,412 @@ begin
   return array(select distinct lane_id from unnest(p_rows));
 end $$;
 
--- The values that an execution's payload has for its task's limits, in the order of the limits.
-create or replace function limit_keys(p_task int, p_payload json) returns text
-language sql stable set search_path from current as $$
-  select coalesce(json_agg(case when key_path is null then ''
-                                else coalesce(p_payload::jsonb #>> string_to_array(key_path, '.'), '') end
-                           order by id), '[]')::text
-  from task_limit where task_id = p_task
-$$;
+-- A payload's value for a limit's key; a long one by its digest, so that an index can hold it.
+create or replace function limit_key(p_path text, p_payload json) returns text
+language sql immutable parallel safe
+return case when p_path is null then ''
+  when octet_length(p_payload #>> string_to_array(p_path, '.')) > 64
+    then md5(p_payload #>> string_to_array(p_path, '.'))
+  else coalesce(p_payload #>> string_to_array(p_path, '.'), '') end;
 
+-- Puts ready work into the backlog. Work that comes back (a place before all fresh ones) is no start.
 create or replace function hold_back(p_rows ready[]) returns void
 language plpgsql volatile set search_path from current as $$
 begin
-  insert into backlog (execution_id, task_id, keys, lane_id, priority, ord, is_start, cached_by, cached_seq)
-  select r.execution_id, l.task_id, limit_keys(l.task_id, e.payload), r.lane_id, r.priority, r.ord, r.ord >= 0,
-         r.cached_by, r.cached_seq
-  from unnest(p_rows) r join lane l on l.id = r.lane_id join execution e on e.id = r.execution_id;
-  insert into backlog_key (task_id, keys, turn)
-  select b.task_id, b.keys, nextval('execution_ord')
-  from (select distinct x.task_id, x.keys from unnest(p_rows) r join backlog x on x.execution_id = r.execution_id) b
-  order by 1, 2
-  on conflict do nothing;
+  with held as (
+    insert into backlog (execution_id, lane_id, is_start, keys, priority, ord, cached_by, cached_seq)
+    select r.execution_id, r.lane_id, r.ord >= 0, k.keys, r.priority, r.ord, r.cached_by, r.cached_seq
+    from unnest(p_rows) r join execution e on e.id = r.execution_id
+    cross join lateral (
+      select coalesce(json_agg(limit_key(t.key_path, e.payload) order by t.id), '[]')::text as keys
+      from lane l join task_limit t on t.task_id = l.task_id where l.id = r.lane_id) k
+    returning lane_id, is_start, keys
+  )
+  insert into look (lane_id, is_start, keys) select distinct lane_id, is_start, keys from held;
 end $$;
 
--- Gives back the permits of executions; returns the lanes whose tasks may admit more.
+-- Gives back the permits of executions whose leases go; returns the lanes that may admit more.
 create or replace function release_permits(p_ids uuid[]) returns int[]
 language plpgsql volatile set search_path from current as $$
 declare
-  v_tasks int[];
+  v_lanes int[];
 begin
   if not exists (select from permit) then
     return '{}'::int[];
   end if;
-  with given as (delete from permit where execution_id = any(p_ids) returning execution_id),
-  freed as (
-    insert into freed_key (task_id, keys)
-    select l.task_id, limit_keys(l.task_id, e.payload)
-    from (select distinct execution_id from given) g
-    join execution e on e.id = g.execution_id join lane l on l.id = e.lane_id
-    returning task_id
+  with given as (delete from permit where execution_id = any(p_ids) returning limit_id, key),
+  looks as (
+    insert into look (lane_id, limit_id, key)
+    select l.id, g.limit_id, g.key
+    from (select distinct limit_id, key from given) g
+    join task_limit t on t.id = g.limit_id join lane l on l.task_id = t.task_id and l.is_limited
+    returning lane_id
   )
-  select array_agg(distinct task_id) into v_tasks from freed;
-  return array(select id from lane where task_id = any(v_tasks) and is_limited);
+  select array_agg(distinct lane_id) into v_lanes from looks;
+  return coalesce(v_lanes, '{}');
 end $$;
 
--- Admits what may run of the limited tasks among these lanes. Returns the queues that have new work.
+-- The last thing of a function that makes work ready. Returns the queues that have new work.
 create or replace function announce(p_lanes int[], p_now timestamptz) returns json
+language sql stable set search_path from current
+return queues_of(p_lanes);
+
+-- ---------------------------------------------------------------- room
+
+create or replace function lock_limits(p_tasks int[]) returns void
 language plpgsql volatile set search_path from current as $$
 declare
   v_task int;
 begin
-  for v_task in select distinct task_id from lane where id = any(p_lanes) and is_limited order by 1 loop
-    perform admit(v_task, p_now);
+  for v_task in select distinct unnest(p_tasks) order by 1 loop
+    perform pg_advisory_xact_lock(hashtext(current_schema() || '.limit'), v_task);
   end loop;
-  return queues_of(p_lanes);
 end $$;
 
 -- How much more one limit lets in for a key, now.
 create or replace function limit_left(p_limit task_limit, p_key text, p_now timestamptz) returns int
-language sql stable set search_path from current as $$
-  select coalesce(p_limit.operator_max, p_limit.declared_max) - case p_limit.kind
-    when 'concurrency' then (select count(*) from permit where limit_id = p_limit.id and key = p_key)
-    else (select count(*) from rate_use
-          where limit_id = p_limit.id and key = p_key and used_at > p_now - p_limit.period) end::int
-$$;
+language plpgsql stable set search_path from current as $$
+declare
+  v_used int;
+begin
+  if p_limit.kind = 'concurrency' then
+    select count(*) into v_used from permit where limit_id = p_limit.id and key = p_key;
+  else
+    select count(*) into v_used from rate_use
+    where limit_id = p_limit.id and key = p_key and used_at > p_now - p_limit.period;
+  end if;
+  return coalesce(p_limit.operator_max, p_limit.declared_max) - v_used;
+end $$;
 
 -- How much more the limits let in together: those of the whole task, or those with a key. A rate counts starts only.
 create or replace function limits_left(
   p_limits task_limit[], p_keys text, p_keyed boolean, p_is_start boolean, p_now timestamptz
 ) returns int
-language sql stable set search_path from current as $$
-  select coalesce(min(limit_left(p_limits[i], p_keys::json ->> (i - 1), p_now)), 1000000)
-  from generate_subscripts(p_limits, 1) i
-  where (p_limits[i].key_path is not null) = p_keyed and (p_is_start or p_limits[i].kind <> 'rate')
-$$;
+language plpgsql stable set search_path from current as $$
+declare
+  v_left int := 1000000;
+begin
+  for v_place in 1..coalesce(cardinality(p_limits), 0) loop
+    if (p_limits[v_place].key_path is not null) = p_keyed
+       and (p_is_start or p_limits[v_place].kind = 'concurrency') then
+      v_left := least(v_left, limit_left(p_limits[v_place], p_keys::json ->> (v_place - 1), p_now));
+    end if;
+  end loop;
+  return v_left;
+end $$;
 
--- Moves work of one limited task from its backlog into ready, key after key in turn, as far as its limits allow.
-create or replace function admit(p_task int, p_now timestamptz) returns void
+-- Takes notice of why a lane is to be looked at: keys with new work get a turn, and those whose limit has room again.
+create or replace function take_looks(p_lane int, p_limits task_limit[]) returns void
+language plpgsql volatile set search_path from current as $$
+declare
+  v_looks look[];
+begin
+  with taken as (delete from look where lane_id = p_lane returning *)
+  select array_agg(row(t.*)::look) into v_looks from taken t;
+  insert into backlog_key as k (lane_id, is_start, keys, turn)
+  select p_lane, l.is_start, l.keys, nextval('execution_ord')
+  from (select distinct is_start, keys from unnest(v_looks) where keys is not null) l
+  on conflict (lane_id, is_start, keys) do update set is_full = false where k.is_full;
+  update backlog_key k set is_full = false
+  from unnest(v_looks) l
+  join unnest(p_limits) with ordinality as t(id, task_id, kind, key_path, declared_max, operator_max, period, place)
+    on t.id = l.limit_id and t.key_path is not null
+  where k.lane_id = p_lane and k.is_full and k.keys::json ->> (t.place - 1)::int = l.key;
+end $$;
+
+-- The next keys of a lane to have a turn, those of resumed work first. The full ones that it meets stand aside.
+create or replace function open_keys(
+  p_lane int, p_limits task_limit[], p_starts boolean, p_count int, p_now timestamptz
+) returns key_room[]
+language plpgsql volatile set search_path from current as $$
+declare
+  v_keys key_room[];
+begin
+  loop
+    select array_agg(row(k.is_start, k.keys, k.turn,
+                         limits_left(p_limits, k.keys, true, k.is_start, p_now))::key_room)
+    into v_keys
+    from (select * from backlog_key where lane_id = p_lane and not is_full and (p_starts or not is_start)
+          order by is_start, turn limit p_count) k;
+    update backlog_key b set is_full = true
+    from unnest(v_keys) k
+    where k.room <= 0 and b.lane_id = p_lane and b.is_start = k.is_start and b.keys = k.keys;
+    exit when not found;
+  end loop;
+  return v_keys;
+end $$;
+
+-- ---------------------------------------------------------------- admission, by a claim that holds the task's lock
+
+-- What of a lane's backlog the limits let in now, at most p_limit, key after key in turn. The rows stay where they are,
+-- locked; those that somebody else is moving are passed over.
+create or replace function admissible(p_lane int, p_limit int, p_now timestamptz) returns ready[]
 language plpgsql volatile set search_path from current as $$
 declare
   v_limits task_limit[];
-  v_key text;
-  v_head backlog;
+  v_room int;
+  v_starts int;
+  v_keys key_room[];
 begin
-  perform pg_advisory_xact_lock(hashtext(current_schema() || '.limit'), p_task);
-  v_limits := array(select t from task_limit t where task_id = p_task order by id);
-  perform reopen_keys(p_task, v_limits);
-  for v_turn in 1..10000 loop
-    select keys into v_key from backlog_key where task_id = p_task and not is_full order by turn limit 1;
+  v_limits := array(select t from task_limit t join lane l on l.task_id = t.task_id where l.id = p_lane order by t.id);
+  perform take_looks(p_lane, v_limits);
+  v_room := limits_left(v_limits, '[]', false, false, p_now);
+  v_starts := limits_left(v_limits, '[]', false, true, p_now);
+  if v_room <= 0 then
+    return '{}'::ready[];
+  end if;
+  loop
+    v_keys := open_keys(p_lane, v_limits, v_starts > 0, least(p_limit, v_room), p_now);
+    delete from backlog_key k using unnest(v_keys) v
+    where k.lane_id = p_lane and k.is_start = v.is_start and k.keys = v.keys and not exists (
+      select from backlog b where b.lane_id = p_lane and b.is_start = k.is_start and b.keys = k.keys);
     exit when not found;
-    select * into v_head from backlog where task_id = p_task and keys = v_key order by priority desc, ord limit 1;
-    if not found then
-      delete from backlog_key where task_id = p_task and keys = v_key;
-      continue;
-    end if;
-    exit when limits_left(v_limits, v_key, false, v_head.is_start, p_now) <= 0;
-    if limits_left(v_limits, v_key, true, v_head.is_start, p_now) <= 0 then
-      update backlog_key set is_full = true where task_id = p_task and keys = v_key;
-    else
-      perform admit_one(v_head, v_limits, p_now);
-    end if;
   end loop;
-  perform set_gate(p_task, v_limits, p_now);
-end $$;
-
--- Lets keys that gave back a permit have a turn again. With several keyed limits a permit may concern other keys too.
-create or replace function reopen_keys(p_task int, p_limits task_limit[]) returns void
-language plpgsql volatile set search_path from current as $$
-declare
-  v_freed text[];
-begin
-  with freed as (delete from freed_key where task_id = p_task returning keys)
-  select array_agg(distinct keys) into v_freed from freed;
-  if v_freed is not null then
-    update backlog_key set is_full = false
-    where task_id = p_task and is_full
-      and (keys = any(v_freed) or (select count(key_path) > 1 from unnest(p_limits)));
+  if v_keys is not null then
+    insert into look (lane_id) values (p_lane);  -- there may be more, for the next claim
   end if;
+  return choose(p_lane, v_limits, v_keys, least(p_limit, v_room), p_now);
 end $$;
 
--- Gives one execution its permits and its place in ready, behind what was admitted before it.
-create or replace function admit_one(p_head backlog, p_limits task_limit[], p_now timestamptz) returns void
+-- The first of each key's work, then the second, and so on, as far as every limit lets it in.
+create or replace function choose(
+  p_lane int, p_limits task_limit[], p_keys key_room[], p_limit int, p_now timestamptz
+) returns ready[]
+language sql volatile set search_path from current as $$
+  with candidate as materialized (
+    select b.*, k.turn, row_number() over (partition by b.is_start, b.keys order by b.priority desc, b.ord) as place
+    from unnest(p_keys) k
+    cross join lateral (
+      select * from backlog b
+      where b.lane_id = p_lane and b.is_start = k.is_start and b.keys = k.keys
+      order by b.priority desc, b.ord
+      limit least(k.room, ceil(p_limit::numeric / cardinality(p_keys))) for update skip locked) b
+  ), counted as (
+    select c.execution_id, t.place as limit_place, c.keys::json ->> (t.place - 1)::int as key,
+           row_number() over (partition by t.place, c.keys::json ->> (t.place - 1)::int
+                              order by c.place, c.is_start, c.turn) as nth
+    from candidate c
+    cross join unnest(p_limits) with ordinality
+      as t(id, task_id, kind, key_path, declared_max, operator_max, period, place)
+    where c.is_start or t.kind = 'concurrency'
+  ), room as materialized (
+    select limit_place, key, limit_left(p_limits[limit_place], key, p_now) as room
+    from (select distinct limit_place, key from counted) d
+  ), refused as materialized (
+    select execution_id from counted join room using (limit_place, key) where nth > room.room
+  )
+  select coalesce(array_agg(row(c.lane_id, c.priority, c.ord, c.execution_id, c.cached_by, c.cached_seq)::ready
+                            order by c.place, c.is_start, c.turn), '{}')
+  from (select * from candidate c where not exists (select from refused r where r.execution_id = c.execution_id)
+        order by c.place, c.is_start, c.turn limit p_limit) c
+$$;
+
+-- Takes chosen work out of the backlog: it gets its permits, its starts count, and its keys go to the end of the turns.
+create or replace function admit(p_lane int, p_chosen ready[], p_now timestamptz) returns ready[]
 language plpgsql volatile set search_path from current as $$
 declare
-  v_ord bigint := nextval('execution_ord');
+  v_ids uuid[] := array(select execution_id from unnest(p_chosen));
+  v_taken backlog[];
 begin
-  delete from backlog where execution_id = p_head.execution_id;
-  update backlog_key set turn = v_ord where task_id = p_head.task_id and keys = p_head.keys;
-  insert into permit (execution_id, limit_id, key, ord)
-  select p_head.execution_id, p_limits[i].id, p_head.keys::json ->> (i - 1), v_ord
-  from generate_subscripts(p_limits, 1) i;
-  insert into rate_use (limit_id, key, used_at)
-  select p_limits[i].id, p_head.keys::json ->> (i - 1), p_now
-  from generate_subscripts(p_limits, 1) i where p_limits[i].kind = 'rate' and p_head.is_start;
-  insert into ready (lane_id, priority, ord, execution_id, cached_by, cached_seq)
-  values (p_head.lane_id, p_head.priority, v_ord - case when p_head.ord < 0 then 4611686018427387904 else 0 end,
-          p_head.execution_id, p_head.cached_by, p_head.cached_seq);
+  with taken as (delete from backlog where execution_id = any(v_ids) returning *)
+  select array_agg(row(t.*)::backlog) into v_taken from taken t;
+  insert into permit (execution_id, limit_id, key)
+  select b.execution_id, t.id, b.keys::json ->> (t.place - 1)::int
+  from unnest(v_taken) b cross join (
+    select id, kind, row_number() over (order by id) as place from task_limit
+    where task_id = (select task_id from lane where id = p_lane)) t
+  where t.kind = 'concurrency';
+  insert into rate_use (limit_id, key, used_at, execution_id)
+  select t.id, b.keys::json ->> (t.place - 1)::int, p_now, b.execution_id
+  from unnest(v_taken) b cross join (
+    select id, kind, row_number() over (order by id) as place from task_limit
+    where task_id = (select task_id from lane where id = p_lane)) t
+  where t.kind = 'rate' and b.is_start
+  on conflict do nothing;
+  update backlog_key k set turn = nextval('execution_ord')
+  from (select distinct is_start, keys from unnest(v_taken)) b
+  where k.lane_id = p_lane and k.is_start = b.is_start and k.keys = b.keys;
+  return array(select row(b.lane_id, b.priority, b.ord, b.execution_id, b.cached_by, b.cached_seq)::ready
+               from unnest(v_taken) b);
 end $$;
 
--- Sets the alarm for the moment at which a rate limit lets the next one in.
-create or replace function set_gate(p_task int, p_limits task_limit[], p_now timestamptz) returns void
+-- ---------------------------------------------------------------- time
+
+-- When the next start of a rate limit that holds work back is forgotten.
+create or replace function next_gate() returns timestamptz
+language sql stable set search_path from current as $$
+  select min(u.used_at + t.period)
+  from task_limit t
+  cross join lateral (select used_at from rate_use where limit_id = t.id order by used_at limit 1) u
+  where t.kind = 'rate' and exists (
+    select from lane l where l.task_id = t.task_id and exists (select from backlog b where b.lane_id = l.id))
+$$;
+
+-- Forgets starts that no longer count and has their lanes looked at. Returns the lanes.
+create or replace function open_gates(p_now timestamptz) returns int[]
 language plpgsql volatile set search_path from current as $$
 declare
-  v_opens_at timestamptz;
+  v_lanes int[];
 begin
-  if not exists (select from unnest(p_limits) l where l.kind = 'rate') then
-    return;
+  if not exists (select from rate_use) then
+    return '{}'::int[];
   end if;
-  select min(u.used_at + l.period) into v_opens_at
-  from unnest(p_limits) l
-  cross join lateral (select used_at from rate_use
-                      where limit_id = l.id and used_at > p_now - l.period order by used_at limit 1) u
-  where l.kind = 'rate' and exists (select from backlog where task_id = p_task);
-  delete from gate where task_id = p_task;
-  insert into gate (task_id, opens_at) select p_task, v_opens_at where v_opens_at is not null;
+  with gone as (
+    delete from rate_use u using task_limit t
+    where t.kind = 'rate' and u.limit_id = t.id and u.used_at <= p_now - t.period returning u.limit_id, u.key
+  ), looks as (
+    insert into look (lane_id, limit_id, key)
+    select l.id, g.limit_id, g.key
+    from (select distinct limit_id, key from gone) g
+    join task_limit t on t.id = g.limit_id join lane l on l.task_id = t.task_id and l.is_limited
+    returning lane_id
+  )
+  select array_agg(distinct lane_id) into v_lanes from looks;
+  return coalesce(v_lanes, '{}');
 end $$;
 
--- Opens the gates that are due. Returns how many.
-create or replace function open_gates(p_now timestamptz) returns int
+-- Looks at all limits afresh: permits without a lease go; work that slipped past a change of limits is put right.
+-- Returns the lanes that may admit more.
+create or replace function sweep_limits(p_now timestamptz) returns int[]
 language plpgsql volatile set search_path from current as $$
 declare
-  v_tasks int[] := array(select task_id from gate where opens_at <= p_now order by task_id);
-  v_task int;
+  v_tasks int[];
 begin
-  foreach v_task in array v_tasks loop
-    perform pg_advisory_xact_lock(hashtext(current_schema() || '.limit'), v_task);
-    update backlog_key set is_full = false where task_id = v_task and is_full;
-    perform admit(v_task, p_now);
+  delete from throttle where until <= p_now;
+  if not exists (select from task_limit) and not exists (select from backlog) then
+    return '{}'::int[];
+  end if;
+  v_tasks := array(select distinct task_id from lane where is_limited
+                   or exists (select from backlog b where b.lane_id = lane.id));
+  perform lock_limits(v_tasks);
+  perform align(v_tasks);
+  return open_gates(p_now) || release_permits(array(
+    select distinct p.execution_id from permit p
+    where not exists (select from lease l where l.execution_id = p.execution_id)));
+end $$;
+
+-- ---------------------------------------------------------------- changing limits
+
+-- Brings ready rows, backlog and permits of tasks in line with their lanes. The caller holds their locks. What somebody
+-- else is moving is left to the next sweep.
+create or replace function align(p_tasks int[]) returns void
+language plpgsql volatile set search_path from current as $$
+declare
+  v_limited int[] := array(select id from lane where task_id = any(p_tasks) and is_limited);
+  v_free int[] := array(select id from lane where task_id = any(p_tasks) and not is_limited);
+  v_lane int;
+  v_moved ready[];
+begin
+  foreach v_lane in array v_limited loop
+    v_moved := take_ready(v_lane, 2147483647);
+    perform hold_back(v_moved);
   end loop;
-  return cardinality(v_tasks);
+  with moved as (
+    delete from backlog where execution_id in (
+      select execution_id from backlog where lane_id = any(v_free) for update skip locked) returning *
+  )
+  select array_agg(row(m.lane_id, m.priority, m.ord, m.execution_id, m.cached_by, m.cached_seq)::ready)
+  into v_moved from moved m;
+  perform put_ready(v_moved);
+  -- what runs already counts
+  insert into permit (execution_id, limit_id, key)
+  select e.id, t.id, limit_key(t.key_path, e.payload)
+  from lease s join execution e on e.id = s.execution_id join lane l on l.id = e.lane_id
+  join task_limit t on t.task_id = l.task_id and t.kind = 'concurrency'
+  where e.lane_id = any(v_limited)
+    and not exists (select from permit p where p.execution_id = e.id and p.limit_id = t.id)
+  on conflict do nothing;
 end $$;
 
--- Looks at all limits afresh: permits without work go, keys get a turn, old starts are forgotten.
-create or replace function sweep_limits(p_now timestamptz) returns void
+-- Brings everything of a task in line with its limits as they are now.
+create or replace function apply_limits(p_task int, p_now timestamptz) returns void
+language plpgsql volatile set search_path from current as $$
+declare
+  v_limited boolean;
+begin
+  perform lock_limits(array[p_task]);
+  v_limited := exists (select from task_limit where task_id = p_task);
+  update lane set is_limited = v_limited where task_id = p_task and is_limited <> v_limited;
+  delete from permit p where not exists (select from task_limit t where t.id = p.limit_id);
+  delete from rate_use u where not exists (select from task_limit t where t.id = u.limit_id);
+  perform align(array[p_task]);
+  -- the keys of what waits are those of the limits as they are now
+  update backlog b set keys = k.keys
+  from execution e, lane l, lateral (
+    select coalesce(json_agg(limit_key(t.key_path, e.payload) order by t.id), '[]')::text as keys
+    from task_limit t where t.task_id = p_task) k
+  where l.task_id = p_task and b.lane_id = l.id and e.id = b.execution_id and b.keys <> k.keys;
+  delete from backlog_key where lane_id in (select id from lane where task_id = p_task);
+  insert into look (lane_id, is_start, keys)
+  select distinct b.lane_id, b.is_start, b.keys from backlog b join lane l on l.id = b.lane_id
+  where l.task_id = p_task;
+end $$;
+
+-- Writes what code says of its tasks' flow. p_tasks: [{name, expires? (seconds), window_start?, window_end?,
+-- window_zone?, limits?: [{kind, key_path, max, seconds}]}]
+create or replace function flow_as_declared(p_tasks json, p_now timestamptz) returns void
+language plpgsql volatile set search_path from current as $$
+begin
+  update task k
+  set expires_in = make_interval(secs => t.expires), window_start = t.window_start, window_end = t.window_end,
+      window_zone = t.window_zone
+  from json_to_recordset(p_tasks)
+    as t(name text, expires float8, window_start time, window_end time, window_zone text)
+  where k.name = t.name and (k.expires_in, k.window_start, k.window_end, k.window_zone)
+    is distinct from (make_interval(secs => t.expires), t.window_start, t.window_end, t.window_zone);
+  perform declare_limits(p_tasks, p_now);
+end $$;
+
+-- Declares the limits of tasks as code has them.
+create or replace function declare_limits(p_tasks json, p_now timestamptz) returns void
 language plpgsql volatile set search_path from current as $$
 declare
   v_task int;
+  v_changed int[];
+  v_more int[];
 begin
-  if not exists (select from task_limit) then
-    return;
-  end if;
-  delete from rate_use u using task_limit l where l.id = u.limit_id and u.used_at <= p_now - l.period;
-  for v_task in select distinct task_id from lane where is_limited order by 1 loop
-    perform pg_advisory_xact_lock(hashtext(current_schema() || '.limit'), v_task);
-    delete from permit p using execution e, lane l
-    where e.id = p.execution_id and l.id = e.lane_id and l.task_id = v_task
-      and not exists (select from lease where execution_id = p.execution_id)
-      and not exists (select from ready r where r.lane_id = e.lane_id and r.priority = e.priority
-                      and r.ord in (p.ord, p.ord - 4611686018427387904) and r.execution_id = p.execution_id);
-    update backlog_key set is_full = false where task_id = v_task and is_full;
-    perform admit(v_task, p_now);
-  end loop;
-end $$;
-
--- Declares the limits of tasks as code has them, and sends their work through the backlog from now on.
--- p_limits: [{task, kind, key_path, max, seconds}]; p_tasks: the tasks whose code is speaking.
-create or replace function declare_limits(p_tasks text[], p_limits json, p_now timestamptz) returns void
-language plpgsql volatile set search_path from current as $$
-declare
-  v_task int;
-begin
-  insert into task_limit as t (task_id, kind, key_path, declared_max, period)
-  select k.id, d.kind, d.key_path, d.max, make_interval(secs => d.seconds)
-  from json_to_recordset(p_limits) as d(task text, kind text, key_path text, max int, seconds float8)
-  join task k on k.name = d.task
-  order by 1, 2, 3
-  on conflict (task_id, kind, key_path) do update
-  set declared_max = excluded.declared_max, period = excluded.period
-  where (t.declared_max, t.period) is distinct from (excluded.declared_max, excluded.period);
-  delete from task_limit t using task k
-  where k.id = t.task_id and k.name = any(p_tasks) and t.operator_max is null and not exists (
-    select from json_to_recordset(p_limits) as d(task text, kind text, key_path text)
-    where d.task = k.name and d.kind = t.kind and d.key_path is not distinct from t.key_path);
-  for v_task in select id from task where name = any(p_tasks) order by id loop
+  with changed as (
+    insert into task_limit as t (task_id, kind, key_path, declared_max, period)
+    select k.id, d.kind, d.key_path, d.max, make_interval(secs => d.seconds)
+    from json_to_recordset(p_tasks) as n(name text, limits json)
+    join task k on k.name = n.name
+    cross join lateral json_to_recordset(n.limits) as d(kind text, key_path text, max int, seconds float8)
+    where json_typeof(n.limits) = 'array'
+    order by 1, 2, 3
+    on conflict (task_id, kind, key_path) do update
+    set declared_max = excluded.declared_max, period = excluded.period
+    where (t.declared_max, t.period) is distinct from (excluded.declared_max, excluded.period)
+    returning task_id
+  )
+  select array_agg(distinct task_id) into v_changed from changed;
+  with gone as (
+    select t.id, t.task_id, t.operator_max from task_limit t join task k on k.id = t.task_id
+    join json_to_recordset(p_tasks) as n(name text, limits json) on n.name = k.name
+    where t.declared_max is not null and (json_typeof(n.limits) is distinct from 'array' or not exists (
+      select from json_to_recordset(n.limits) as d(kind text, key_path text)
+      where d.kind = t.kind and d.key_path is not distinct from t.key_path))
+  ), forgotten as (
+    update task_limit t set declared_max = null from gone g where t.id = g.id and g.operator_max is not null
+    returning t.task_id
+  ), removed as (
+    delete from task_limit t using gone g where t.id = g.id and g.operator_max is null returning t.task_id
+  )
+  select array_agg(task_id) into v_more from (select * from forgotten union select * from removed) c;
+  for v_task in select distinct unnest(v_changed || v_more) order by 1 loop
     perform apply_limits(v_task, p_now);
   end loop;
 end $$;
 
--- Brings a task's lanes and waiting work in line with its limits.
-create or replace function apply_limits(p_task int, p_now timestamptz) returns void
-language plpgsql volatile set search_path from current as $$
-declare
-  v_limited boolean := exists (select from task_limit where task_id = p_task);
-  v_moved ready[];
-begin
-  if not exists (select from lane where task_id = p_task and is_limited <> v_limited)
-     and not exists (select from backlog where task_id = p_task) then
-    return;
-  end if;
-  perform pg_advisory_xact_lock(hashtext(current_schema() || '.limit'), p_task);
-  update lane set is_limited = v_limited where task_id = p_task and is_limited <> v_limited;
-  if v_limited then
-    with moved as (
-      delete from ready r using lane l
-      where l.task_id = p_task and r.lane_id = l.id
-        and not exists (select from permit p where p.execution_id = r.execution_id)
-      returning row(r.lane_id, r.priority, r.ord, r.execution_id, r.cached_by, r.cached_seq)::ready as row
-    )
-    select array_agg(row) into v_moved from moved;
-    perform hold_back(v_moved);
-  end if;
-  update backlog b set keys = limit_keys(p_task, e.payload) from execution e
-  where b.task_id = p_task and e.id = b.execution_id and b.keys <> limit_keys(p_task, e.payload);
-  delete from backlog_key where task_id = p_task;
-  insert into backlog_key (task_id, keys, turn)
-  select p_task, b.keys, min(b.ord) from backlog b where b.task_id = p_task group by b.keys;
-  perform admit(p_task, p_now);
-end $$;
-
--- Changes a limit while everything runs; null gives it back to the code. Returns false for an unknown task.
+-- Changes a limit while everything runs; null gives it back to the code. Zero stops the task's starts.
+-- Returns false for an unknown task, or for null where there is no such limit.
 create or replace function set_limit(
   p_task text, p_max int, p_kind text default 'concurrency', p_key_path text default null,
   p_period interval default null, p_now timestamptz default null
 ) returns boolean
-language plpgsql volatile set search_path from current as $$
+language plpgsql volatile set search_path from current set enable_seqscan = off set enable_mergejoin = off set jit = off set plan_cache_mode = force_generic_plan as $$
 declare
   v_task int := (select id from task where name = p_task);
+  v_found boolean := true;
 begin
   if v_task is null then
     return false;
@@ -288,16 +442,24 @@ begin
   if p_max is null then
     update task_limit set operator_max = null
     where task_id = v_task and kind = p_kind and key_path is not distinct from p_key_path and declared_max is not null;
+    v_found := found;
     delete from task_limit
     where task_id = v_task and kind = p_kind and key_path is not distinct from p_key_path and declared_max is null;
+    v_found := v_found or found;
+  elsif p_max < 0 then
+    raise exception 'a limit is at least 0, not %', p_max using errcode = 'PC003';
   else
-    insert into task_limit as t (task_id, kind, key_path, operator_max, period)
-    values (v_task, p_kind, p_key_path, p_max, p_period)
-    on conflict (task_id, kind, key_path) do update
-    set operator_max = excluded.operator_max, period = coalesce(excluded.period, t.period);
+    update task_limit set operator_max = p_max, period = coalesce(p_period, period)
+    where task_id = v_task and kind = p_kind and key_path is not distinct from p_key_path;
+    if not found and p_kind = 'rate' and p_period is null then
+      raise exception 'task % has no such rate limit: say its period', p_task using errcode = 'PC003';
+    elsif not found then
+      insert into task_limit (task_id, kind, key_path, operator_max, period)
+      values (v_task, p_kind, p_key_path, p_max, p_period);
+    end if;
   end if;
   perform apply_limits(v_task, instant(p_now));
   perform pg_notify(current_schema(), 'ready ' || (select string_agg(distinct queue_id::text, ' ') from lane
                                                    where task_id = v_task));
-  return true;
+  return v_found;
 end $$;

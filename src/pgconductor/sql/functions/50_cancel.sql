@@ -3,8 +3,22 @@
 -- Rows move ready → lease → wait or timer → ready; cancel looks for them against the stream's head and waits for a
 -- move in flight, so that none slips past it.
 
--- Takes executions out of ready and the backlog; returns those that were there.
+-- Takes executions out of ready and the backlog; returns those that were there. A change of limits moves rows between
+-- the two, either way, so ready is looked at twice.
 create or replace function take_out(p_ids uuid[]) returns uuid[]
+language plpgsql volatile set search_path from current as $$
+declare
+  v_taken uuid[] := take_out_of_ready(p_ids);
+begin
+  if not exists (select from backlog) then
+    return v_taken;
+  end if;
+  with taken as (delete from backlog where execution_id = any(p_ids) returning execution_id)
+  select v_taken || coalesce(array_agg(execution_id), '{}') into v_taken from taken;
+  return v_taken || take_out_of_ready(p_ids);
+end $$;
+
+create or replace function take_out_of_ready(p_ids uuid[]) returns uuid[]
 language plpgsql volatile set search_path from current as $$
 declare
   v_taken uuid[];
@@ -16,18 +30,6 @@ begin
     returning r.execution_id
   )
   select coalesce(array_agg(execution_id), '{}') into v_taken from taken;
-  if not exists (select from backlog) and not exists (select from permit) then
-    return v_taken;
-  end if;
-  with taken as (delete from backlog where execution_id = any(p_ids) returning execution_id)
-  select v_taken || coalesce(array_agg(execution_id), '{}') into v_taken from taken;
-  with taken as (
-    delete from ready r using execution e, permit p
-    where e.id = any(p_ids) and p.execution_id = e.id and r.lane_id = e.lane_id and r.priority = e.priority
-      and r.ord in (p.ord, p.ord - 4611686018427387904) and r.execution_id = e.id
-    returning r.execution_id
-  )
-  select v_taken || coalesce(array_agg(execution_id), '{}') into v_taken from taken;
   return v_taken;
 end $$;
 
@@ -38,7 +40,6 @@ declare
   v_ids uuid[];
   v_stopped uuid[];
   v_told text[];
-  v_lanes int[];
 begin
   with flagged as (
     update execution set cancel_requested_at = p_now, cancel_reason = left(p_reason, 1000)
@@ -61,8 +62,7 @@ begin
     on conflict do nothing returning orchestrator_id
   )
   select coalesce(array_agg(distinct orchestrator_id::text), '{}') into v_told from told;
-  v_lanes := release_permits(v_stopped);
-  return merge(row(v_lanes, v_told)::effects,
+  return merge(row('{}', v_told)::effects,
                finish(cancelled(array(select distinct unnest(v_stopped))), p_now));
 end $$;
 

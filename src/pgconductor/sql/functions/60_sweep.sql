@@ -35,16 +35,20 @@ declare
 begin
   if not exists (select from timer where due_at <= v_now)
      and not exists (select from expiry where due_at <= v_now)
-     and not exists (select from gate where opens_at <= v_now)
+     and coalesce(next_gate() > v_now, true)
      or not pg_try_advisory_xact_lock(hashtext(current_schema()), 1000) then
     return 0;
   end if;
-  v_count := expire_unstarted(v_now, p_limit) + open_gates(v_now);
   v_parked := array(
     select t.execution_id from (select execution_id from timer where due_at <= v_now order by due_at limit p_limit) t
     join wait w on w.execution_id = t.execution_id);
-  if cardinality(v_parked) > 0 then
+  -- one of the two a call, since each locks executions in order
+  if exists (select from expiry where due_at <= v_now) then
+    v_effects := expire_unstarted(v_now, p_limit);
+    v_count := 1;
+  elsif cardinality(v_parked) > 0 then
     v_effects := expire_waits(v_parked, v_now);
+    v_count := cardinality(v_parked);
   end if;
 
   -- last, and passing over what a cancel holds: no lock on a timer is held while waiting for trees and executions
@@ -56,34 +60,27 @@ begin
   v_effects := merge(v_effects, row(put_ready(array(
     select row(lane_id, priority, ord, id, null, null)::ready from execution where id = any(v_due))), '{}')::effects);
   perform tell(v_effects.watchers);
-  perform announce(v_effects.lane_ids, v_now);
-  return cardinality(v_parked) + cardinality(v_due) + v_count;
+  perform announce(v_effects.lane_ids || open_gates(v_now), v_now);
+  return cardinality(v_due) + v_count;
 end $$;
 
--- Fails what should have started by now and has not. Returns how many rows it looked at.
-create or replace function expire_unstarted(p_now timestamptz, p_limit int) returns int
+-- Fails what should have started by now and has not.
+create or replace function expire_unstarted(p_now timestamptz, p_limit int) returns effects
 language plpgsql volatile set search_path from current as $$
 declare
-  v_due uuid[];
+  v_due uuid[] := array(select execution_id from expiry where due_at <= p_now order by due_at limit p_limit);
   v_late uuid[];
-  v_effects effects;
 begin
-  v_due := array(select execution_id from expiry where due_at <= p_now order by due_at limit p_limit);
-  if cardinality(v_due) = 0 then
-    return 0;
-  end if;
   perform lock_executions(v_due || array(select parent_id from execution where id = any(v_due)
                                          and parent_id is not null));
   delete from expiry where execution_id = any(v_due);
   v_late := array(select id from execution where id = any(v_due) and outcome is null and started_at is null);
-  v_late := take_out(v_late);
-  v_effects := merge(row(release_permits(v_late), '{}')::effects, finish(array(
+  v_late := take_out(v_late) || array(select execution_id from timer where execution_id = any(v_late));
+  delete from timer where execution_id = any(v_late);
+  return finish(array(
     select row(e.id, 'failed', null, json_build_object('type', 'pgconductor.errors.Expired', 'message',
       format('task %L was not started within %s', t.name, t.expires_in)))::ended
-    from execution e join lane l on l.id = e.lane_id join task t on t.id = l.task_id where e.id = any(v_late)), p_now));
-  perform tell(v_effects.watchers);
-  perform announce(v_effects.lane_ids, p_now);
-  return cardinality(v_due);
+    from execution e join lane l on l.id = e.lane_id join task t on t.id = l.task_id where e.id = any(v_late)), p_now);
 end $$;
 
 -- Answers what is due of parked executions: sleeps end; invocations and fan-outs time out, and their children are
@@ -168,7 +165,7 @@ begin
   v_effects := lose(v_lost, v_now);
   delete from signal where orchestrator_id = any(v_dead);
   delete from orchestrator where id = any(v_dead);
-  perform sweep_limits(v_now);
+  v_effects := merge(v_effects, row(sweep_limits(v_now), '{}')::effects);
   return json_build_object('lost', cardinality(v_lost), 'queues', announce(v_effects.lane_ids, v_now), 'watchers', v_effects.watchers);
 end $$;
 

@@ -9,7 +9,7 @@ alter table task add constraint window_is_whole
   check (num_nulls(window_start, window_end, window_zone) in (0, 3)) not valid;
 alter table task validate constraint window_is_whole;
 
--- A limited lane's work goes through the backlog; every other lane never hears of limits.
+-- A limited lane's ready work stands in the backlog; every other lane never hears of limits.
 alter table lane add column is_limited boolean not null default false;
 
 -- How much of a task may run (concurrency) or start within a period (rate): for the task, or for each value of a
@@ -27,12 +27,11 @@ create table task_limit (
   check (num_nonnulls(declared_max, operator_max) > 0)
 );
 
--- The right of one execution to be ready or to run under a limit. ord: its place in ready.
+-- The right of one running execution to count against a concurrency limit: it lives and goes with the lease.
 create table permit (
   execution_id uuid not null,
   limit_id int not null,
   key text not null,
-  ord bigint not null,
   primary key (execution_id, limit_id)
 ) with (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 5000, autovacuum_vacuum_cost_delay = 0);
 create index permit_limit on permit (limit_id, key);
@@ -42,46 +41,47 @@ create table rate_use (
   limit_id int not null,
   key text not null,
   used_at timestamptz not null,
-  ord bigint not null default nextval('execution_ord'),
-  primary key (limit_id, key, used_at, ord)
+  execution_id uuid not null,
+  primary key (limit_id, key, used_at, execution_id)
 );
+create index rate_use_at on rate_use (limit_id, used_at);
 
--- What waits for a permit. keys: the values of the task's limits, as a JSON array in text.
+-- The ready work of limited lanes. keys: the values of the task's limits, as a JSON array in text.
 create table backlog (
   execution_id uuid primary key,
-  task_id int not null,
-  keys text not null,
   lane_id int not null,
+  is_start boolean not null,
+  keys text not null,
   priority smallint not null,
   ord bigint not null,
-  is_start boolean not null,
   cached_by uuid,
   cached_seq bigint
 ) with (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 5000, autovacuum_vacuum_cost_delay = 0);
-create unique index backlog_order on backlog (task_id, keys, priority desc, ord);
+create unique index backlog_order on backlog (lane_id, is_start, keys, priority desc, ord);
 
 -- The keys that have a backlog, served in turn; a full one stands aside until one of its permits is given back.
 create table backlog_key (
-  task_id int not null,
+  lane_id int not null,
+  is_start boolean not null,
   keys text not null,
   turn bigint not null,
   is_full boolean not null default false,
-  primary key (task_id, keys)
+  primary key (lane_id, is_start, keys)
 ) with (fillfactor = 70);
-create index backlog_key_turn on backlog_key (task_id, turn) where not is_full;
+create index backlog_key_turn on backlog_key (lane_id, is_start, turn) where not is_full;
 
--- Keys that gave a permit back in this transaction; read and removed under the task's admission lock.
-create table freed_key (
-  task_id int not null,
-  keys text not null
-);
-create index freed_key_task on freed_key (task_id);
+-- Why the next claim should look at a limited lane: work came for a key, a limit has room again, or the last claim
+-- left work behind. A lane without such a row costs a claim nothing.
+create table look (
+  lane_id int not null,
+  is_start boolean,
+  keys text,
+  limit_id int,
+  key text
+) with (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 5000, autovacuum_vacuum_cost_delay = 0);
+create index look_lane on look (lane_id);
 
--- When a rate limit lets a task go on.
-create table gate (
-  task_id int primary key,
-  opens_at timestamptz not null
-);
+create type key_room as (is_start boolean, keys text, turn bigint, room int);
 
 -- Until when an execution must have started.
 create table expiry (
@@ -90,7 +90,7 @@ create table expiry (
 );
 create index expiry_due_at on expiry (due_at);
 
--- The accepted call of a throttle's or debounce's period.
+-- The accepted call of a throttle's period, or the pending one of a debounce's.
 create table throttle (
   task_id int not null,
   key text not null check (octet_length(key) <= 200),
@@ -98,3 +98,4 @@ create table throttle (
   until timestamptz not null,
   primary key (task_id, key)
 );
+create index throttle_until on throttle (until);
