@@ -74,9 +74,9 @@ class Claim(Struct):
 
     next_due: float | None = None
     claimed: list[Claimed] | None = None
-
-
     schedules: list[DueSchedule] | None = None
+
+
 class Settled(Struct):
     """What became of a settle: outcomes that were refused, who has new work, who is to be told."""
 
@@ -303,6 +303,8 @@ _beat = _reader(Beat)
 _result = _reader(Result)
 _ended = _reader(list[Ended])
 _outstanding = _reader(Outstanding)
+_fired = _reader(Fired)
+_fired_now = _reader(FiredNow)
 _names = _reader(list[Named])
 _pruned = _reader(Pruned)
 _steps = _reader(list[Recorded])
@@ -343,8 +345,6 @@ class Engine:
     Args:
         schema: The engine's schema.
         clock: Where `p_now` comes from; None leaves the time to the database.
-_fired = _reader(Fired)
-_fired_now = _reader(FiredNow)
     """
 
     def __init__(self, schema: str, clock: Callable[[], datetime] | None = None) -> None:
@@ -444,6 +444,39 @@ _fired_now = _reader(FiredNow)
         parameters = (orchestrator, id, token, name, target, reason, self._now())
         return self._query("cancel_as_step", "uuid uuid bigint text uuid text timestamptz", parameters, _moved)
 
+    def register_schedules(self, deployment: str, schedules: Sequence[NewSchedule]) -> Query[None]:
+        """See 55_schedules.sql, as the next ones."""
+        return self._query(
+            "register_schedules", "text json timestamptz", (deployment, _text(schedules), self._now()), _as_is
+        )
+
+    def fire_schedules(self, fired: Sequence[FiredSchedule]) -> Query[Fired]:
+        """The first to answer what is due wins."""
+        return self._query("fire_schedules", "json timestamptz", (_text(fired), self._now()), _fired)
+
+    def schedule_as_step(self, lease: Sequence[object], name: str, schedule: NewSchedule) -> Query[str]:
+        """`lease`: orchestrator, execution, token. Answers `false` when it is gone."""
+        parameters = (*lease, name, _text([schedule]), self._now())
+        return self._query("schedule_as_step", "uuid uuid bigint text json timestamptz", parameters, _as_is)
+
+    def unschedule_as_step(self, lease: Sequence[object], name: str, task: str, schedule: str) -> Query[str]:
+        """The same for a removal."""
+        parameters = (*lease, name, task, schedule, self._now())
+        return self._query("unschedule_as_step", "uuid uuid bigint text text text timestamptz", parameters, _as_is)
+
+    def pause_schedules(self, task: str, schedule: str | None, *, paused: bool) -> Query[int]:
+        """Answers how many were changed."""
+        parameters = (task, schedule, paused, self._now())
+        return self._query("pause_schedules", "text text boolean timestamptz", parameters, int)
+
+    def fire_now(self, task: str, schedule: str | None) -> Query[FiredNow]:
+        """Start a tick by hand."""
+        return self._query("fire_now", "text text timestamptz", (task, schedule, self._now()), _fired_now, False)
+
+    def list_schedules(self) -> Query[list[Report]]:
+        """For people."""
+        return self._query("list_schedules", "", (), _reports)
+
     def redrive(self, id: str) -> Query[Moved]:
         """See 50_cancel.sql."""
         return self._query("redrive", "uuid", (id,), _moved)
@@ -494,39 +527,6 @@ _fired_now = _reader(FiredNow)
         return self._query("state_of", "uuid", (id,), _as_is)
 
     def load_steps(self, id: str) -> Query[list[Recorded]]:
-    def register_schedules(self, deployment: str, schedules: Sequence[NewSchedule]) -> Query[None]:
-        """See 55_schedules.sql, as the next ones."""
-        return self._query(
-            "register_schedules", "text json timestamptz", (deployment, _text(schedules), self._now()), _as_is
-        )
-
-    def fire_schedules(self, fired: Sequence[FiredSchedule]) -> Query[Fired]:
-        """The first to answer what is due wins."""
-        return self._query("fire_schedules", "json timestamptz", (_text(fired), self._now()), _fired)
-
-    def schedule_as_step(self, lease: Sequence[object], name: str, schedule: NewSchedule) -> Query[str]:
-        """`lease`: orchestrator, execution, token. Answers `false` when it is gone."""
-        parameters = (*lease, name, _text([schedule]), self._now())
-        return self._query("schedule_as_step", "uuid uuid bigint text json timestamptz", parameters, _as_is)
-
-    def unschedule_as_step(self, lease: Sequence[object], name: str, task: str, schedule: str) -> Query[str]:
-        """The same for a removal."""
-        parameters = (*lease, name, task, schedule, self._now())
-        return self._query("unschedule_as_step", "uuid uuid bigint text text text timestamptz", parameters, _as_is)
-
-    def pause_schedules(self, task: str, schedule: str | None, *, paused: bool) -> Query[int]:
-        """Answers how many were changed."""
-        parameters = (task, schedule, paused, self._now())
-        return self._query("pause_schedules", "text text boolean timestamptz", parameters, int)
-
-    def fire_now(self, task: str, schedule: str | None) -> Query[FiredNow]:
-        """Start a tick by hand."""
-        return self._query("fire_now", "text text timestamptz", (task, schedule, self._now()), _fired_now, False)
-
-    def list_schedules(self) -> Query[list[Report]]:
-        """For people."""
-        return self._query("list_schedules", "", (), _reports)
-
         """See 70_inspect.sql."""
         return self._query("load_steps", "uuid", (id,), _steps)
 
