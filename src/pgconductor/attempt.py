@@ -28,13 +28,14 @@ from collections.abc import Awaitable, Callable, Iterable
 from concurrent.futures import Future as ThreadFuture
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from contextvars import ContextVar
+from datetime import timedelta
+from functools import cache
 from typing import Any, Literal, Protocol, TypeVar, cast
 from uuid import UUID
 
 import psycopg
 from msgspec import Raw
 
-from pgconductor.codec import Codec
 from pgconductor.engine import Claimed, Completion, Engine, Fresh, Operation, Outcome, Query, SavedStep
 from pgconductor.errors import AttemptTimeout, ConductorError, Crash, Retry, StaleLease, Suspend, is_permanent
 from pgconductor.faults import fault
@@ -70,6 +71,14 @@ def accept_transaction(attempt: "Attempt", answer: str | None) -> None:
         raise Suspend
     if answer != "saved":
         raise OutcomeUnknown
+
+
+@cache
+def call_handler() -> "Callable[[Attempt], Awaitable[Any]]":
+    """Return what calls a run's handler; it is looked up late, since the contexts are built on this module."""
+    from pgconductor.context import call_handler
+
+    return call_handler
 
 
 def runs_on_loop(task: Task[..., Any]) -> bool:
@@ -135,6 +144,7 @@ class Attempt:
         exit: How the handler is being left, once that is decided.
         closed: Whether the run is over; a thread that outlives it is refused everything.
         has_returned: Whether the handler is over; its context is of no more use to what it left behind.
+        is_in_thread: Whether the handler runs in a thread, and may go on when the run is over.
     """
 
     __slots__ = (
@@ -154,6 +164,7 @@ class Attempt:
         "exit",
         "has_returned",
         "host",
+        "is_in_thread",
         "journal",
         "queue",
         "task",
@@ -168,11 +179,12 @@ class Attempt:
         self.task = task
         self.queue = queue
         self.host = host
-        self.journal = Journal(claimed, token, memos or Memos.of(claimed.steps))
+        self.journal = Journal(claimed, token, memos if memos is not None else Memos.of(claimed.steps))
         self.cancelled = False
         self.exit: Exit | None = None
         self.closed = False
         self.has_returned = False
+        self.is_in_thread = False
         self._main: asyncio.Task[Any] | None = None
         self._busy = 0
         self._quiet = 0
@@ -202,7 +214,10 @@ class Attempt:
             return self.leave(self.exit or "released")
         try:
             fault("before_handler")
-            outcome = self._returned(await self._call_handler())
+            timeout = self.task.config.timeout
+            call = call_handler()
+            value = await (call(self) if timeout is None else self._within(timeout, call))
+            outcome = self._returned(value)
         except asyncio.CancelledError as error:
             outcome = self._stopped(error)
         except (Suspend, Crash):
@@ -219,37 +234,30 @@ class Attempt:
     def _close(self) -> None:
         """End the run; waits that the handler left behind in tasks of its own are ended too."""
         self.closed = True
-        if runs_on_loop(self.task):
+        if not self.is_in_thread:
             self.has_returned = True
         for future in tuple(self._waits):
             future.cancel()
 
-    async def _call_handler(self) -> Any:
-        timeout = self.task.config.timeout
-        if timeout is None:
-            return await self._handler()
+    async def _within(self, timeout: timedelta, call: "Callable[[Attempt], Awaitable[Any]]") -> Any:
         limit = asyncio.timeout(timeout.total_seconds())
         try:
             async with limit:
-                return await self._handler()
+                return await call(self)
         except TimeoutError:
             if limit.expired():
                 raise AttemptTimeout(self.task.name, timeout) from None
             raise
-
-    def _handler(self) -> Awaitable[Any]:
-        # imported late: the contexts are built on this module
-        from pgconductor.context import call_handler
-
-        return call_handler(self)
 
     def _returned(self, value: Any) -> Completion | Outcome | None:
         if self.exit:
             self._warn_of_swallowing()
             return self.leave(self.exit)
         fault("handler_returned")
-        result = Raw(cast("Codec[Any]", self.task.returns).encode(value, "result").encode())
-        self._warn_of_unasked()
+        returns: Any = self.task.returns
+        result = Raw(returns.store(value, "result")[0])
+        if self.journal.memos.operations:
+            self._warn_of_unasked()
         if self.claimed.parent_id is None and not self.journal.has_children:
             return Completion(self.claimed.id, self.token, result)
         return Outcome(self.claimed.id, self.token, "completed", result=result)

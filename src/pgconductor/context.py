@@ -489,15 +489,18 @@ class BatchContext(RunFacts[D]):
 def call_handler(attempt: Attempt) -> Awaitable[Any]:
     """Call a task's handler with its context and payload, wherever it runs."""
     task = attempt.task
-    fn = cast("Callable[..., Any]", task.fn)
-    signature = cast("Any", task.payload)
+    fn: Any = task.fn
+    signature: Any = task.payload
+    payload = bytes(attempt.claimed.payload)
     if task.config.batch is not None:
-        return _call_batch(fn, attempt, signature.decode_element(bytes(attempt.claimed.payload)))
-    args, kwargs = signature.decode_payload(bytes(attempt.claimed.payload))
+        return _call_batch(fn, attempt, signature.decode_element(payload))
+    args, kwargs = signature.decode_payload(payload)
     if attempt.claimed.trigger_kind is not None:
         kwargs.update(handed_over(signature.triggers, attempt.claimed))
     if runs_on_loop(task):
-        return cast("Awaitable[Any]", fn(Context[Any](attempt), *args, **kwargs))
+        context: Context[Any] = Context(attempt)
+        called: Awaitable[Any] = fn(context, *args, **kwargs)
+        return called
     from pgconductor.sync_context import call_in_thread
 
     return call_in_thread(fn, attempt, args, kwargs)

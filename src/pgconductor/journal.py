@@ -101,12 +101,19 @@ class Journal:
         self.memos = memos
         self.unsaved: list[Operation] = []
         self.awaits: dict[str, Await] = {}
-        self.has_children = any(memo.child_id or memo.kind == "invoke_all" for memo in memos.operations.values())
+        self.has_children = False
         self._claimed = claimed
         self._token = token
         self._names: set[str] = set()
         self._calls: dict[str, int] = {}
-        self._unvisited = sum(memo.status != "pending" and not memo.dropped for memo in memos.operations.values())
+        self._unvisited = 0
+        if memos.operations:
+            self._look_back()
+
+    def _look_back(self) -> None:
+        recorded = self.memos.operations.values()
+        self.has_children = any(memo.child_id or memo.kind == "invoke_all" for memo in recorded)
+        self._unvisited = sum(memo.status != "pending" and not memo.dropped for memo in recorded)
 
     @property
     def is_replaying(self) -> bool:

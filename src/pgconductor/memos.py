@@ -31,7 +31,8 @@ class Memos:
     def of(cls, steps: Iterable[Recorded] | None) -> "Memos":
         """Return the memos of what was loaded."""
         memos = cls()
-        memos.merge(steps)
+        if steps:
+            memos.merge(steps)
         return memos
 
     def merge(self, steps: Iterable[Recorded] | None) -> None:

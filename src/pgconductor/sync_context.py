@@ -370,9 +370,10 @@ def call_in_thread(fn: Callable[..., Any], attempt: Attempt, args: Any, kwargs: 
 
     def handle() -> Any:
         try:
-            return fn(SyncContext[Any](attempt), *args, **kwargs)
+            return fn(SyncContext(attempt), *args, **kwargs)
         finally:
             attempt.has_returned = True
 
+    attempt.is_in_thread = True
     context = copy_context()
     return asyncio.wrap_future(attempt.host.submit_thread(lambda: context.run(call_plainly, handle)))
