@@ -39,18 +39,18 @@ insert into pgconductor.execution (id, created_at, lane_id, payload, outcome, fi
 async def run(server: Server) -> Sample:
     """Return what a claim costs beside a backlog, as a multiple of what it costs without."""
     async with bench(server) as it:
-        empty = await _claim_ms(it)
+        empty = await claim_ms(it)
     async with bench(server) as it:
         await it.tasks.noop.invoke(0)
         for statement in FILL.format(rows=ROWS, queues=QUEUES).split(";\n"):
             if statement.strip():
                 await it.database.execute(statement)
-        full = await _claim_ms(it)
+        full = await claim_ms(it)
     details = {"empty_ms": empty, "full_ms": full, "rows_of_each_kind": float(ROWS), "concurrency": CONCURRENCY}
     return Sample(full / empty, details)
 
 
-async def _claim_ms(it: Bench) -> float:
+async def claim_ms(it: Bench) -> float:
     """Claim in batches of 100 what was enqueued before all else; return the milliseconds of one claim."""
     first = [it.tasks.noop.with_options(priority=1).bind(number) for number in range(CLAIMS * BATCH)]
     await it.app.invoke_many(first)
