@@ -14,6 +14,7 @@ from pgconductor.cli.doctor import doctor
 from pgconductor.cli.invoke import invoke
 from pgconductor.cli.queues import queues
 from pgconductor.cli.runs import runs
+from pgconductor.cli.schedules import schedules
 from pgconductor.cli.serve import dev, worker
 from pgconductor.cli.session import Settings
 from pgconductor.cli.status import status
@@ -46,5 +47,5 @@ def main(ctx: click.Context, dsn: str | None, schema: str) -> None:
     ctx.obj = Settings(dsn, schema)
 
 
-for _command in (dev, worker, migrate, invoke, runs, queues, status, doctor, db):
+for _command in (dev, worker, migrate, invoke, runs, queues, schedules, status, doctor, db):
     main.add_command(_command)

@@ -40,6 +40,7 @@ from pgconductor.errors import ChildFailed, ConductorError, Crash
 from pgconductor.host import ProcessHost
 from pgconductor.membership import Membership, Timing
 from pgconductor.memos import Memos
+from pgconductor.schedules import declared_schedules, plan
 from pgconductor.session import Session
 from pgconductor.settler import Effects, Saver, Settler
 from pgconductor.task import Task
@@ -218,6 +219,9 @@ class ManualWorker:
             return False
         for each in claim.claimed or ():
             self._start(each)
+        if claim.schedules:
+            await self._session.run(self._engine.fire_schedules([plan(each) for each in claim.schedules]))
+            return True
         return claim.next_due is not None and claim.next_due <= 0
 
     def _start(self, claimed: Claimed) -> None:
@@ -278,10 +282,10 @@ class ManualWorker:
         tasks = {name: task for name, task in self._app.tasks.items() if task.fn is not None}
         if not tasks or list(self._tasks.values()) == list(tasks.values()):
             return
-        rows = [TaskRow(each.name, each.queue, each.config.max_attempts, each.config.max_crashes,
-                        kept_seconds(each.config.keep_completed), kept_seconds(each.config.keep_failed))
-                for each in tasks.values()]  # fmt: skip
+        rows = [task_row(each) for each in tasks.values()]
         named = await self._session.run(self._engine.register_tasks(self._app.name, rows))
+        schedules = declared_schedules(tasks.values())
+        await self._session.run(self._engine.register_schedules(self._app.name, schedules))
         ids = {each.name: each.id for each in named or ()}
         self._tasks = {ids[name]: task for name, task in tasks.items()}
 
