@@ -116,13 +116,16 @@ class _Runner:
         self._writer.write(msgspec.json.encode(answer) + b"\n")
 
 
+def _is_conductor(value: object) -> bool:
+    return isinstance(value, Conductor)
+
+
 def find_app(module: Mapping[str, Any], schema: str) -> Conductor[Any]:
     """Return the conductor that a module defines or imports."""
-    for value in module.values():
-        if isinstance(value, Conductor):
-            app: Conductor[Any] = value
-            if app.schema == schema:
-                return app
+    apps: list[Conductor[Any]] = [value for value in module.values() if _is_conductor(value)]
+    for app in apps:
+        if app.schema == schema:
+            return app
     raise LookupError("the module of the task has no conductor of this schema among its names")
 
 

@@ -7,7 +7,7 @@ import psycopg
 import pytest
 from psycopg.rows import DictRow
 
-from pgconductor import ChildFailed, ChildTimeout, Conductor, Context, ExecutionFailed, RetryPolicy, StepMismatch
+from pgconductor import Conductor, Context, ExecutionFailed, RetryPolicy, StepMismatch
 from tests.integration.conftest import Working
 from tests.waiting import until
 
@@ -468,92 +468,6 @@ async def test_a_late_result_that_was_caught_stays_late(app: App, working: Worki
     async with working():
         assert await (await parent.invoke()).result(20) == "value"
     assert set(seen) == {"child 'child' did not end within the timeout"}
-
-
-# ---------------------------------------------------------------- timeouts of children and attempts
-
-
-async def test_a_timeout_that_was_caught_stays_when_what_follows_fails(app: App, db: Db, working: Working) -> None:
-    @app.task
-    async def child(ctx: Context) -> None:
-        await ctx.sleep("nap", "1h")
-
-    @app.task(retry=AT_ONCE)
-    async def parent(ctx: Context) -> int:
-        try:
-            await ctx.invoke("child", child.bind(), timeout=0.05)
-        except ChildTimeout:
-            if ctx.attempt == 1:
-                raise ValueError("the fallback failed")  # noqa: B904
-        return ctx.attempt
-
-    async with working():
-        assert await (await parent.invoke()).result(20) == 2
-    assert len(rows(db, "select 1 from executions where task = 'child'")) == 1
-
-
-@pytest.mark.parametrize("way", ["cause", "group"])
-async def test_a_timeout_that_an_error_comes_from_is_invoked_afresh(
-    app: App, db: Db, working: Working, way: str
-) -> None:
-    @app.task(max_attempts=1)
-    async def broken(ctx: Context) -> None:
-        raise ValueError("no")
-
-    @app.task
-    async def child(ctx: Context, attempt: int) -> int:
-        await ctx.sleep("nap", "1h" if attempt == 1 else 0)
-        return attempt
-
-    @app.task(retry=AT_ONCE)
-    async def parent(ctx: Context) -> int:
-        try:
-            return await ctx.invoke("child", child.bind(ctx.attempt), timeout=0.2 if ctx.attempt == 1 else 60)
-        except ChildTimeout as timeout:
-            if way == "cause":
-                raise RuntimeError("late") from timeout
-            try:
-                await ctx.invoke("broken", broken.bind())
-            except ChildFailed as failure:
-                raise ExceptionGroup("both", [failure, timeout]) from None
-        return 0
-
-    async with working():
-        assert await (await parent.invoke()).result(20) == 2
-    assert len(rows(db, "select 1 from executions where task = 'child'")) == 2
-
-
-async def test_an_error_with_attributes_like_ours_is_only_an_error(app: App, working: Working) -> None:
-    class Odd(Exception):
-        operation = ("GET", "/path")
-
-    @app.task(retry=AT_ONCE)
-    async def work(ctx: Context) -> int:
-        if ctx.attempt == 1:
-            raise Odd("odd")
-        return ctx.attempt
-
-    async with working():
-        assert await (await work.invoke()).result(20) == 2
-
-
-async def test_a_fan_out_done_afresh_sees_the_new_children_only(app: App, db: Db, working: Working) -> None:
-    @app.task
-    async def child(ctx: Context, n: int) -> int:
-        await ctx.sleep("nap", "1h" if n < 0 else 0)
-        return n
-
-    @app.task(retry=AT_ONCE)
-    async def parent(ctx: Context) -> list[int]:
-        first = ctx.attempt == 1
-        numbers = [1, 2, -3] if first else [4, 5]
-        values = await ctx.invoke_all("all", [child.bind(n) for n in numbers], timeout=0.5 if first else 60)
-        await ctx.sleep("resume", 0.01)
-        return values
-
-    async with working():
-        assert await (await parent.invoke()).result(20) == [4, 5]
-    assert len(rows(db, "select 1 from executions where task = 'child'")) == 5
 
 
 # ---------------------------------------------------------------- changed code
