@@ -45,6 +45,10 @@ end $$;
 -- Writes executions and the row that makes each of them ready or scheduled. Returns the lanes that have new work.
 create or replace function insert_executions(p_new new_execution[], p_now timestamptz) returns int[]
 language plpgsql volatile set search_path from current as $$
+declare
+  v_lanes int[];
+  v_delayed boolean;
+  v_expiring boolean;
 begin
   insert into execution (id, ord, created_at, lane_id, priority, depth, parent_id, parent_step, parent_round,
                          parent_index, root_id, dedupe_key, trigger, payload, run_at, trigger_kind, trigger_data)
@@ -52,12 +56,19 @@ begin
          n.parent_index, n.root_id, n.dedupe_key, n.trigger, n.payload, nullif(n.due_at, 'infinity'),
          n.trigger_kind, n.trigger_data
   from unnest(p_new) n;
-  insert into timer (execution_id, due_at)
-  select n.id, n.due_at from unnest(p_new) n where n.due_at > p_now;
-  insert into expiry (execution_id, due_at)
-  select n.id, coalesce(n.due_at, p_now) + t.expires_in
-  from unnest(p_new) n join lane l on l.id = n.lane_id join task t on t.id = l.task_id
-  where t.expires_in is not null and n.due_at is distinct from 'infinity';
+  select array_agg(distinct n.lane_id), bool_or(n.due_at is not null) into v_lanes, v_delayed from unnest(p_new) n;
+  select bool_or(t.expires_in is not null) into v_expiring
+  from lane l join task t on t.id = l.task_id where l.id = any(v_lanes);
+  if v_delayed then
+    insert into timer (execution_id, due_at)
+    select n.id, n.due_at from unnest(p_new) n where n.due_at > p_now;
+  end if;
+  if v_expiring then
+    insert into expiry (execution_id, due_at)
+    select n.id, coalesce(n.due_at, p_now) + t.expires_in
+    from unnest(p_new) n join lane l on l.id = n.lane_id join task t on t.id = l.task_id
+    where t.expires_in is not null and n.due_at is distinct from 'infinity';
+  end if;
   return put_ready(array(
     select row(n.lane_id, n.priority, n.ord, n.id, null, null)::ready from unnest(p_new) n
     where n.due_at is null or n.due_at <= p_now));
@@ -175,6 +186,25 @@ begin
   return v_kept;
 end $$;
 
+-- Gives kept executions what later calls with their keys ask for: after the insert, since the kept call may be of the
+-- same batch; by id, so that two batches do not deadlock.
+create or replace function replace_kept(p_calls json, p_new new_execution[], p_kept jsonb, p_now timestamptz)
+returns void
+language plpgsql volatile set search_path from current as $$
+declare
+  v_again record;
+begin
+  for v_again in
+    select (p_kept ->> n.id::text)::uuid as id, n as call
+    from unnest(p_new) n
+    join json_to_recordset(p_calls) as c(id uuid, replace boolean) on c.id = n.id
+    where c.replace and p_kept ->> n.id::text <> n.id::text
+    order by 1, n.ord
+  loop
+    perform replace_unstarted(v_again.id, v_again.call, p_now);
+  end loop;
+end $$;
+
 -- p_calls: [{id, task, queue?, payload, priority?, run_at?, delay? (seconds), dedupe_key?, replace?, trigger?,
 --            throttle? (seconds), debounce? (seconds)}]
 -- p_again: the call is a repetition after a lost reply; executions that exist already are left alone.
@@ -190,7 +220,8 @@ declare
   v_new new_execution[];
   v_ids json;
   v_kept jsonb;
-  v_again record;
+  v_thinned boolean;
+  v_keyed boolean;
 begin
   select array_agg(x.task), array_agg(x.queue) into v_tasks, v_queues
   from (select distinct c.task, c.queue from json_to_recordset(p_calls) as c(task text, queue text)) x;
@@ -199,42 +230,35 @@ begin
   select array_agg(row(c.id, c.lane, nextval('execution_ord'), coalesce(c.priority, 0), 0, null, null, null, null,
                        null, case when c.throttle is null and c.debounce is null then c.dedupe_key end, c.trigger,
                        c.payload, coalesce(c.run_at, v_now + make_interval(secs => coalesce(c.debounce, c.delay))),
-                       null, null)::new_execution)
-  into v_new
+                       null, null)::new_execution),
+         bool_or(coalesce(c.throttle, c.debounce) is not null), bool_or(c.dedupe_key is not null)
+  into v_new, v_thinned, v_keyed
   from (select c.*, x.lane
         from rows from (json_to_recordset(p_calls) as (id uuid, task text, queue text, payload json,
           priority smallint, run_at timestamptz, delay float8, dedupe_key text, trigger text, throttle float8,
           debounce float8)) with ordinality as c
         join unnest(v_tasks, v_queues, v_lanes) as x(task, queue, lane)
           on x.task = c.task and x.queue is not distinct from c.queue
-        where not p_again or not exists (select from execution e where e.id = c.id)
-          and not exists (select from removed r where r.execution_id = c.id)
+        where not p_again or (not exists (select from execution e where e.id = c.id)
+                              and not exists (select from removed r where r.execution_id = c.id))
         order by c.ordinality) c;
 
-  if exists (select from json_to_recordset(p_calls) as c(throttle float8, debounce float8)
-             where coalesce(c.throttle, c.debounce) is not null) then
+  if v_thinned then
     v_kept := thin_calls(p_calls, v_new, v_now);
   end if;
-  if exists (select from unnest(v_new) n where n.dedupe_key is not null) then
+  if v_keyed then
     v_kept := coalesce(v_kept, '{}') || coalesce((
       select jsonb_object_agg(k.new_id, k.kept_id) from claim_keys(v_new) k), '{}');
   end if;
-  if v_kept is not null then
+  if v_kept is null then
+    v_lanes := insert_executions(v_new, v_now);
+  else
     select json_agg(coalesce(v_kept ->> c.id::text, c.id::text)) into v_ids
     from json_to_recordset(p_calls) as c(id uuid);
+    v_lanes := insert_executions(array(
+      select n from unnest(v_new) n where coalesce(v_kept ->> n.id::text, n.id::text) = n.id::text), v_now);
+    perform replace_kept(p_calls, v_new, v_kept, v_now);
   end if;
-  v_lanes := insert_executions(array(
-    select n from unnest(v_new) n where coalesce(v_kept ->> n.id::text, n.id::text) = n.id::text), v_now);
-  -- after the insert, since the kept call may be of this batch; by id, so that two batches do not deadlock
-  for v_again in
-    select (v_kept ->> n.id::text)::uuid as id, n as call
-    from unnest(v_new) n
-    join json_to_recordset(p_calls) as c(id uuid, replace boolean) on c.id = n.id
-    where c.replace and v_kept ->> n.id::text <> n.id::text
-    order by 1, n.ord
-  loop
-    perform replace_unstarted(v_again.id, v_again.call, v_now);
-  end loop;
   if p_notify and cardinality(v_lanes) > 0 then
     perform pg_notify(current_schema(), 'ready ' || (select string_agg(distinct queue_id::text, ' ') from lane
                                                      where id = any(v_lanes)));
