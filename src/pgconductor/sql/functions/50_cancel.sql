@@ -153,7 +153,13 @@ begin
   ) then
     return null;
   end if;
+  select json_build_object('result', case when value::text = 'true' then 'requested' else 'ended' end) into v_answer
+  from step where execution_id = p_id and name = p_name;
+  if found then  -- an earlier try of this call committed, and its answer stands
+    return v_answer;
+  end if;
   v_answer := cancel(p_target, p_reason, v_now);
+  perform tell(array(select json_array_elements_text(v_answer -> 'watchers')));
   insert into step (execution_id, name, kind, status, value, created_at, finished_at)
   values (p_id, p_name, 'call', 'completed',
           to_json(v_answer ->> 'result' in ('cancelled', 'requested')), v_now, v_now)
