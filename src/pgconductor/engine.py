@@ -382,6 +382,10 @@ class Engine:
         parameters = (id, name, version, host, pid, list(queues), self._now())
         return self._query("register_orchestrator", "uuid text text text int text[] timestamptz", parameters, _as_is)
 
+    def note_tasks(self, orchestrator: str, tasks: Sequence[int]) -> Query[None]:
+        """See 05_register.sql."""
+        return self._query("note_tasks", "uuid int[]", (orchestrator, list(tasks)), _as_is)
+
     def enqueue(self, calls: Sequence[NewExecution], *, notify: bool = False, again: bool = False) -> Query[Enqueued]:
         """See 10_enqueue.sql. `again`: a repetition after a lost reply."""
         parameters = (_text(calls), notify, again, self._now())
@@ -553,6 +557,14 @@ class Engine:
     def show_run(self, id: str, limit: int) -> Query[Report | None]:
         """See 75_report.sql. None: no such execution."""
         return self._query("show_run", "uuid int", (id, limit), _report)
+
+    def why_not_running(self, id: str) -> Query[Report | None]:
+        """See 72_why.sql. None: no such execution."""
+        return self._query("why_not_running", "uuid", (id,), _report)
+
+    def list_workers(self) -> Query[list[Report]]:
+        """See 72_why.sql."""
+        return self._query("list_workers", "", (), _reports)
 
     def list_queues(self) -> Query[list[Report]]:
         """See 75_report.sql."""

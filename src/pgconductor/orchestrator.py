@@ -328,6 +328,7 @@ class _Process:
             [worker.queue for worker in self._workers],
         )
         await self._other_session.run(query, timeout=timeout)
+        await self._other_session.run(self._engine.note_tasks(id, sorted(self.crew.tasks)), timeout=timeout)
         self._membership.join(id, asked_at)
         self._host.orchestrator_id = id
 

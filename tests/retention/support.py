@@ -1,5 +1,6 @@
 """Executions of a given age, and pruning at a given instant."""
 
+from typing import Any
 from uuid import UUID
 
 from tests.sql.support import Db, Json, at, blank, call, claim_one, enqueue, finish, op, park, register
@@ -28,12 +29,12 @@ def keep(db: Db, completed: float = 7 * DAY, failed: float = 30 * DAY, *tasks: s
     register(db, *(tasks or ("work", "child")), keep_completed=completed, keep_failed=failed)
 
 
-def ready(db: Db, now: float = 0, number: int = 0, **options: object) -> str:
+def ready(db: Db, now: float = 0, number: int = 0, **options: Any) -> str:
     """Enqueue an execution whose id is of its time."""
     return enqueue(db, id=id_at(now, number), now=now, **options)
 
 
-def completed(db: Db, now: float = 0, number: int = 0, **options: object) -> str:
+def completed(db: Db, now: float = 0, number: int = 0, **options: Any) -> str:
     """Return an execution without children that was enqueued and completed at an instant."""
     id = ready(db, now, number, **options)
     claim_one(db, now=now)

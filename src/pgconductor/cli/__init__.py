@@ -19,6 +19,7 @@ from pgconductor.cli.serve import dev, worker
 from pgconductor.cli.session import Settings
 from pgconductor.cli.status import status
 from pgconductor.cli.text import redacted, safe
+from pgconductor.cli.workers import workers
 from pgconductor.errors import ConductorError
 
 
@@ -47,5 +48,5 @@ def main(ctx: click.Context, dsn: str | None, schema: str) -> None:
     ctx.obj = Settings(dsn, schema)
 
 
-for _command in (dev, worker, migrate, invoke, runs, queues, schedules, status, doctor, db):
+for _command in (dev, worker, migrate, invoke, runs, queues, workers, schedules, status, doctor, db):
     main.add_command(_command)

@@ -20,7 +20,7 @@ NOTES_WIDTH_MIN: Final = 110
 
 @click.group()
 def runs() -> None:
-    """List, show, cancel and retry executions."""
+    """List, show, explain, cancel and retry executions."""
 
 
 @runs.command("list")
@@ -81,6 +81,26 @@ def show(settings: Settings, execution: UUID, as_json: bool) -> None:
         print_json(found)
     else:
         print_run(console(), found, NODES_MAX)
+
+
+@runs.command()
+@click.argument("execution", type=click.UUID)
+@json_option
+@pass_settings
+def why(settings: Settings, execution: UUID, as_json: bool) -> None:
+    """Say what keeps an execution from running."""
+    found = settings.ask(lambda client, engine: client.run(engine.why_not_running(str(execution))))
+    if found is None:
+        raise ExecutionNotFound(execution)
+    if as_json:
+        return print_json(found)
+    out = console()
+    out.print(state(found["state"]), Text(line(f"{found['task']} in queue {found['queue']}")), soft_wrap=True)
+    for reason in found["reasons"]:
+        out.print(Text(f"  {line(reason['text'])}"), soft_wrap=True)
+        for holder in reason.get("holders") or ():
+            out.print(Text(f"    held by {holder}", style="dim"), soft_wrap=True)
+    return None
 
 
 @runs.command()

@@ -59,3 +59,9 @@ begin
   values (p_id, p_name, p_version, p_host, p_pid, p_queues, v_now, v_now)
   on conflict (id) do nothing;
 end $$;
+
+-- Notes which tasks a process can run, so that others can say who is missing. Called after each registration.
+create or replace function note_tasks(p_orchestrator uuid, p_tasks int[]) returns void
+language sql volatile set search_path from current as $$
+  update orchestrator set task_ids = p_tasks where id = p_orchestrator
+$$;

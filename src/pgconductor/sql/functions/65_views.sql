@@ -42,5 +42,8 @@ group by q.id, q.name, q.paused_at;
 
 create or replace view workers as
 select o.id, o.name, o.version, o.host, o.pid, o.queues, o.started_at, o.beat_at, o.stopping_at,
-       (select count(*) from lease l where l.orchestrator_id = o.id) as running_count
+       (select count(*) from lease l where l.orchestrator_id = o.id) as running_count,
+       case when o.task_ids is not null then
+         array(select t.name from task t where t.id = any(o.task_ids) order by t.name) end as tasks,
+       o.stop_requested_at
 from orchestrator o;

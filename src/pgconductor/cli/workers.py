@@ -1,0 +1,43 @@
+"""`pgconductor workers`: the processes, what they work on, and whether they live."""
+
+import click
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from pgconductor.cli.session import Settings, json_option, pass_settings, print_json
+from pgconductor.cli.text import ago, console, line
+
+
+@click.group()
+def workers() -> None:
+    """List the processes that run executions."""
+
+
+@workers.command("list")
+@json_option
+@pass_settings
+def list_(settings: Settings, as_json: bool) -> None:
+    """List the processes with their queues, tasks and running executions."""
+    found = settings.ask(lambda client, engine: client.run(engine.list_workers()))
+    if as_json:
+        return print_json(found)
+    table = Table(box=box.SIMPLE_HEAD, header_style="bold", show_edge=False, collapse_padding=True)
+    for name in ("worker", "version", "queues", "tasks", "running", "since", "last beat"):
+        table.add_column(name, justify="right" if name == "running" else "left")
+    for each in found:
+        tasks = "not told" if each["tasks"] is None else line(", ".join(each["tasks"]), 60)
+        table.add_row(
+            line(f"{each['host']}:{each['pid']}"), line(each["version"]), line(", ".join(each["queues"]), 60),
+            tasks, str(each["running_count"]), ago(each["started_at"]),
+            sign_of_life(each["live"], each["beat_at"], each["stop_requested_at"] or each["stopping_at"]),
+        )  # fmt: skip
+    console().print(table if found else "no workers; start one with `pgconductor worker module:app`")
+    return None
+
+
+def sign_of_life(live: bool, beat_at: str, stops_at: str | None) -> Text:
+    """Say when a process was last heard of, or that it is stopping."""
+    if not live:
+        return Text(ago(beat_at), style="red")
+    return Text("stopping", style="yellow") if stops_at else Text(ago(beat_at))
