@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, Final, cast
 
 from pgconductor.annotations import admits, describe_type
+from pgconductor.engine import LimitRow, TaskRow, kept_seconds
 from pgconductor.errors import ConfigurationError
 from pgconductor.model import Change, Cron, Event, Invocable, OnChange, OnEvent, Tick, Trigger
 from pgconductor.options import TaskConfig, TaskOptions, configure_task
@@ -46,6 +47,32 @@ def make_reference(name: str, payload: type[Any], returns: Any, queue: str, clie
     return Task(None, config, payload=signature, returns=signature.returns, client=client)
 
 
+def task_row(task: Task[..., Any]) -> TaskRow:
+    """Return what the database must know of a task."""
+    config, window = task.config, task.config.window
+    return TaskRow(
+        config.name,
+        config.queue,
+        config.max_attempts,
+        config.max_crashes,
+        keep_completed=kept_seconds(config.keep_completed),
+        keep_failed=kept_seconds(config.keep_failed),
+        expires=None if config.expires is None else config.expires.total_seconds(),
+        window_start=None if window is None else window.start.isoformat(),
+        window_end=None if window is None else window.end.isoformat(),
+        window_zone=None if window is None else window.tz,
+        limits=_limits(config),
+    )
+
+
+def _limits(config: TaskConfig) -> list[LimitRow]:
+    limits = [LimitRow("concurrency", each.key, each.limit) for each in config.concurrency]
+    rate = config.rate_limit
+    if rate is not None:
+        limits.append(LimitRow("rate", rate.key, rate.limit, rate.per.total_seconds()))
+    return limits
+
+
 def _is_async(fn: Callable[..., Any]) -> bool:
     while hasattr(fn, "func") and hasattr(fn, "keywords"):  # functools.partial
         fn = cast("Any", fn).func
@@ -76,19 +103,10 @@ def _check_trigger(trigger: Trigger, config: TaskConfig, signature: Signature) -
 
 
 def _check_schedules(config: TaskConfig) -> None:
-    """Refuse expressions that cannot be read, and schedules of one name: the name tells them apart."""
-    names: set[str] = set()
+    """Refuse expressions that cannot be read or never fire."""
     for trigger in config.triggers:
-        if not isinstance(trigger, Cron):
-            continue
-        recurrence(trigger.expr, trigger.tz)
-        if trigger.name in names:
-            raise ConfigurationError(
-                f"task {config.name!r}: cron({trigger.expr!r})",
-                f"another of its schedules is named {trigger.name!r} too",
-                "give each a name=",
-            )
-        names.add(trigger.name)
+        if isinstance(trigger, Cron):
+            recurrence(trigger.expr, trigger.tz)
 
 
 def _described(trigger: Trigger) -> str:

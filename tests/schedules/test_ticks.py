@@ -110,7 +110,6 @@ def test_ticks_are_what_a_scan_of_the_clock_finds(
         assert shown(found, zone) == shown(expected, zone)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("first", range(0, 600, 100))
 def test_a_daily_tick_comes_once_a_day_in_every_zone(first: int) -> None:
     for zone in sorted(available_timezones())[first : first + 100]:
@@ -132,33 +131,37 @@ def test_a_daily_tick_comes_on_every_day_of_ten_years(zone: str) -> None:
 # ---------------------------------------------------------------- single days, written out
 
 
+def short(ticks: list[str]) -> list[str]:
+    return [datetime.fromisoformat(tick).strftime("%m-%d %H:%M:%S%z") for tick in ticks]
+
+
 @pytest.mark.parametrize(
     ("expr", "zone", "after", "expected"),
     [
         # Berlin: 2:00 to 3:00 is skipped in spring and repeated in autumn
-        ("30 2 * * *", "Europe/Berlin", "2026-03-28T12:00Z", ["2026-03-29T03:00:00+02:00", "2026-03-30T02:30:00+02:00"]),
-        ("30 2 * * *", "Europe/Berlin", "2026-10-24T12:00Z", ["2026-10-25T02:30:00+02:00", "2026-10-26T02:30:00+01:00"]),
-        ("0,30 2 * * *", "Europe/Berlin", "2026-03-28T12:00Z", ["2026-03-29T03:00:00+02:00", "2026-03-30T02:00:00+02:00"]),
-        ("*/30 2 * * *", "Europe/Berlin", "2026-03-28T12:00Z", ["2026-03-30T02:00:00+02:00", "2026-03-30T02:30:00+02:00"]),
+        ("30 2 * * *", "Europe/Berlin", "2026-03-28T12:00Z", ["03-29 03:00:00+0200", "03-30 02:30:00+0200"]),
+        ("30 2 * * *", "Europe/Berlin", "2026-10-24T12:00Z", ["10-25 02:30:00+0200", "10-26 02:30:00+0100"]),
+        ("0,30 2 * * *", "Europe/Berlin", "2026-03-28T12:00Z", ["03-29 03:00:00+0200", "03-30 02:00:00+0200"]),
+        ("*/30 2 * * *", "Europe/Berlin", "2026-03-28T12:00Z", ["03-30 02:00:00+0200", "03-30 02:30:00+0200"]),
         (
             "*/30 2 * * *", "Europe/Berlin", "2026-10-24T12:00Z",
-            ["2026-10-25T02:00:00+02:00", "2026-10-25T02:30:00+02:00", "2026-10-25T02:00:00+01:00", "2026-10-25T02:30:00+01:00"],
+            ["10-25 02:00:00+0200", "10-25 02:30:00+0200", "10-25 02:00:00+0100", "10-25 02:30:00+0100"],
         ),
-        ("15 30 2 * * *", "Europe/Berlin", "2026-03-28T12:00Z", ["2026-03-29T03:00:00+02:00", "2026-03-30T02:30:15+02:00"]),
+        ("15 30 2 * * *", "Europe/Berlin", "2026-03-28T12:00Z", ["03-29 03:00:00+0200", "03-30 02:30:15+0200"]),
         # asked for in the repeated hour, a fixed time of its first run is over
-        ("50 2 * * *", "Europe/Berlin", "2026-10-25T01:15Z", ["2026-10-26T02:50:00+01:00"]),
+        ("50 2 * * *", "Europe/Berlin", "2026-10-25T01:15Z", ["10-26 02:50:00+0100"]),
         # Lord Howe: half an hour
-        ("15 2 * * *", "Australia/Lord_Howe", "2026-10-03T00:00Z", ["2026-10-04T02:30:00+11:00", "2026-10-05T02:15:00+11:00"]),
-        ("45 1 * * *", "Australia/Lord_Howe", "2026-04-04T00:00Z", ["2026-04-05T01:45:00+11:00", "2026-04-06T01:45:00+10:30"]),
+        ("15 2 * * *", "Australia/Lord_Howe", "2026-10-03T00:00Z", ["10-04 02:30:00+1100", "10-05 02:15:00+1100"]),
+        ("45 1 * * *", "Australia/Lord_Howe", "2026-04-04T00:00Z", ["04-05 01:45:00+1100", "04-06 01:45:00+1030"]),
         # Santiago: midnight itself is skipped
-        ("0 0 * * *", "America/Santiago", "2026-09-05T12:00Z", ["2026-09-06T01:00:00-03:00", "2026-09-07T00:00:00-03:00"]),
-        ("*/20 0 * * *", "America/Santiago", "2026-09-05T12:00Z", ["2026-09-07T00:00:00-03:00", "2026-09-07T00:20:00-03:00"]),
+        ("0 0 * * *", "America/Santiago", "2026-09-05T12:00Z", ["09-06 01:00:00-0300", "09-07 00:00:00-0300"]),
+        ("*/20 0 * * *", "America/Santiago", "2026-09-05T12:00Z", ["09-07 00:00:00-0300", "09-07 00:20:00-0300"]),
         # Samoa left out the 30th of December 2011
-        ("0 9 * * *", "Pacific/Apia", "2011-12-29T20:00Z", ["2011-12-31T00:00:00+14:00", "2011-12-31T09:00:00+14:00"]),
+        ("0 9 * * *", "Pacific/Apia", "2011-12-29T20:00Z", ["12-31 00:00:00+1400", "12-31 09:00:00+1400"]),
     ],
 )  # fmt: skip
 def test_days_on_which_the_clock_is_changed(expr: str, zone: str, after: str, expected: list[str]) -> None:
-    assert some(expr, zone, after, len(expected)) == expected
+    assert short(some(expr, zone, after, len(expected))) == expected
 
 
 @pytest.mark.parametrize(
@@ -207,7 +210,7 @@ def test_names_stand_for_fields() -> None:
         ("* * * * 8", "day-of-week"),
         ("*/0 * * * *", "minute"),
         ("5-1 * * * *", "minute"),
-        ("١ * * * *", "minute"),
+        ("\u0661 * * * *", "minute"),
         ("0 0 30 2 *", "day"),
         ("0 0 31 4,6,9,11 *", "day"),
         ("every day", "fields"),
