@@ -2,13 +2,15 @@
 
 import asyncio
 import contextlib
+import select
+import threading
 from collections.abc import AsyncGenerator, Callable, Generator
 from concurrent.futures import Future as ThreadFuture
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import psycopg
-from psycopg_pool import AsyncConnectionPool, ConnectionPool, PoolTimeout
+from psycopg.pq import TransactionStatus
 
 from pgconductor.attempt import OutcomeUnknown
 from pgconductor.engine import Operation, SavedStep
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     from pgconductor.settler import Saver
 
 T = TypeVar("T")
-POOL_SIZE_MAX: Final = 8
+CONNECTIONS_MAX: Final = 8
 _TRANSACTION_OPTIONS: Final = "-c idle_in_transaction_session_timeout=60s"
 
 
@@ -61,9 +63,10 @@ class ProcessHost:
         self._saver = saver
         self._session = session
         self._threads = threads
-        self._pool: AsyncConnectionPool[psycopg.AsyncConnection[Any]] | None = None
-        self._sync_pool: ConnectionPool[psycopg.Connection[Any]] | None = None
-        self._pool_lock = asyncio.Lock()
+        self._idle: list[psycopg.AsyncConnection[Any]] = []
+        self._idle_sync: list[psycopg.Connection[Any]] = []
+        self._slots = asyncio.Semaphore(CONNECTIONS_MAX)
+        self._slots_sync = threading.BoundedSemaphore(CONNECTIONS_MAX)
 
     def is_stopping(self) -> bool:
         """Whether a graceful stop has begun."""
@@ -87,47 +90,72 @@ class ProcessHost:
 
     @asynccontextmanager
     async def transaction(self) -> AsyncGenerator[psycopg.AsyncConnection[Any]]:
-        """Lend a connection, once there is one: that the database is away is nobody's failure.
+        """Lend a connection. That the database is away is nobody's failure.
 
         Raises:
-            OutcomeUnknown: There has been none for half a minute. Nothing was done.
+            OutcomeUnknown: There is none to be had. Nothing was done.
         """
-        async with self._pool_lock:
-            if self._pool is None:
-                self._pool = AsyncConnectionPool(
-                    self._pool_dsn(), min_size=0, max_size=POOL_SIZE_MAX, open=False, kwargs={"prepare_threshold": None}
-                )
-                await self._pool.open()
-        async with AsyncExitStack() as stack:
+        async with self._slots:
+            connection = await self._take()
             try:
-                connection = await stack.enter_async_context(self._pool.connection())
-            except PoolTimeout as error:
-                raise OutcomeUnknown from error
-            yield connection
+                yield connection
+            finally:
+                if connection.pgconn.transaction_status == TransactionStatus.IDLE:
+                    self._idle.append(connection)
+                else:
+                    await connection.close()
 
     @contextmanager
     def sync_transaction(self) -> Generator[psycopg.Connection[Any]]:
         """Lend a connection to a thread; as `transaction`."""
-        if self._sync_pool is None:
-            self._sync_pool = ConnectionPool(
-                self._pool_dsn(), min_size=0, max_size=POOL_SIZE_MAX, open=True, kwargs={"prepare_threshold": None}
-            )
-        with ExitStack() as stack:
+        with self._slots_sync:
+            connection = self._take_sync()
             try:
-                connection = stack.enter_context(self._sync_pool.connection())
-            except PoolTimeout as error:
-                raise OutcomeUnknown from error
-            yield connection
+                yield connection
+            finally:
+                if connection.pgconn.transaction_status == TransactionStatus.IDLE:
+                    self._idle_sync.append(connection)
+                else:
+                    connection.close()
+
+    async def _take(self) -> psycopg.AsyncConnection[Any]:
+        while self._idle:
+            connection = self._idle.pop()
+            if not has_spoken(connection.pgconn.socket):
+                return connection
+            await connection.close()
+        try:
+            return await psycopg.AsyncConnection.connect(self._transaction_dsn(), prepare_threshold=None)
+        except psycopg.OperationalError as error:
+            raise OutcomeUnknown from error
+
+    def _take_sync(self) -> psycopg.Connection[Any]:
+        with contextlib.suppress(IndexError):  # other threads take some too
+            while True:
+                connection = self._idle_sync.pop()
+                if not has_spoken(connection.pgconn.socket):
+                    return connection
+                connection.close()
+        try:
+            return psycopg.Connection.connect(self._transaction_dsn(), prepare_threshold=None)
+        except psycopg.OperationalError as error:
+            raise OutcomeUnknown from error
 
     async def close(self) -> None:
         """Close the connections of transactions and let the threads end."""
         self._threads.close()
         await self.processes.close()
-        if self._pool is not None:
-            await self._pool.close(timeout=1)
-        if self._sync_pool is not None:
-            with contextlib.suppress(Exception):
-                await asyncio.to_thread(self._sync_pool.close, 1)
+        for connection in self._idle:
+            await connection.close()
+        for sync_connection in self._idle_sync:
+            sync_connection.close()
 
-    def _pool_dsn(self) -> str:
+    def _transaction_dsn(self) -> str:
         return connection_string(self._dsn, "pgconductor transaction", options=_TRANSACTION_OPTIONS)
+
+
+def has_spoken(descriptor: int) -> bool:
+    """Tell, without a round trip, whether the server has said something on an idle connection: that it is gone."""
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    return bool(poll.poll(0))
