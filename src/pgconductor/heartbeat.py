@@ -5,7 +5,11 @@ pool that is exhausted must not either, so they do not share a connection. The t
 own, where a call that gets no answer can be given up. What it learns it hands to the main loop: cancel signals, that
 the process was declared dead, and work that the sweep took over from others.
 
-Beside the beat it runs the sweep, and a watchdog: while handlers run, the main loop notes the time every quarter of a
+Beside the beat it runs the sweep. After a long time without answers it lets a whole lease go by before it sweeps again:
+where the server was away, or this process stood still, the others must be given the time to show that they live. The
+engine asks when the server was started for the same reason, which does not cover the time that its recovery took.
+
+There is a watchdog, too: while handlers run, the main loop notes the time every quarter of a
 second; when it has not for longer than the stall limit, the watchdog logs what the loop is doing, once a stall.
 """
 
@@ -109,6 +113,7 @@ class Heartbeat:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._poke: asyncio.Event | None = None
         self._ended = False
+        self._sweeps_from = 0.0
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._run, name="pgconductor heartbeat", daemon=True)
 
@@ -144,7 +149,8 @@ class Heartbeat:
             self._poke.clear()
             began_at = time.monotonic()
             await self._guard(self._beat(session))
-            if began_at - swept_at >= self._timing.sweep * 0.9 and not self._ended:
+            is_due = began_at - swept_at >= self._timing.sweep * 0.9 and began_at >= self._sweeps_from
+            if is_due and not self._ended:
                 swept_at = began_at
                 await self._guard(self._sweep(session))
             with contextlib.suppress(TimeoutError):
@@ -167,7 +173,10 @@ class Heartbeat:
         id, asked_at = self._membership.id, time.monotonic()
         # A call that is repeated after a broken connection would count from its first try: too early, never too late.
         beat = await session.run(self._engine.beat(id, self.is_stopping), timeout=self._timing.beat)
-        self.answered_at = time.monotonic()
+        now = time.monotonic()
+        if self.answered_at and now - self.answered_at > self._timing.expiry / 2:
+            self._sweeps_from = now + self._timing.expiry
+        self.answered_at = now
         if not beat.alive:
             self._tell(self._listener.on_declared_dead, id)
             return
