@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any, Final, cast
 
 from pgconductor.annotations import admits, describe_type
-from pgconductor.engine import LimitRow, TaskRow, kept_seconds
 from pgconductor.errors import ConfigurationError
 from pgconductor.model import Change, Cron, Event, Invocable, OnChange, OnEvent, Tick, Trigger
 from pgconductor.options import TaskConfig, TaskOptions, configure_task
@@ -45,32 +44,6 @@ def make_reference(name: str, payload: type[Any], returns: Any, queue: str, clie
     config = configure_task(name, is_async=True, options=TaskOptions(queue=queue))
     signature = signature_of_reference(config.name, payload, returns)
     return Task(None, config, payload=signature, returns=signature.returns, client=client)
-
-
-def task_row(task: Task[..., Any]) -> TaskRow:
-    """Return what the database must know of a task."""
-    config, window = task.config, task.config.window
-    return TaskRow(
-        config.name,
-        config.queue,
-        config.max_attempts,
-        config.max_crashes,
-        keep_completed=kept_seconds(config.keep_completed),
-        keep_failed=kept_seconds(config.keep_failed),
-        expires=None if config.expires is None else config.expires.total_seconds(),
-        window_start=None if window is None else window.start.isoformat(),
-        window_end=None if window is None else window.end.isoformat(),
-        window_zone=None if window is None else window.tz,
-        limits=_limits(config),
-    )
-
-
-def _limits(config: TaskConfig) -> list[LimitRow]:
-    limits = [LimitRow("concurrency", each.key, each.limit) for each in config.concurrency]
-    rate = config.rate_limit
-    if rate is not None:
-        limits.append(LimitRow("rate", rate.key, rate.limit, rate.per.total_seconds()))
-    return limits
 
 
 def _is_async(fn: Callable[..., Any]) -> bool:
