@@ -40,6 +40,7 @@ from pgconductor.engine import Claimed, Completion, Engine, Fresh, Operation, Ou
 from pgconductor.errors import AttemptTimeout, ConductorError, Crash, Retry, StaleLease, Suspend, is_permanent
 from pgconductor.faults import fault
 from pgconductor.journal import Journal, timed_out_operations
+from pgconductor.logs import current_run
 from pgconductor.memos import Memos
 from pgconductor.stored_error import error_to_json
 from pgconductor.task import Task
@@ -210,6 +211,7 @@ class Attempt:
             What is to be settled; None when there is nothing, since the lease is lost.
         """
         self._main = asyncio.current_task()
+        current_run.set(self)
         if self.is_over():
             return self.leave(self.exit or "released")
         try:
@@ -303,6 +305,19 @@ class Attempt:
         log.warning("%s failed, attempt %d; again in %.3gs", self.label, number, delay, exc_info=error)
         fresh = [Fresh(name, round_) for name, round_ in sorted(timed_out_operations(error))]
         return Outcome(self.claimed.id, self.token, "retried", error=stored, delay=delay, fresh=fresh or None)
+
+    def log_ids(self) -> dict[str, Any]:
+        """Return what each log line of the run tells of it."""
+        claimed = self.claimed
+        return {
+            "execution_id": claimed.id,
+            "root_id": claimed.root_id or claimed.id,
+            "parent_id": claimed.parent_id,
+            "task": self.task.name,
+            "queue": self.queue,
+            "attempt": claimed.failures + 1,
+            "step": inside_step.get(),
+        }
 
     @property
     def label(self) -> str:

@@ -93,18 +93,7 @@ class RunLogger(logging.LoggerAdapter[logging.Logger]):
     """Put the ids of the run on every line, and drop the lines that an earlier run has written."""
 
     def __init__(self, attempt: "Attempt") -> None:
-        claimed = attempt.claimed
-        super().__init__(
-            logging.getLogger(f"pgconductor.task.{attempt.task.name}"),
-            {
-                "execution_id": claimed.id,
-                "root_id": claimed.root_id or claimed.id,
-                "parent_id": claimed.parent_id,
-                "task": attempt.task.name,
-                "queue": attempt.queue,
-                "attempt": claimed.failures + 1,
-            },
-        )
+        super().__init__(logging.getLogger(f"pgconductor.task.{attempt.task.name}"), {})
         self._attempt = attempt
 
     def isEnabledFor(self, level: int) -> bool:  # noqa: N802  (the standard library's name)
@@ -113,7 +102,7 @@ class RunLogger(logging.LoggerAdapter[logging.Logger]):
 
     def process(self, msg: Any, kwargs: MutableMapping[str, Any]) -> tuple[Any, MutableMapping[str, Any]]:
         """Merge the ids with what the line brings itself."""
-        kwargs["extra"] = {**cast("dict[str, Any]", self.extra), **(kwargs.get("extra") or {})}
+        kwargs["extra"] = {**self._attempt.log_ids(), **(kwargs.get("extra") or {})}
         return msg, kwargs
 
 

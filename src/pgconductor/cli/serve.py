@@ -19,6 +19,7 @@ from pgconductor import embedded
 from pgconductor.cli.session import Settings, pass_settings
 from pgconductor.cli.text import console, line, redacted_dsn
 from pgconductor.conductor import Conductor
+from pgconductor.logs import JsonFormatter
 from pgconductor.orchestrator import Orchestrator
 
 STOP_SECONDS_MAX = 40
@@ -29,13 +30,16 @@ STOP_SECONDS_MAX = 40
 @click.option("--queue", "-q", "queues", multiple=True, metavar="NAME[=N]", help="A queue, with its concurrency.")
 @click.option("--concurrency", default=10, show_default=True, type=click.IntRange(1, 10_000), help="Of other queues.")
 @click.option("--log-level", default="info", show_default=True, help="What is logged to the terminal.")
+@click.option("--log-format", default="text", show_default=True, type=click.Choice(["text", "json"]), help="How.")
 @pass_settings
-def worker(settings: Settings, application: str, queues: tuple[str, ...], concurrency: int, log_level: str) -> None:
+def worker(
+    settings: Settings, application: str, queues: tuple[str, ...], concurrency: int, log_level: str, log_format: str
+) -> None:
     """Run the executions of an application, until SIGTERM or SIGINT.
 
     pgconductor worker shop.tasks:app -q default=20 -q mail=2
     """
-    _log(log_level)
+    _log(log_level, log_format)
     app = load(application, settings)
     asyncio.run(_work(app, parse_queues(queues, concurrency), concurrency))
 
@@ -116,11 +120,14 @@ async def _work(app: Conductor[Any], queues: dict[str, int] | None, concurrency:
         await app.close()
 
 
-def _log(level: str) -> None:
+def _log(level: str, form: str) -> None:
     number = logging.getLevelNamesMapping().get(level.upper())
     if number is None:
         raise click.BadParameter(f"{level!r} is not a level", param_hint="--log-level")
-    handler = RichHandler(show_path=False, markup=False) if sys.stderr.isatty() else logging.StreamHandler()
+    is_pretty = sys.stderr.isatty() and form == "text"
+    handler = RichHandler(show_path=False, markup=False) if is_pretty else logging.StreamHandler()
+    if form == "json":
+        handler.setFormatter(JsonFormatter())
     logging.basicConfig(level=number, handlers=[handler], format="%(levelname)s %(name)s: %(message)s")
 
 
