@@ -144,6 +144,19 @@ class Outstanding(Struct):
     leased: int
     next_due: datetime | None = None
 
+class TriggerStep(Struct):
+    """The next thing in which the triggers on tables differ from the code; see 57_changes.sql, `next_trigger`."""
+
+    name: str
+    task: str
+    table: str
+    op: str
+    when: str | None
+    statements: list[str]
+    otherwise: list[str]
+    comment: str | None
+
+
 
 class Pruned(Struct):
     """How much was removed, and whether there is more to do now."""
@@ -296,6 +309,16 @@ def _reader(type_: type[T] | Any) -> Callable[[Any], Any]:
 _encode = msgspec.json.Encoder(uuid_format="canonical").encode
 _claim = _reader(Claim)
 _settled = _reader(Settled)
+class TriggerRow(Struct, omit_defaults=True):
+    """A subscription of a task to changes of a table's rows."""
+
+    task: str
+    table: str
+    op: str
+    columns: Sequence[str]
+    when: str | None = None
+
+
 _saved = _reader(Saved)
 _moved = _reader(Moved)
 _enqueued = _reader(Enqueued)
@@ -329,6 +352,7 @@ select cast(json_build_object(
 def _text(value: object) -> str:
     return _encode(value).decode()
 
+_trigger_step = _reader(TriggerStep)
 
 def _as_is(answer: Any) -> Any:
     return answer
@@ -406,6 +430,12 @@ class Engine:
         return Query(statement, (_text(calls),), _enqueued, harmless=False)
 
     def claim(
+    def next_trigger(
+        self, deployment: str, triggers: Sequence[TriggerRow], *, apply: bool = False
+    ) -> Query[TriggerStep | None]:
+        """See 57_changes.sql. None: the triggers are as the code says."""
+        return self._query("next_trigger", "text json boolean", (deployment, _text(triggers), apply), _trigger_step)
+
         self, orchestrator: str, token: int, wants: Sequence[Want], tasks: Sequence[int], *, fire: bool = False
     ) -> Query[Claim | None]:
         """See 20_claim.sql. None: the process was declared dead."""

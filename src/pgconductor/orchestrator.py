@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 from uuid import UUID, uuid4
 
 from pgconductor import stop_signals
+from pgconductor.changes import register_changes
 from pgconductor.claimer import Claimer
 from pgconductor.crew import Crew
 from pgconductor.durations import Duration, parse_duration
@@ -262,6 +263,7 @@ class _Process:
             TaskRow(
                 task.name,
                 task.queue,
+        await register_changes(session, self._conductor.dsn, engine, self._conductor.name, tasks.values())
                 task.config.max_attempts,
                 task.config.max_crashes,
                 keep_completed=kept_seconds(task.config.keep_completed),
