@@ -77,6 +77,7 @@ class Scheduler:
         left: Sequence[DueSchedule] | None = None
         for part in _parts(planned):
             answer = await self._session.run(self._engine.fire_schedules(part))
+            fault("after_fire")
             self._on_effects(Effects(answer.queues, next_due=answer.next_due))
             left = answer.due
         return left
