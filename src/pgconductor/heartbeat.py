@@ -5,9 +5,10 @@ pool that is exhausted must not either, so they do not share a connection. The t
 own, where a call that gets no answer can be given up. What it learns it hands to the main loop: cancel signals, that
 the process was declared dead, and work that the sweep took over from others.
 
-Beside the beat it runs the sweep. After a long time without answers it lets a whole lease go by before it sweeps again:
-where the server was away, or this process stood still, the others must be given the time to show that they live. The
-engine asks when the server was started for the same reason, which does not cover the time that its recovery took.
+Beside the beat it runs the sweep, but not where the beat before it got no answer: the process could sweep itself.
+After a long time without answers it lets a whole lease go by before it sweeps again: where the server was away, or
+this process stood still, the others must be given the time to show that they live. The engine asks when the server
+was started for the same reason, which does not cover the time that its recovery took.
 
 There is a watchdog, too: while handlers run, the main loop notes the time every quarter of a
 second; when it has not for longer than the stall limit, the watchdog logs what the loop is doing, once a stall.
@@ -45,6 +46,10 @@ class Listener(Protocol):
 
     def on_declared_dead(self, id: str) -> None:
         """The engine no longer knows this boot id."""
+        ...
+
+    def on_stop_requested(self, id: str) -> None:
+        """A migration that breaks this release waits for the process to stop."""
         ...
 
     def on_swept(self, moved: Moved) -> None:
@@ -149,8 +154,8 @@ class Heartbeat:
             self._poke.clear()
             began_at = time.monotonic()
             await self._guard(self._beat(session))
-            is_due = began_at - swept_at >= self._timing.sweep * 0.9 and began_at >= self._sweeps_from
-            if is_due and not self._ended:
+            is_due = began_at - swept_at >= self._timing.sweep * 0.9
+            if is_due and began_at <= self.answered_at and began_at >= self._sweeps_from and not self._ended:
                 swept_at = began_at
                 await self._guard(self._sweep(session))
             with contextlib.suppress(TimeoutError):
@@ -181,6 +186,8 @@ class Heartbeat:
             self._tell(self._listener.on_declared_dead, id)
             return
         self._membership.confirm(id, asked_at)
+        if beat.stop and not self.is_stopping:
+            self._tell(self._listener.on_stop_requested, id)
         if beat.cancel:
             self._tell(self._listener.on_cancel, beat.cancel)
 

@@ -4,16 +4,18 @@ import asyncio
 import random
 from functools import partial
 
+from pgconductor.membership import Timing
 from tests.fault.programs import Program, app, children, gate, program, sleep, step, transaction
 from tests.fault.supervisor import World
 from tests.waiting import until
 
 WORK: Program = [step("a"), transaction("t"), sleep("nap", 0.05), children("c", [step("x")], [step("y")]), step("b")]
+SLOWER = Timing(beat=0.5, expiry=6.0, sweep=0.5)  # a lease is to outlast the pause between two tries to connect
 SESSIONS = ("claim", "settle", "save", "worker", "notify", "listener", "heartbeat", "transaction")
 
 
 async def test_f3_30_postgres_killed_again_and_again_under_load_loses_nothing(world: World) -> None:
-    for worker in [world.worker(), world.worker()]:
+    for worker in [world.worker(timing=SLOWER), world.worker(timing=SLOWER)]:
         await worker.up()
     runs = await app.invoke_many([program.bind(WORK) for _ in range(60)])
     for left in (55, 40, 20):
