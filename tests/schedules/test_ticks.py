@@ -67,7 +67,8 @@ def some(expr: str, zone: str, after: str, count: int) -> list[str]:
 @cache
 def shifts(zone: str) -> list[datetime]:
     """The days on which a zone's clock is put forward or back, within the years."""
-    at, found = datetime(YEARS[0], 1, 1, tzinfo=UTC), []
+    at = datetime(YEARS[0], 1, 1, tzinfo=UTC)
+    found: list[datetime] = []
     while at.year < YEARS[-1] + 1:
         if at.astimezone(ZoneInfo(zone)).utcoffset() != (at + DAY).astimezone(ZoneInfo(zone)).utcoffset():
             found.append(at)

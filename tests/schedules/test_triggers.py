@@ -22,7 +22,7 @@ class Paid:
 
 
 def claimed(kind: TriggerKind | None, data: Any) -> Claimed:
-    row = ["1", 1, 1, {}, 0, 0, 0, None, None, None, None, None, kind, data]
+    row: list[Any] = ["1", 1, 1, {}, 0, 0, 0, None, None, None, None, None, kind, data]
     return msgspec.json.decode(json.dumps(row), type=Claimed)
 
 
