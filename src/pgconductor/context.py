@@ -12,10 +12,10 @@ from uuid import UUID
 
 from typing_extensions import ParamSpec, TypeVar
 
-from pgconductor.attempt import Attempt, OutcomeUnknown, accept_transaction, inside_step, runs_on_loop
+from pgconductor.attempt import Attempt, OutcomeUnknown, accept_transaction, runs_on_loop
 from pgconductor.codec import Codec
 from pgconductor.durations import Duration, seconds
-from pgconductor.errors import AttemptTimeout, ConductorError, Suspend
+from pgconductor.errors import AttemptTimeout, Suspend
 from pgconductor.faults import fault
 from pgconductor.journal import CANCELLED, PENDING, remember_call
 from pgconductor.model import EventDef, RetryPolicy
@@ -26,6 +26,7 @@ from pgconductor.operations import (
     StepOptions,
     check_instant,
     is_final,
+    marked,
     members_of,
     not_yet,
     partition,
@@ -138,7 +139,7 @@ class Context(RunFacts[D]):
 
     async def _try(self, name: str, fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         timeout = self._options.timeout
-        with _marked(name):
+        with marked(name):
             if timeout is None:
                 value = fn(*args, **kwargs)
                 return await value if inspect.isawaitable(value) else value
@@ -209,7 +210,7 @@ class Context(RunFacts[D]):
         async with attempt.host.transaction() as conn:
             try:
                 async with conn.transaction():  # the outermost block: it begins here, and commits at its end only
-                    with _marked(name):
+                    with marked(name):
                         raw, copied = codec.store(await fn(conn, *args, **kwargs), f"transaction {name!r}")
                     step = attempt.journal.finished(name, "transaction", raw)
                     query = attempt.host.engine.save_transaction(attempt.host.orchestrator_id, step)
@@ -523,18 +524,3 @@ def _working(attempt: Attempt) -> Generator[None]:
         yield
     finally:
         attempt.end_work()
-
-
-@contextlib.contextmanager
-def _marked(name: str) -> Generator[None]:
-    """Refuse operations of the context while a step's own code runs; make an error of its attempt to end the process.
-
-    Raised in a task beside the handler's own, those two would pass through the event loop and end everything.
-    """
-    entered = inside_step.set(name)
-    try:
-        yield
-    except (SystemExit, KeyboardInterrupt) as error:
-        raise ConductorError(f"step {name!r} raised {type(error).__name__}: {error}") from error
-    finally:
-        inside_step.reset(entered)

@@ -1,7 +1,8 @@
 """What the async and the plain context share: the facts of a run, its logger, and started children."""
 
+import contextlib
 import logging
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Generator, MutableMapping, Sequence
 from concurrent.futures import Future
 from contextvars import copy_context
 from datetime import datetime
@@ -11,8 +12,10 @@ from threading import enumerate as enumerate_threads
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, cast
 from uuid import UUID
 
+import psycopg
 from typing_extensions import TypeVar
 
+from pgconductor.attempt import inside_step
 from pgconductor.durations import Duration, seconds
 from pgconductor.engine import Ended
 from pgconductor.errors import ConductorError, ConfigurationError, Fail, Retry
@@ -261,3 +264,19 @@ def check_instant(name: str, at: datetime) -> datetime:
 def not_yet(verb: str, *_: object) -> ConductorError:
     """Return the error for an operation that this version does not have."""
     return ConductorError(f"ctx.{verb} is not available in this version")
+
+
+@contextlib.contextmanager
+def marked(name: str) -> Generator[None]:
+    """Refuse operations of the context while a step's own code runs; make an error of what would be no failure of it.
+
+    An attempt to end the process, raised in a task beside the handler's own, would pass through the event loop and end
+    everything; psycopg's `Rollback` would leave a transaction without a value.
+    """
+    entered = inside_step.set(name)
+    try:
+        yield
+    except (SystemExit, KeyboardInterrupt, psycopg.Rollback) as error:
+        raise ConductorError(f"step {name!r} raised {type(error).__name__}: {error}") from error
+    finally:
+        inside_step.reset(entered)

@@ -11,7 +11,6 @@ import random
 import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from contextlib import ExitStack
 from contextvars import copy_context
 from datetime import datetime
 from typing import Any, Concatenate, Final, Literal, TypeVar, cast
@@ -20,7 +19,7 @@ from uuid import UUID
 from typing_extensions import ParamSpec
 from typing_extensions import TypeVar as DefaultTypeVar
 
-from pgconductor.attempt import Attempt, OutcomeUnknown, accept_transaction, inside_step
+from pgconductor.attempt import Attempt, OutcomeUnknown, accept_transaction
 from pgconductor.codec import Codec
 from pgconductor.durations import Duration, seconds
 from pgconductor.engine import Engine, Operation, Query, Recorded, SavedStep
@@ -36,6 +35,7 @@ from pgconductor.operations import (
     call_plainly,
     check_instant,
     is_final,
+    marked,
     members_of,
     not_yet,
     partition,
@@ -119,7 +119,7 @@ class SyncContext(RunFacts[D]):
         self._boundary()
 
     def _try(self, name: str, fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        with _Marked(name):
+        with marked(name):
             if self._options.timeout is None:
                 return fn(*args, **kwargs)
             return self._limited(name, fn, args, kwargs, self._options.timeout)
@@ -163,7 +163,7 @@ class SyncContext(RunFacts[D]):
         with attempt.host.sync_transaction() as conn:
             try:
                 with conn.transaction():  # the outermost block: it begins here, and commits at its end only
-                    with _Marked(name):
+                    with marked(name):
                         raw, copied = codec.store(fn(conn, *args, **kwargs), f"transaction {name!r}")
                     step = attempt.journal.finished(name, "transaction", raw)
                     query = attempt.host.engine.save_transaction(attempt.host.orchestrator_id, step)
@@ -346,20 +346,6 @@ class SyncContext(RunFacts[D]):
 
     def _on_loop(self, work: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(work, self._attempt.host.loop).result()
-
-
-class _Marked:
-    """Refuse operations of the context while a step's own code runs."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._stack = ExitStack()
-
-    def __enter__(self) -> None:
-        self._stack.callback(inside_step.reset, inside_step.set(self._name))
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
 
 
 def call_in_thread(fn: Callable[..., Any], attempt: Attempt, args: Any, kwargs: Any) -> Awaitable[Any]:

@@ -401,6 +401,22 @@ async def test_the_function_of_a_transaction_cannot_commit(app: App, ledger: Db,
     assert entries(ledger) == []
 
 
+async def test_a_transaction_that_rolls_back_without_an_error_is_told_to_raise_one(
+    app: App, ledger: Db, working: Working
+) -> None:
+    async def give_up(conn: Any) -> None:
+        await enter(conn, "x")
+        raise psycopg.Rollback
+
+    @app.task(max_attempts=1)
+    async def work(ctx: Context) -> None:
+        await ctx.transaction("enter", give_up)
+
+    async with working():
+        assert "raised Rollback" in (await failure_of(await work.invoke())).message
+    assert entries(ledger) == []
+
+
 async def test_a_transaction_whose_connection_is_cut_is_done_again_at_no_cost(
     app: App, ledger: Db, working: Working
 ) -> None:
