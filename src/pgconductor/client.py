@@ -23,6 +23,7 @@ from typing import Any, Final, TypeVar
 
 from pgconductor.engine import Ended, Engine, Enqueued, Moved, NewExecution, Query
 from pgconductor.errors import ConductorError
+from pgconductor.events import NewEvent
 from pgconductor.pool import NotMigrated, Pool
 from pgconductor.results import Results
 
@@ -69,6 +70,7 @@ class LoopClient:
         self._tasks: set[asyncio.Task[None]] = set()
         self._queues: set[int] = set()
         self._watchers: set[str] = set()
+        self._is_for_all = False
         self._is_hinting = False
 
     async def run(self, query: Query[T], again: Query[T] | None = None) -> T:
@@ -104,15 +106,29 @@ class LoopClient:
         self.hint(enqueued.queues)
         return ids_of(rows, enqueued)
 
+    async def emit(self, event: NewEvent) -> None:
+        """Emit one event."""
+        emitted = await self.run(self._engine.emit([event]))
+        self.hint(emitted.queues, to_all=emitted.awaited)
+
     async def ended(self, execution_id: str) -> Ended:
         """Wait for an execution's end."""
         return await self.results.wait(execution_id)
 
-    def hint(self, queues: Sequence[int] | None = None, watchers: Sequence[str] | None = None) -> None:
-        """Name queues with new work, and who waited for what has ended, to whoever listens; soon, in the background."""
+    def hint(
+        self, queues: Sequence[int] | None = None, watchers: Sequence[str] | None = None, *, to_all: bool = False
+    ) -> None:
+        """Name queues with new work, and who waited for what has ended, to whoever listens; soon, in the background.
+
+        Args:
+            queues: The queues.
+            watchers: Who waited.
+            to_all: Let every worker look, whatever its queues.
+        """
         self._queues.update(queues or ())
         self._watchers.update(watchers or ())
-        if (self._queues or self._watchers) and not self._is_hinting:
+        self._is_for_all = self._is_for_all or to_all
+        if self._has_hints and not self._is_hinting:
             self._is_hinting = True
             self._spawn(self._send_hints())
 
@@ -168,22 +184,29 @@ class LoopClient:
                 if not waiting.answer.done():
                     waiting.answer.set_result(execution_id)
 
+    @property
+    def _has_hints(self) -> bool:
+        return bool(self._queues or self._watchers or self._is_for_all)
+
     async def _send_hints(self) -> None:
         try:
-            while self._queues or self._watchers:
+            while self._has_hints:
                 for hint in self._take_hints():
                     await self.pool.run(self._engine.notify(hint))
                 await asyncio.sleep(HINT_PAUSE_SECONDS)
         except ConductorError:
             self._queues.clear()  # only hints: workers and waiters look for themselves
             self._watchers.clear()
+            self._is_for_all = False
         finally:
             self._is_hinting = False
 
     def _take_hints(self) -> list[str]:
         queues, self._queues = self._queues, set()
         watchers, self._watchers = self._watchers, set()
-        return [*_hints("ready", map(str, sorted(queues))), *_hints("told", sorted(watchers))]
+        to_all, self._is_for_all = self._is_for_all, False
+        ready = ["ready"] if to_all else _hints("ready", map(str, sorted(queues)))
+        return [*ready, *_hints("told", sorted(watchers))]
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)

@@ -14,11 +14,12 @@ from pgconductor import embedded, schema
 from pgconductor.calls import CallPlan
 from pgconductor.checks import check_name, check_text
 from pgconductor.client import Clients, LoopClient, ids_of
-from pgconductor.codec import UNTYPED
+from pgconductor.codec import UNTYPED, codec_for
 from pgconductor.connections import send_async, send_sync
 from pgconductor.durations import Duration, format_duration, seconds
 from pgconductor.engine import Ended, Engine, NewExecution
-from pgconductor.errors import ConductorError, ConfigurationError, ExecutionNotFound
+from pgconductor.errors import ConfigurationError, ExecutionNotFound
+from pgconductor.events import new_event
 from pgconductor.model import EventDef, State
 from pgconductor.options import Options, TaskOptions, parse_options
 from pgconductor.registration import make_reference, make_task
@@ -131,8 +132,9 @@ class Conductor(Generic[D]):
             The definition, to emit, wait for and trigger by.
 
         Raises:
-            ConfigurationError: The name cannot be used.
+            ConfigurationError: The name cannot be used, or the type has no JSON form.
         """
+        codec_for(payload)
         return EventDef(check_name(name, "event: name"), payload)
 
     @overload
@@ -283,13 +285,55 @@ class Conductor(Generic[D]):
         return [Run(id, call.returns, self) for id, call in zip(plan.spread(ids), calls, strict=True)]
 
     async def emit(self, event: EventDef[E], payload: E, *, conn: object = None) -> UUID:
-        """Emit an event. Not available in this version.
+        """Emit an event: it starts the tasks that subscribe to it, and answers the executions that wait for it.
+
+        A reply that is lost with its connection is asked for again, and never makes a second event. With `conn=`, the
+        event and what it starts exist when that transaction commits, and never if it does not.
+
+        Args:
+            event: From `event`.
+            payload: Of the event's type; at most 1 MiB of JSON.
+            conn: An asynchronous connection: emit inside its transaction. From synchronous code, see `emit_sync`.
+
+        Returns:
+            The event's id.
 
         Raises:
-            ConductorError: Always.
+            EncodeError: The payload cannot be stored. Nothing was emitted.
+            TypeError: `conn=` is a synchronous connection. Nothing was emitted.
+            ServerError: Postgres cannot be reached, is not migrated, or refuses; says if the outcome is unknown.
+
+        Source: sql/functions/56_events.sql
         """
-        del payload, conn
-        raise ConductorError(f"event {event.name!r} was not emitted: emit is not available in this version")
+        new = new_event(event, payload)
+        if conn is not None:
+            query = self.engine.emit_within([new])
+            await send_async(conn, query.statement, cast("str", query.parameters[0]))
+        else:
+            await self._clients.here().emit(new)
+        return UUID(new.id)
+
+    def emit_sync(self, event: EventDef[E], payload: E, *, conn: object = None) -> UUID:
+        """Emit an event from code without an event loop; otherwise as `emit`.
+
+        Args:
+            event: From `event`.
+            payload: Of the event's type.
+            conn: A synchronous connection: emit inside its transaction.
+
+        Returns:
+            The event's id.
+
+        Raises:
+            TypeError: `conn=` is an asynchronous connection. Nothing was emitted.
+        """
+        new = new_event(event, payload)
+        if conn is not None:
+            query = self.engine.emit_within([new])
+            send_sync(conn, query.statement, cast("str", query.parameters[0]))
+        else:
+            self._clients.run_sync(lambda client: client.emit(new))
+        return UUID(new.id)
 
     # ---------------------------------------------------------------- executions
 

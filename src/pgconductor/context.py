@@ -28,7 +28,6 @@ from pgconductor.operations import (
     is_final,
     marked,
     members_of,
-    not_yet,
     partition,
     run_in_own_thread,
 )
@@ -427,12 +426,55 @@ class Context(RunFacts[D]):
     async def wait_for(
         self, name: str, event: EventDef[E], *, where: dict[str, Any] | None = None, timeout: Duration | None = None
     ) -> E:
-        """Park until a matching event is emitted. Not available in this version."""
-        raise not_yet("wait_for", name, event, where, timeout)
+        """Park until an event is emitted, and return its payload.
+
+        An event counts that was emitted after this execution was created, even before the handler came here. It
+        answers at most one wait of an execution, so a second wait gets the next event.
+
+        Args:
+            name: As for `step`.
+            event: From `Conductor.event`.
+            where: What the payload must contain, as JSON containment: `{"order_id": 7}`, nested objects included.
+            timeout: From the first time the handler came here, on the database's clock.
+
+        Returns:
+            The payload.
+
+        Raises:
+            WaitTimeout: No such event came in time; so in every run. Uncaught, this attempt fails, and the next one
+                waits afresh.
+            StepMismatch: The name is recorded for another kind of operation or another event.
+            DecodeError: The payload is not of the event's type; SQL can emit anything.
+
+        Source: sql/functions/56_events.sql
+        """
+        await self._attempt.boundary()
+        return cast("E", await self._answer(name, self._attempt.journal.wait_for(name, event, where, timeout)))
 
     async def emit(self, event: EventDef[E], payload: E) -> UUID:
-        """Emit an event, once. Not available in this version."""
-        raise not_yet("emit", event, payload)
+        """Emit an event, once: a run that comes here again gets the first one's id.
+
+        The event and the record that it was emitted are one transaction.
+
+        Args:
+            event: From `Conductor.event`.
+            payload: Of the event's type; at most 1 MiB of JSON.
+
+        Returns:
+            The event's id.
+
+        Raises:
+            EncodeError: The payload cannot be stored; the execution fails unless it is caught.
+
+        Source: sql/functions/25_save.sql, `emit_of_steps`
+        """
+        attempt = self._attempt
+        await attempt.boundary()
+        event_id, step = attempt.journal.emit(event, payload)
+        if step is not None:
+            with _working(attempt):
+                await attempt.store(attempt.host.save(step), lambda _: attempt.journal.remember(step))
+        return event_id
 
     async def schedule(self, name: str, call: Call[Any], *, cron: str, tz: str = "UTC") -> None:
         """Start a call on a schedule from now on, once per tick; a schedule of that name and task is changed.

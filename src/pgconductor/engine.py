@@ -16,6 +16,7 @@ from typing import Any, Final, Generic, Literal, TypeAlias, TypeVar
 import msgspec
 from msgspec import UNSET, Raw, Struct, UnsetType
 
+from pgconductor.events import Emitted, NewEvent, Subscription
 from pgconductor.schedules import DueSchedule, Fired, FiredNow, FiredSchedule, NewSchedule
 
 T = TypeVar("T")
@@ -87,10 +88,11 @@ class Settled(Struct):
 
 
 class Saved(Struct):
-    """What became of a save."""
+    """What became of a save; `next_due` only where events are to be delivered."""
 
     lost: list[str] | None = None
     queues: list[int] | None = None
+    next_due: float | None = None
 
 
 class Moved(Struct):
@@ -191,7 +193,7 @@ class NewExecution(Struct, omit_defaults=True):
 
 
 class SavedStep(Struct):
-    """A finished step of a running execution."""
+    """A finished step of a running execution. With `event`, what it did was to emit that."""
 
     id: str
     token: int
@@ -199,10 +201,11 @@ class SavedStep(Struct):
     round: int
     kind: StepKind
     value: Raw
+    event: NewEvent | UnsetType = UNSET
 
 
 class Operation(Struct, omit_defaults=True):
-    """Something to wait for: a sleep, children, a wait on children. `token` only where it is saved by itself."""
+    """Something to wait for: a sleep, children, a wait on children, an event. `token` only where saved by itself."""
 
     id: str
     name: str
@@ -216,6 +219,8 @@ class Operation(Struct, omit_defaults=True):
     timeout_error: Raw | UnsetType = UNSET
     window: int | None = None
     children: list[NewExecution] | None = None
+    event: str | None = None
+    where: Raw | UnsetType = UNSET
 
 
 class Await(Struct, omit_defaults=True):
@@ -322,6 +327,7 @@ class TriggerRow(Struct, omit_defaults=True):
 _saved = _reader(Saved)
 _moved = _reader(Moved)
 _enqueued = _reader(Enqueued)
+_emitted = _reader(Emitted)
 _beat = _reader(Beat)
 _result = _reader(Result)
 _ended = _reader(list[Ended])
@@ -391,6 +397,13 @@ class Engine:
     def _now(self) -> datetime | None:
         return self._clock() if self._clock else None
 
+    def _within(self, function: str, flags: str, items: object, read: Callable[[Any], T]) -> Query[T]:
+        now = self._now()
+        instant = "null" if now is None else f"cast('{now.isoformat()}' as timestamptz)"
+        schema = quote(self.schema).replace("%", "%%")
+        statement = f"select cast({schema}.{function}(cast(%s as json), {flags}, {instant}) as text)"
+        return Query(statement, (_text(items),), read, harmless=False)
+
     def register_tasks(self, deployment: str, tasks: Sequence[TaskRow]) -> Query[list[Named] | None]:
         """See 05_register.sql."""
         return self._query("register_tasks", "text json timestamptz", (deployment, _text(tasks), self._now()), _names)
@@ -423,19 +436,27 @@ class Engine:
 
     def enqueue_within(self, calls: Sequence[NewExecution]) -> Query[Enqueued]:
         """The same for a connection of any library: one text parameter, and the hint goes out with the commit."""
-        now = self._now()
-        instant = "null" if now is None else f"cast('{now.isoformat()}' as timestamptz)"
-        schema = quote(self.schema).replace("%", "%%")
-        statement = f"select cast({schema}.enqueue(cast(%s as json), true, false, {instant}) as text)"
-        return Query(statement, (_text(calls),), _enqueued, harmless=False)
+        return self._within("enqueue", "true, false", calls, _enqueued)
 
-    def claim(
+    def emit(self, events: Sequence[NewEvent]) -> Query[Emitted]:
+        """See 56_events.sql. Done again, it changes nothing: an event has its id before it is sent."""
+        return self._query("emit_events", "json boolean timestamptz", (_text(events), False, self._now()), _emitted)
+
+    def emit_within(self, events: Sequence[NewEvent]) -> Query[Emitted]:
+        """The same for a connection of any library, as `enqueue_within`."""
+        return self._within("emit_events", "true", events, _emitted)
+
+    def register_subscriptions(self, deployment: str, subscriptions: Sequence[Subscription]) -> Query[None]:
+        """See 56_events.sql."""
+        return self._query("register_subscriptions", "text json", (deployment, _text(subscriptions)), _as_is)
+
     def next_trigger(
         self, deployment: str, triggers: Sequence[TriggerRow], *, apply: bool = False
     ) -> Query[TriggerStep | None]:
         """See 57_changes.sql. None: the triggers are as the code says."""
         return self._query("next_trigger", "text json boolean", (deployment, _text(triggers), apply), _trigger_step)
 
+    def claim(
         self, orchestrator: str, token: int, wants: Sequence[Want], tasks: Sequence[int], *, fire: bool = False
     ) -> Query[Claim | None]:
         """See 20_claim.sql. None: the process was declared dead."""
@@ -599,6 +620,14 @@ class Engine:
     def list_queues(self) -> Query[list[Report]]:
         """See 75_report.sql."""
         return self._query("list_queues", "", (), _reports)
+
+    def list_events(self, name: str | None, limit: int) -> Query[list[Report]]:
+        """See 56_events.sql."""
+        return self._query("list_events", "text int", (name, limit), _reports)
+
+    def list_subscriptions(self) -> Query[list[Report]]:
+        """See 56_events.sql."""
+        return self._query("list_subscriptions", "", (), _reports)
 
     def overview(self) -> Query[Report]:
         """See 75_report.sql."""

@@ -13,14 +13,14 @@ coroutines, threads and processes.
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any, Final, NamedTuple, cast
+from typing import Any, Final, NamedTuple, TypeVar, cast
 from uuid import UUID
 
 import msgspec
 from msgspec import Raw
 
 from pgconductor.checks import check_name
-from pgconductor.codec import Codec
+from pgconductor.codec import Codec, codec_for
 from pgconductor.durations import Duration, seconds
 from pgconductor.engine import NULL, Await, Claimed, Moved, NewExecution, Operation, Recorded, SavedStep, StepKind
 from pgconductor.errors import (
@@ -28,21 +28,30 @@ from pgconductor.errors import (
     ChildCancelled,
     ChildFailed,
     ChildTimeout,
+    ConductorError,
     ConfigurationError,
     DepthExceeded,
     DuplicateStep,
     StepMismatch,
     TooMany,
+    WaitTimeout,
+    error_type_of,
 )
+from pgconductor.events import encode_where, new_event
 from pgconductor.ids import new_id
 from pgconductor.memos import Memos
+from pgconductor.model import EventDef
 from pgconductor.options import CallOptions
 from pgconductor.stored_error import error_from_json
 from pgconductor.task import Call
 
+E = TypeVar("E")
+T = TypeVar("T", bound=ConductorError)
+
 STEPS_MAX = 10_000
 CHILDREN_MAX = 10_000
 DEPTH_MAX = 100
+_TIED: Final = ("invoke_all", "wait_for")
 CANCELLED = ("cancelled", "requested")
 """What the engine answers where it took a cancel request."""
 
@@ -58,7 +67,7 @@ PENDING: Final = _Pending()
 
 
 class _TimeoutError(msgspec.Struct):
-    """The error that an invocation's row holds in case it times out."""
+    """The error that the row of an invocation or an event wait holds in case it times out."""
 
     type: str
     message: str
@@ -82,7 +91,7 @@ class Journal:
         memos: What earlier runs recorded; grows with this one.
         unsaved: Operations that the database does not know yet.
         awaits: What this run has open, by name.
-        has_children: Whether the execution ever had a child.
+        is_tied: Whether the execution ever had a child or waited for an event: its end concerns more than itself.
     """
 
     __slots__ = (
@@ -92,7 +101,7 @@ class Journal:
         "_token",
         "_unvisited",
         "awaits",
-        "has_children",
+        "is_tied",
         "memos",
         "unsaved",
     )
@@ -101,7 +110,7 @@ class Journal:
         self.memos = memos
         self.unsaved: list[Operation] = []
         self.awaits: dict[str, Await] = {}
-        self.has_children = False
+        self.is_tied = False
         self._claimed = claimed
         self._token = token
         self._names: set[str] = set()
@@ -112,7 +121,7 @@ class Journal:
 
     def _look_back(self) -> None:
         recorded = self.memos.operations.values()
-        self.has_children = any(memo.child_id or memo.kind == "invoke_all" for memo in recorded)
+        self.is_tied = any(memo.child_id or memo.kind in _TIED for memo in recorded)
         self._unvisited = sum(memo.status != "pending" and not memo.dropped for memo in recorded)
 
     @property
@@ -190,6 +199,17 @@ class Journal:
         if moved is not None:
             self.remember(self.finished(name, "call", b"true" if moved.result in CANCELLED else b"false"))
 
+    def emit(self, event: EventDef[E], payload: E) -> tuple[UUID, SavedStep | None]:
+        """Emit an event; returns its id, and what has to be stored, if it is new."""
+        name = self.numbered(f"emit:{event.name}")
+        memo = self.begin(name, "call", is_ours=True)
+        if memo is not None:
+            return msgspec.json.decode(bytes(memo.value), type=UUID), None
+        new = new_event(event, payload)
+        step = self.finished(name, "call", f'"{new.id}"'.encode())
+        step.event = new
+        return UUID(new.id), step
+
     # ------------------------------------------------------------ waits
 
     def sleep(self, name: str, *, due_in: float | None = None, due_at: datetime | None = None) -> object:
@@ -252,6 +272,26 @@ class Journal:
         self.awaits[name] = Await(name, memo.round, "wait", awaited=True, members=list(members), count=count)
         return PENDING
 
+    def wait_for(
+        self, name: str, event: EventDef[Any], where: Mapping[str, Any] | None, timeout: Duration | None
+    ) -> object:
+        """Wait for an event; returns its payload once there is one, or raises that there was none in time."""
+        memo = self.begin(name, "wait_for", event.name)
+        if memo is None:
+            operation = Operation(self._claimed.id, name, self.round_of(name), "wait_for", event=event.name)
+            if where is not None:
+                operation.where = encode_where(name, where)
+            if timeout is not None:
+                operation.due_in = seconds(timeout, f"wait_for {name!r}: timeout")
+                operation.timeout_error = _stored_timeout(WaitTimeout(name, timeout), timeout)
+            self._open(operation)
+            return PENDING
+        if memo.status == "pending":
+            return self._await(memo)
+        if memo.status == "timed_out":
+            raise _timed_out(memo, WaitTimeout(name, _timeout_in(memo)))
+        return codec_for(event.payload).decode(bytes(memo.value), f"event {event.name!r}")
+
     def result_of(self, step: str, call: Call[Any]) -> tuple[str, object]:
         """Wait for one started child; returns the wait's name, and the child's value once it has ended, or raises."""
         name = self.numbered(f"{step}.result")
@@ -301,11 +341,11 @@ class Journal:
         children = operation.children or []
         single = children[0] if children and kind != "invoke_all" else None
         status = "completed" if operation.detached else "pending"
-        self.has_children = self.has_children or bool(children)
+        self.is_tied = self.is_tied or bool(children) or kind == "wait_for"
         self.memos.add(
             Recorded(
                 name, round_, 0, kind, cast("Any", status), NULL, NULL, single.id if single else None,
-                single.task if single else None, dropped=False,
+                single.task if single else operation.event, dropped=False,
             )
         )  # fmt: skip
         if kind == "invoke_all":
@@ -338,7 +378,7 @@ class Journal:
         operation.children = [child_of(call, f"{kind} {name!r}") for call in calls]
         if timeout is not None:
             operation.due_in = seconds(timeout, f"{kind} {name!r}: timeout")
-            operation.timeout_error = _stored_timeout(timeout)
+            operation.timeout_error = _stored_timeout(ChildTimeout(timeout), timeout)
         return operation
 
     def _gathered(self, name: str, calls: Sequence[Call[Any]], rows: dict[int, Recorded]) -> list[Any]:
@@ -437,14 +477,21 @@ def _delay(options: CallOptions) -> float | None:
     return None if options.delay is None else options.delay.total_seconds()
 
 
-def _stored_timeout(timeout: Duration) -> Raw:
-    error = ChildTimeout(timeout)
-    return Raw(msgspec.json.encode(_TimeoutError("pgconductor.errors.ChildTimeout", str(error), seconds(timeout))))
+def _stored_timeout(error: ConductorError, timeout: Duration) -> Raw:
+    return Raw(msgspec.json.encode(_TimeoutError(error_type_of(error), str(error), seconds(timeout))))
 
 
 def _timeout_of(memo: Recorded, task: str) -> ChildTimeout:
-    stored = msgspec.json.decode(bytes(memo.error), type=_TimeoutError)
-    error = ChildTimeout(stored.timeout, execution_id=UUID(memo.child_id) if memo.child_id else NO_ID, task=task)
+    child_id = UUID(memo.child_id) if memo.child_id else NO_ID
+    return _timed_out(memo, ChildTimeout(_timeout_in(memo), execution_id=child_id, task=task))
+
+
+def _timeout_in(memo: Recorded) -> float:
+    return msgspec.json.decode(bytes(memo.error), type=_TimeoutError).timeout
+
+
+def _timed_out(memo: Recorded, error: T) -> T:
+    """Mark an error as the timeout of an operation, which a retry does afresh if it is not caught."""
     error.__dict__[_TIMED_OUT] = _TimedOut(memo.name, memo.round)
     return error
 

@@ -27,6 +27,7 @@ from pgconductor.crew import Crew
 from pgconductor.durations import Duration, parse_duration
 from pgconductor.engine import Moved, TaskRow, kept_seconds
 from pgconductor.errors import ConfigurationError
+from pgconductor.events import subscriptions_of
 from pgconductor.heartbeat import Heartbeat, Pulse
 from pgconductor.host import ProcessHost
 from pgconductor.membership import Membership, Timing
@@ -263,7 +264,6 @@ class _Process:
             TaskRow(
                 task.name,
                 task.queue,
-        await register_changes(session, self._conductor.dsn, engine, self._conductor.name, tasks.values())
                 task.config.max_attempts,
                 task.config.max_crashes,
                 keep_completed=kept_seconds(task.config.keep_completed),
@@ -273,8 +273,11 @@ class _Process:
         ]
         engine, session = self._engine, self._other_session
         names = await session.run(engine.register_tasks(self._conductor.name, rows), timeout=START_SECONDS)
+        await register_changes(session, self._conductor.dsn, engine, self._conductor.name, tasks.values())
         schedules = declared_schedules(tasks.values())
         await session.run(engine.register_schedules(self._conductor.name, schedules), timeout=START_SECONDS)
+        subscriptions = subscriptions_of(tasks.values())
+        await session.run(engine.register_subscriptions(self._conductor.name, subscriptions), timeout=START_SECONDS)
         wanted = [worker.queue for worker in self._workers]
         queues = await session.run(engine.register_queues(wanted), timeout=START_SECONDS)
         self._queue_ids = {queue.name: queue.id for queue in queues or ()}

@@ -6,6 +6,7 @@ from typing import Any, Final, cast
 
 from pgconductor.annotations import admits, describe_type
 from pgconductor.errors import ConfigurationError
+from pgconductor.events import check_fields
 from pgconductor.model import Change, Cron, Event, Invocable, OnChange, OnEvent, Tick, Trigger
 from pgconductor.options import TaskConfig, TaskOptions, configure_task
 from pgconductor.signature import Signature, signature_of, signature_of_reference
@@ -64,6 +65,8 @@ def _check_trigger(trigger: Trigger, config: TaskConfig, signature: Signature) -
                 f"it takes {describe_type(annotation)}, which {_described(trigger)} does not bring",
                 f"give it a default, as in `{name}: {describe_type(annotation)} | None = None`",
             )
+    if isinstance(trigger, OnEvent):
+        check_fields(trigger, signature.triggers, place)
     if isinstance(trigger, Invocable) or config.batch is not None:
         return
     for parameter in signature.parameters:

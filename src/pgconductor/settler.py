@@ -174,8 +174,8 @@ class Saver:
                 write.stored.set_result(None)
         if saved is None:
             self._on_declared_dead(id)
-        elif saved.queues:
-            self._on_effects(Effects(saved.queues))
+        elif saved.queues or saved.next_due is not None:
+            self._on_effects(Effects(saved.queues, None, saved.next_due))
 
     def _reject(self, refused: _Write, error: Exception) -> None:
         if not refused.stored.done():
@@ -191,4 +191,6 @@ def _fail(write: _Write) -> None:
 
 def _write_weight(write: _Write) -> int:
     item = write.item
-    return len(bytes(item.value)) if type(item) is SavedStep else _ops_weight([item] if type(item) is Operation else [])
+    if type(item) is SavedStep:
+        return len(bytes(item.value)) + (0 if item.event is UNSET else len(bytes(item.event.payload)))
+    return _ops_weight([item] if type(item) is Operation else [])

@@ -37,7 +37,6 @@ from pgconductor.operations import (
     is_final,
     marked,
     members_of,
-    not_yet,
     partition,
     run_in_own_thread,
 )
@@ -296,12 +295,17 @@ class SyncContext(RunFacts[D]):
     def wait_for(
         self, name: str, event: EventDef[E], *, where: dict[str, Any] | None = None, timeout: Duration | None = None
     ) -> E:
-        """Park until a matching event is emitted. Not available in this version."""
-        raise not_yet("wait_for", name, event, where, timeout)
+        """Park until an event is emitted, and return its payload. See `Context.wait_for`."""
+        self._boundary()
+        return cast("E", self._answer(self._attempt.journal.wait_for(name, event, where, timeout)))
 
     def emit(self, event: EventDef[E], payload: E) -> UUID:
-        """Emit an event, once. Not available in this version."""
-        raise not_yet("emit", event, payload)
+        """Emit an event, once, and return its id. See `Context.emit`."""
+        self._boundary()
+        event_id, step = self._attempt.journal.emit(event, payload)
+        if step is not None:
+            self._on_loop(self._store_step(step))
+        return event_id
 
     def schedule(self, name: str, call: Call[Any], *, cron: str, tz: str = "UTC") -> None:
         """Start a call on a schedule from now on, once per tick. See `Context.schedule`."""

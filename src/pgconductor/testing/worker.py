@@ -31,12 +31,11 @@ from pgconductor.engine import (
     Outcome,
     Query,
     SavedStep,
-    TaskRow,
     Want,
-    kept_seconds,
     quote,
 )
 from pgconductor.errors import ChildFailed, ConductorError, Crash
+from pgconductor.events import subscriptions_of
 from pgconductor.host import ProcessHost
 from pgconductor.membership import Membership, Timing
 from pgconductor.memos import Memos
@@ -286,6 +285,8 @@ class ManualWorker:
         named = await self._session.run(self._engine.register_tasks(self._app.name, rows))
         schedules = declared_schedules(tasks.values())
         await self._session.run(self._engine.register_schedules(self._app.name, schedules))
+        subscriptions = subscriptions_of(tasks.values())
+        await self._session.run(self._engine.register_subscriptions(self._app.name, subscriptions))
         ids = {each.name: each.id for each in named or ()}
         self._tasks = {ids[name]: task for name, task in tasks.items()}
 

@@ -92,7 +92,8 @@ language sql stable set search_path from current as $$
     (select due_at from timer where due_at < 'infinity' order by due_at limit 1),
     (select due_at from expiry order by due_at limit 1),
     (select next_at from schedule where next_at > p_now order by next_at limit 1),
-    next_gate()) - p_now)
+    next_gate(),
+    (select p_now from event_pending order by ord limit 1)) - p_now)
 $$;
 
 -- In how many seconds a task's window closes; null while it is closed. The hours are local, and may cross midnight.

@@ -2,12 +2,13 @@
 -- Called by a worker while handlers run. States: none change; children that are started become ready.
 -- Locks: the caller's orchestrator row; when children are created, their trees (shared) and parents.
 -- A repetition after a lost reply changes nothing: a step is inserted once.
--- Returns {lost: [execution ids whose lease is gone], queues: [queue ids with new work]}.
+-- Returns {lost: [execution ids whose lease is gone], queues: [queue ids with new work], next_due: 0 when events are
+-- to be delivered}.
 
 -- Opens operations: a pending step each, and the children it asks for. Only operations that were not there yet
 -- create children. The caller holds the tree locks and the rows of the parents.
 -- p_ops: [{id (execution), name, round, kind, due_at?, due_in? (seconds), keep, timeout_error?, window?, detached?,
---          children: [{id, task, queue, payload, priority, delay, run_at}]}]
+--          children: [{id, task, queue, payload, priority, delay, run_at}], event?, where?}]
 create or replace function open_operations(p_ops json, p_now timestamptz) returns int[]
 language plpgsql volatile set search_path from current as $$
 declare
@@ -16,15 +17,16 @@ declare
 begin
   -- headers of fan-outs, sleeps and waits
   insert into step (execution_id, name, round, index, kind, status, keep_on_timeout, created_at, finished_at, due_at,
-                    error)
+                    error, child_task, event_where)
   select o.id, o.name, o.round, 0, o.kind,
          case when json_array_length(o.children) = 0 then 'completed' else 'pending' end::step_status,
          coalesce(o.keep, false), p_now, case when json_array_length(o.children) = 0 then p_now end,
-         coalesce(o.due_at, p_now + make_interval(secs => o.due_in)), o.timeout_error
+         coalesce(o.due_at, p_now + make_interval(secs => o.due_in)), o.timeout_error, o.event, o."where"
   from json_to_recordset(p_ops) as o(id uuid, name text, round smallint, kind step_kind, due_at timestamptz,
-    due_in float8, keep boolean, timeout_error json, children json)
+    due_in float8, keep boolean, timeout_error json, children json, event text, "where" jsonb)
   where o.kind not in ('invoke', 'start')
   on conflict do nothing;
+  perform listen(waits_of(p_ops), p_now);
 
   -- one row a child
   with opened as (
@@ -98,7 +100,8 @@ begin
     where c.id = any(p_opened));
 end $$;
 
--- p_steps: [{id, token, name, round, kind, value}]; p_ops: as open_operations takes them, with token.
+-- p_steps: [{id, token, name, round, kind, value, event?: {id, name, payload}}]; p_ops: as open_operations takes them,
+-- with token. A step with an event emits it: the two are there together, once.
 create or replace function save(p_orchestrator uuid, p_steps json, p_ops json, p_now timestamptz default null)
 returns json
 language plpgsql volatile set search_path from current set enable_seqscan = off set enable_mergejoin = off set jit = off set plan_cache_mode = force_generic_plan as $$
@@ -125,7 +128,23 @@ begin
   if json_array_length(p_ops) > 0 then
     v_lanes := start_children(p_orchestrator, p_ops, v_lost, v_now);
   end if;
-  return json_build_object('lost', to_json(v_lost), 'queues', announce(v_lanes, v_now));
+  v_lanes := v_lanes || emit_of_steps(p_steps, v_now);
+  return json_build_object(
+    'lost', to_json(v_lost), 'queues', announce(v_lanes, v_now),
+    'next_due', (select 0 from event_pending order by ord limit 1));
+end $$;
+
+-- Emits the events of the steps that were recorded with them. Returns the lanes that have new work.
+create or replace function emit_of_steps(p_steps json, p_now timestamptz) returns int[]
+language plpgsql volatile set search_path from current as $$
+declare
+  v_events json;
+begin
+  select json_agg(s.event) into v_events
+  from json_to_recordset(p_steps) as s(id uuid, name text, round smallint, event json)
+  join step r on r.execution_id = s.id and r.name = s.name and r.round = s.round and r.index = 0
+  where s.event is not null and r.value #>> '{}' = s.event ->> 'id';
+  return case when v_events is null then '{}' else write_events(v_events, p_now) end;
 end $$;
 
 -- Opens operations of executions that go on running. A parent with a cancel request creates nothing: its worker is

@@ -179,6 +179,7 @@ begin
   where e.id = x.id;
   delete from wait_item where execution_id = any(v_ids);
   delete from wait_link where execution_id = any(v_ids);
+  delete from event_wait where execution_id = any(v_ids);
 
   v_open := array(select open_descendants(v_ids));
   if cardinality(v_open) > 0 then

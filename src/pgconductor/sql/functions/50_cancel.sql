@@ -135,6 +135,7 @@ begin
   update step s set status = 'completed', finished_at = instant(null), seq = nextval('step_seq')
   where s.execution_id = p_id and s.kind = 'invoke_all' and s.index = 0 and s.status = 'pending'
     and not exists (select from wait_item i where i.execution_id = p_id and i.name = s.name and i.round = s.round);
+  perform listen(waits_left_by(p_id), instant(null));
   return json_build_object('result', 'ready', 'queues', announce(make_ready(array[p_id]), instant(null)));
 end $$;
 

@@ -30,12 +30,14 @@ declare
   v_now timestamptz := instant(p_now);
   v_due uuid[];
   v_parked uuid[];
+  v_woken int[];
   v_count int := 0;
   v_effects effects := row('{}'::int[], '{}'::text[]);
 begin
   if not exists (select from timer where due_at <= v_now)
      and not exists (select from expiry where due_at <= v_now)
      and coalesce(next_gate() > v_now, true)
+     and not exists (select from event_pending order by ord limit 1)
      or not pg_try_advisory_xact_lock(hashtext(current_schema()), 1000) then
     return 0;
   end if;
@@ -50,6 +52,7 @@ begin
     v_effects := expire_waits(v_parked, v_now);
     v_count := cardinality(v_parked);
   end if;
+  v_woken := deliver_events(v_now, p_limit);
 
   -- last, and passing over what a cancel holds: no lock on a timer is held while waiting for trees and executions
   v_due := array(
@@ -60,9 +63,17 @@ begin
   v_effects := merge(v_effects, row(put_ready(array(
     select row(lane_id, priority, ord, id, null, null)::ready from execution where id = any(v_due))), '{}')::effects);
   perform tell(v_effects.watchers);
-  perform announce(v_effects.lane_ids || open_gates(v_now), v_now);
-  return cardinality(v_due) + v_count;
+  perform announce(v_effects.lane_ids || v_woken || open_gates(v_now), v_now);
+  perform hint_at(v_woken);
+  return cardinality(v_due) + cardinality(v_woken) + v_count;
 end $$;
+
+-- Sends the hint that these lanes have new work, where the caller hands on nothing.
+create or replace function hint_at(p_lanes int[]) returns void
+language sql volatile set search_path from current as $$
+  select pg_notify(current_schema(), 'ready ' || string_agg(distinct queue_id::text, ' '))
+  from lane where id = any(p_lanes) having count(*) > 0
+$$;
 
 -- Fails what should have started by now and has not.
 create or replace function expire_unstarted(p_now timestamptz, p_limit int) returns effects
@@ -97,6 +108,7 @@ begin
   perform lock_trees('{}', v_roots);
   v_doomed := due_children(p_parked, p_now);
   perform lock_executions(p_parked || v_doomed || array(select open_descendants(v_doomed)));
+  v_effects := row(look_before_timeout(p_parked, p_now), '{}')::effects;
 
   select array_agg(row(s.execution_id, s.name, s.round, s.index,
                        case when s.kind in ('sleep', 'wait') then 'completed' else 'timed_out' end,
@@ -105,7 +117,8 @@ begin
   from step s join wait w on w.execution_id = s.execution_id
   where s.execution_id = any(p_parked) and s.status = 'pending' and s.index = 0 and s.due_at <= p_now;
   v_doomed := due_children(p_parked, p_now);
-  v_effects := answer(v_due, p_now);
+  v_effects := merge(v_effects, answer(v_due, p_now));
+  perform stop_listening(v_due);
   if cardinality(v_doomed) > 0 then
     v_effects := merge(v_effects, time_out_children(v_due, v_doomed, p_now));
   end if;
@@ -154,6 +167,7 @@ declare
   v_now timestamptz := instant(p_now);
   v_dead uuid[];
   v_lost uuid[];
+  v_lanes int[];
   v_effects effects;
 begin
   if not pg_try_advisory_xact_lock(hashtext(current_schema()), 1001)
@@ -165,8 +179,9 @@ begin
   v_effects := lose(v_lost, v_now);
   delete from signal where orchestrator_id = any(v_dead);
   delete from orchestrator where id = any(v_dead);
-  v_effects := merge(v_effects, row(sweep_limits(v_now), '{}')::effects);
-  return json_build_object('lost', cardinality(v_lost), 'queues', announce(v_effects.lane_ids, v_now), 'watchers', v_effects.watchers);
+  perform prune_events(v_now);
+  v_lanes := v_effects.lane_ids || deliver_events(v_now) || sweep_limits(v_now);
+  return json_build_object('lost', cardinality(v_lost), 'queues', announce(v_lanes, v_now), 'watchers', v_effects.watchers);
 end $$;
 
 -- The ends of those among crashed executions whose crash budget is used up.

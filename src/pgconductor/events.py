@@ -1,0 +1,122 @@
+"""Events as code writes them: what is emitted, what is waited for, and which tasks they start."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar, cast, get_args, get_origin
+
+import msgspec
+from msgspec import Raw, Struct
+
+from pgconductor.annotations import admits, describe_type, is_model, is_untyped, union_members
+from pgconductor.codec import UNTYPED, codec_for
+from pgconductor.errors import ConfigurationError
+from pgconductor.ids import new_id
+from pgconductor.model import Event, EventDef, OnEvent
+from pgconductor.task import Task
+
+E = TypeVar("E")
+
+
+class NewEvent(Struct):
+    """One event to emit."""
+
+    id: str
+    name: str
+    payload: Raw
+
+
+class Subscription(Struct):
+    """A task that an event starts: with these fields of its payload, where a jsonpath predicate holds."""
+
+    task: str
+    event: str
+    fields: tuple[str, ...] | None
+    where: str | None
+
+
+class Emitted(Struct):
+    """Which queues have work that events started, and whether somebody waits for such events."""
+
+    queues: list[int]
+    awaited: bool
+
+
+def new_event(event: EventDef[E], payload: E) -> NewEvent:
+    """Return what is to be stored of an event, under an id of its own.
+
+    Raises:
+        EncodeError: The payload cannot be stored, or is not what the event carries.
+    """
+    raw = codec_for(event.payload).encode(payload, f"event {event.name!r}")
+    return NewEvent(new_id(), event.name, Raw(raw.encode()))
+
+
+def encode_where(name: str, where: Mapping[str, Any]) -> Raw:
+    """Return what an event's payload must contain, as JSON.
+
+    Raises:
+        ConfigurationError: It is not a dict.
+        EncodeError: A value in it has no exact JSON form.
+    """
+    if not isinstance(cast("object", where), dict):
+        raise ConfigurationError(f"wait_for {name!r}: where", f"{where!r} is not a dict", 'write {"order_id": 7}')
+    return Raw(UNTYPED.encode(where, f"wait_for {name!r}: where").encode())
+
+
+def subscriptions_of(tasks: Iterable[Task[..., Any]]) -> list[Subscription]:
+    """Return what the tasks' event triggers declare."""
+    return [
+        Subscription(task.name, trigger.event.name, trigger.fields, trigger.where)
+        for task in tasks
+        for trigger in task.config.triggers
+        if isinstance(trigger, OnEvent)
+    ]
+
+
+def check_fields(trigger: OnEvent, parameters: Mapping[str, Any], place: str) -> None:
+    """Refuse a selection of fields that the event does not carry, or from which a parameter's type cannot be built.
+
+    Args:
+        trigger: The trigger.
+        parameters: The annotations of the handler's trigger parameters, by name.
+        place: The task, for the error.
+
+    Raises:
+        ConfigurationError: It is such a selection.
+    """
+    if trigger.fields is None:
+        return
+    place = f"{place}: event({trigger.event.name!r}): fields"
+    carried = _members(trigger.event.payload)
+    unknown = [] if carried is None else [name for name in trigger.fields if name not in carried]
+    if unknown:
+        raise ConfigurationError(place, f"{unknown[0]!r} is not a field of the event's payload", "check its spelling")
+    for name, annotation in parameters.items():
+        for kind in _payload_types(annotation):
+            missing = [each for each, is_required in (_members(kind) or {}).items() if is_required]
+            missing = [each for each in missing if each not in trigger.fields]
+            if missing:
+                raise ConfigurationError(
+                    place,
+                    f"parameter {name!r} takes {describe_type(annotation)}, which needs {missing[0]!r} too",
+                    "give it too, or annotate the parameter with a type of the given fields",
+                )
+
+
+def _payload_types(annotation: Any) -> list[Any]:
+    """Return the `T` of each `Event[T]` in an annotation."""
+    if not admits(annotation, (Event,)):
+        return []
+    found = [get_args(member)[0] for member in union_members(annotation) if get_origin(member) is Event]
+    return [kind for kind in found if not is_untyped(kind)]
+
+
+def _members(kind: Any) -> dict[str, bool] | None:
+    """Return the names of a model's fields in JSON, and whether each must be there; None for what has no fields."""
+    plain: Any = get_origin(kind) or kind
+    if not is_model(kind):
+        return None
+    fields: Mapping[str, Any] | None = getattr(plain, "model_fields", None)
+    if fields is not None:
+        return {field.alias or name: field.is_required() for name, field in fields.items()}
+    info: Any = msgspec.inspect.type_info(kind)
+    return {field.encode_name: field.required for field in info.fields}
