@@ -112,10 +112,11 @@ class Enqueued(Struct):
 
 
 class Beat(Struct):
-    """Whether the process still counts as alive, and which of its executions are to be cancelled."""
+    """Whether the process still counts as alive, which of its executions are to be cancelled, whether it is to stop."""
 
     alive: bool
     cancel: list[str]
+    stop: bool = False
 
 
 class Result(Struct):

@@ -61,8 +61,8 @@ class JsonFormatter(logging.Formatter):
     escaped, so no stored text can forge a line or command a terminal. Values without a JSON form are written as text.
 
     Args:
-        redact: Is given each line as a dict and returns what to write; for taking secrets out. If it raises, the line is
-            replaced by one that says so, without its contents.
+        redact: Is given each line as a dict and returns what to write; for taking secrets out. If it raises, the line
+            is replaced by one that says so, without its contents.
     """
 
     def __init__(self, *, redact: Redact | None = None) -> None:

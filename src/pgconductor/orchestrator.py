@@ -198,9 +198,12 @@ class Orchestrator:
             self._ended.set()
             log.info("orchestrator %s has stopped", self.id)
 
+    def stop_soon(self, grace: Duration = GRACE_SECONDS) -> None:
+        """Begin to stop and return at once; `stopped` tells when it is over."""
+        self._signal_task = asyncio.get_running_loop().create_task(self.stop(grace=grace))
+
     def _on_signal(self, is_now: bool) -> None:
-        stop = self.stop(grace=0 if is_now else GRACE_SECONDS)
-        self._signal_task = asyncio.get_running_loop().create_task(stop)
+        self.stop_soon(0 if is_now else GRACE_SECONDS)
 
 
 class _Stopped:
@@ -393,6 +396,12 @@ class _Process:
     def on_cancel(self, ids: list[str]) -> None:
         """Tell runs that their executions are being cancelled."""
         self.crew.cancel(ids)
+
+    def on_stop_requested(self, id: str) -> None:
+        """Stop gracefully: a newer release is about to change the schema in a way that breaks this one."""
+        if id == self._membership.id and not self._is_stopping:
+            log.warning("asked to stop: a migration that breaks this release waits for it; upgrade pgconductor here")
+            self.owner.stop_soon()
 
     def on_swept(self, moved: Moved) -> None:
         """Look for the work that was taken over, and tell others of it."""

@@ -5,6 +5,11 @@ from what was last applied. **Each step is one transaction** that first takes th
 what is recorded, then does the first thing that is missing. So it does not matter how many processes install at once,
 nor where one of them is killed: the next transaction sees exactly the steps that were committed.
 
+A migration that breaks the workers of the release before says so in its first line, `-- breaking`. Live workers of
+other releases are then asked to stop, which they see in their next beat; the migration waits for them, for a minute
+unless told otherwise, and is refused if one still lives. Dead ones do not count. Whether any lives is asked once more
+in the migration's own transaction, under a lock that keeps new ones out.
+
 No step waits more than two seconds for a lock, since whatever it waits for, all later queries queue up behind it. It
 gives up, lets them pass, and tries again.
 
@@ -36,6 +41,7 @@ from psycopg.rows import tuple_row
 from pgconductor.errors import ConfigurationError, ServerError
 
 DEFAULT_SCHEMA = "pgconductor"
+STOP_SECONDS_MAX = 60.0  # how long workers get to stop before a migration that breaks them
 
 Connection: TypeAlias = psycopg.Connection[Any]
 Records: TypeAlias = Mapping[int, "Record"]
@@ -43,6 +49,7 @@ Records: TypeAlias = Mapping[int, "Record"]
 _FUNCTIONS = 0  # the version under which the functions are recorded
 _LOCK_TIMEOUT = "2s"
 _LOCK_SECONDS_MAX = 60  # how long a step is tried again
+_STOP_POLL_SECONDS = 0.1
 _LOCK_KEY = 1002  # beside those of the functions: 0 to 63 trees, 1000 and 1001 timers and sweep
 _NAME_BYTES_MAX = 63
 _RESERVED = ("public", "information_schema", "$user")
@@ -56,6 +63,32 @@ create table if not exists migration (
   breaking boolean not null,
   applied_at timestamptz not null default clock_timestamp()
 );
+"""
+
+_LIVE_OTHERS = """
+select count(*) from orchestrator
+where beat_at > clock_timestamp() - interval '20 seconds' and version <> cast(%s as text)"""
+
+_ASK = """
+with asked as (
+  update orchestrator set stop_requested_at = clock_timestamp()
+  where version <> cast(%s as text) and stop_requested_at is null returning id
+)
+select string_agg(id::text, ' ') from asked"""
+
+_TAKE_BACK = """
+with asked as (
+  update orchestrator set stop_requested_at = null
+  where version <> cast(%s as text) and stop_requested_at is not null and stopping_at is null returning id
+)
+select string_agg(id::text, ' ') from asked"""
+
+_GUARD = """\
+do $guard$ begin
+  if exists (select from orchestrator where beat_at > clock_timestamp() - interval '20 seconds') then
+    raise exception 'workers still run: stop them all, then run this script again';
+  end if;
+end $guard$;
 """
 
 _REVOKE = """\
@@ -95,28 +128,47 @@ class Step:
     record: Record | None = None
     name: str = ""
 
+    @property
+    def is_breaking(self) -> bool:
+        """Whether workers of other releases must have stopped before it."""
+        return self.record is not None and self.record.breaking
 
-def migrate(target: str | Connection, schema: str = DEFAULT_SCHEMA) -> list[str]:
+
+class _OthersLive(Exception):
+    """A worker of another release appeared between the wait and the migration."""
+
+
+def migrate(
+    target: str | Connection, schema: str = DEFAULT_SCHEMA, *, wait_seconds: float = STOP_SECONDS_MAX
+) -> list[str]:
     """Bring the schema to this release; nothing happens if it is there.
 
     Args:
         target: An address, or a connection outside any transaction.
         schema: The engine's schema; any name of at most 63 bytes that is the engine's alone.
+        wait_seconds: How long workers of other releases get to stop before a migration that breaks them.
 
     Returns:
         What was done, one line a transaction; empty if there was nothing to do.
 
     Raises:
         ConfigurationError: The schema's name cannot be used. Nothing was done.
-        ServerError: The server or the schema does not fit, or a lock was not to be had for a minute. What was
-            committed stays; run it again.
+        ServerError: The server or the schema does not fit, workers that a migration would break did not stop in time,
+            or a lock was not to be had for a minute. What was committed stays; run it again.
     """
     done: list[str] = []
     with _session(target, schema) as conn:
         deadline = time.monotonic() + _LOCK_SECONDS_MAX
-        while pending(_recorded(conn, schema)):
+        patience = time.monotonic() + wait_seconds
+        while steps := pending(_recorded(conn, schema)):
             try:
+                if steps[0].is_breaking:
+                    _stop_others(conn, schema, steps[0], patience)
                 done += _apply_next(conn, schema)
+                if steps[0].is_breaking:  # who was starting meanwhile, and got in behind the migration
+                    _ask_to_stop(conn, schema)
+            except _OthersLive:
+                continue
             except errors.LockNotAvailable as error:
                 if time.monotonic() > deadline:
                     raise ServerError(f"no lock for {_LOCK_SECONDS_MAX} s: {error}", "run it again") from error
@@ -132,7 +184,8 @@ async def migrate_async(dsn: str, schema: str = DEFAULT_SCHEMA) -> list[str]:
 def plan(target: str | Connection, schema: str = DEFAULT_SCHEMA) -> list[str]:
     """Return what `migrate` would do, one line a transaction, without doing it."""
     with _session(target, schema) as conn:
-        return [step.title for step in pending(_recorded(conn, schema))]
+        steps = pending(_recorded(conn, schema))
+        return [step.title + (f"; {_live_others(conn, schema)} live now" if step.is_breaking else "") for step in steps]
 
 
 def is_current(conn: Connection, schema: str = DEFAULT_SCHEMA) -> bool:
@@ -158,10 +211,15 @@ def sql(schema: str = DEFAULT_SCHEMA, since: int = 0) -> str:
         f"create schema if not exists {_quoted(schema)};",
         f"set local search_path to {_path(schema)};",
         "set local check_function_bodies to off;",
-        *(f"-- {step.title}\n{step.script}{_record_script(step)}" for step in steps),
+        *(f"-- {step.title}\n{_guard(step, since)}{step.script}{_record_script(step)}" for step in steps),
         _REVOKE + "commit;",
     ]
     return "\n".join(parts) + "\n"
+
+
+def _guard(step: Step, since: int) -> str:
+    """Return what keeps a script by hand from breaking workers, where there can be any."""
+    return _GUARD if step.is_breaking and since > 0 else ""
 
 
 def pending(records: Records | None) -> list[Step]:
@@ -229,8 +287,10 @@ def _apply_next(conn: Connection, schema: str) -> list[str]:
         step = steps[0]
         if step.record is None:
             _claim_schema(conn, schema)
-        elif step.record.breaking:
-            _refuse_while_workers_live(conn, step)
+        elif step.is_breaking:
+            _execute(conn, "lock table orchestrator in share row exclusive mode")
+            if _row(conn, _LIVE_OTHERS, _release())[0]:
+                raise _OthersLive
         if step.record is not None and step.record.version == _FUNCTIONS:
             _apply_functions(conn, schema, step.script, (records or {}).get(_FUNCTIONS))
         else:
@@ -249,13 +309,37 @@ def _claim_schema(conn: Connection, schema: str) -> None:
         raise ServerError(f"the schema {schema!r} has tables that are not the engine's", "choose another schema")
 
 
-def _refuse_while_workers_live(conn: Connection, step: Step) -> None:
-    live = (
-        "select count(*) from orchestrator where beat_at > clock_timestamp() - interval '20 seconds' and version <> %s"
-    )
-    if count := _row(conn, live, _release())[0]:
-        remedy = "stop or upgrade them, then run it again"
-        raise ServerError(f"{step.title} would break {count} running workers of another release", remedy)
+def _stop_others(conn: Connection, schema: str, step: Step, until: float) -> None:
+    """Ask live workers of other releases to stop, those that start meanwhile too, and wait until none is left."""
+    while True:
+        _ask_to_stop(conn, schema)
+        count = _live_others(conn, schema)
+        if not count:
+            return
+        if time.monotonic() > until:
+            _ask_to_stop(conn, schema, please=False)
+            reason = f"{step.title}: {count} workers of another release have not stopped"
+            raise ServerError(reason, "stop or upgrade them, then run it again")
+        time.sleep(_STOP_POLL_SECONDS)
+
+
+def _live_others(conn: Connection, schema: str) -> int:
+    """Count the workers of other releases that show signs of life; none where there is no engine yet."""
+    try:
+        with conn.transaction():
+            _execute(conn, f"set local search_path to {_path(schema)}")
+            return int(_row(conn, _LIVE_OTHERS, _release())[0])
+    except errors.UndefinedTable:
+        return 0
+
+
+def _ask_to_stop(conn: Connection, schema: str, *, please: bool = True) -> None:
+    """Ask workers of other releases to stop, or take the request back; a hint makes them look at once."""
+    with conn.transaction():
+        _execute(conn, f"set local lock_timeout to '{_LOCK_TIMEOUT}'; set local search_path to {_path(schema)}")
+        asked = _row(conn, _ASK if please else _TAKE_BACK, _release())[0]
+        if asked and please:
+            _row(conn, "select pg_notify(%s, left(%s, 7900))", schema, f"told {asked}")
 
 
 def _apply_functions(conn: Connection, schema: str, script: str, last: Record | None) -> None:
@@ -354,7 +438,8 @@ def _migration(file: Traversable) -> Step:
     name, script = file.name.removesuffix(".sql"), file.read_text("utf-8")
     breaking = script.startswith("-- breaking\n")
     record = Record(int(name.partition("_")[0]), _checksum(script), _release(), breaking)
-    return Step(f"apply migration {name}", script, record, name)
+    title = f"apply migration {name}" + (", after workers of other releases have stopped" if breaking else "")
+    return Step(title, script, record, name)
 
 
 @functools.cache

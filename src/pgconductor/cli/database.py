@@ -15,14 +15,26 @@ from pgconductor.cli.text import console, redacted_dsn
 @click.command()
 @click.option("--plan", "mode", flag_value="plan", help="Say what would be done, and do nothing.")
 @click.option("--sql", "mode", flag_value="sql", help="Print the SQL for those who run it by hand.")
+@click.option("--since", type=click.IntRange(0), default=0, help="With --sql: the last migration that is there.")
+@click.option(
+    "--wait",
+    "wait_seconds",
+    type=click.FloatRange(0),
+    default=schema.STOP_SECONDS_MAX,
+    show_default=True,
+    help="Seconds that workers of other releases get to stop, where a migration breaks them.",
+)
 @json_option
 @pass_settings
-def migrate(settings: Settings, mode: str | None, as_json: bool) -> None:
+def migrate(settings: Settings, mode: str | None, since: int, wait_seconds: float, as_json: bool) -> None:
     """Install the engine, or bring it up to this release. Safe to repeat, and while workers run."""
     if mode == "sql":
-        click.echo(schema.sql(settings.schema), nl=False)
+        click.echo(schema.sql(settings.schema, since), nl=False)
         return
-    steps = (schema.plan if mode == "plan" else schema.migrate)(settings.dsn, settings.schema)
+    if mode == "plan":
+        steps = schema.plan(settings.dsn, settings.schema)
+    else:
+        steps = schema.migrate(settings.dsn, settings.schema, wait_seconds=wait_seconds)
     if as_json:
         print_json({"schema": settings.schema, "planned" if mode == "plan" else "done": steps})
         return

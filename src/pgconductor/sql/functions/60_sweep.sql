@@ -2,7 +2,8 @@
 -- Called by every process; the work itself is done by one at a time (a lock that is tried, never waited for).
 -- Locks: as in 00_locks.sql; the sweep takes the row of a dead orchestrator for update.
 
--- Returns {alive, cancel: [execution ids to tell]}. A process that is not alive must stop what it runs.
+-- Returns {alive, cancel: [execution ids to tell], stop: a migration that breaks this release waits for the process}.
+-- A process that is not alive must stop what it runs.
 create or replace function beat(p_orchestrator uuid, p_stopping boolean default false, p_now timestamptz default null)
 returns json
 language plpgsql volatile set search_path from current set enable_seqscan = off set enable_mergejoin = off set jit = off set plan_cache_mode = force_generic_plan as $$
@@ -10,17 +11,19 @@ declare
   v_now timestamptz := instant(p_now);
   v_told json;
   v_alive boolean;
+  v_stop boolean;
 begin
   update orchestrator
   set beat_at = v_now, stopping_at = case when p_stopping then coalesce(stopping_at, v_now) end
-  where id = p_orchestrator;
+  where id = p_orchestrator
+  returning stop_requested_at is not null into v_stop;
   v_alive := found;
   -- a signal stays until the lease is gone: this answer may be lost, or come before the reply of the claim
   delete from signal s
   where s.orchestrator_id = p_orchestrator and not exists (
     select from lease l where l.execution_id = s.execution_id and l.orchestrator_id = p_orchestrator);
   select json_agg(execution_id) into v_told from signal where orchestrator_id = p_orchestrator;
-  return json_build_object('alive', v_alive, 'cancel', coalesce(v_told, '[]'));
+  return json_build_object('alive', v_alive, 'cancel', coalesce(v_told, '[]'), 'stop', coalesce(v_stop, false));
 end $$;
 
 -- Makes due work ready and answers due waits, a bounded number at a time. Returns how many.
