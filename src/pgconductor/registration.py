@@ -79,10 +79,15 @@ def _check_trigger(trigger: Trigger, config: TaskConfig, signature: Signature) -
 
 
 def _check_schedules(config: TaskConfig) -> None:
-    """Refuse expressions that cannot be read or never fire."""
+    """Refuse expressions that cannot be read or never fire, and schedules of tasks that take batches of payloads."""
     for trigger in config.triggers:
         if isinstance(trigger, Cron):
             recurrence(trigger.expr, trigger.tz)
+            if config.batch is not None:
+                place = f"task {config.name!r}: cron({trigger.expr!r})"
+                raise ConfigurationError(
+                    place, "a schedule brings no payload for a batch", "schedule a task that invokes this one"
+                )
 
 
 def _described(trigger: Trigger) -> str:

@@ -36,7 +36,7 @@ NAMED: Final = {
     "@yearly": "0 0 1 1 *",
     "@annually": "0 0 1 1 *",
 }
-EXPRESSION_LENGTH_MAX: Final = 200
+EXPRESSION_BYTES_MAX: Final = 200
 TICKS_MAX: Final = 1000
 """How many missed ticks `catch_up="all"` runs at most: the newest."""
 MISSED_AFTER: Final = timedelta(minutes=1)
@@ -61,7 +61,7 @@ class Recurrence:
     __slots__ = ("_is_fixed", "_matcher", "_zone")
 
     def __init__(self, expr: str, zone: str = "UTC") -> None:
-        place = f"cron({expr[:EXPRESSION_LENGTH_MAX]!r})"
+        place = f"cron({expr[:80]!r})"
         self._zone = ZoneInfo(check_zone(zone, f"{place}: tz"))
         self._matcher = _parse(_spelt_out(expr, place), place)
         self._is_fixed = not any(part.startswith("*") for part in self._matcher.parts[:3])
@@ -176,8 +176,8 @@ def _spelt_out(expr: str, place: str) -> str:
 
 def _parse(expr: str, place: str) -> CronSim:
     remedy = 'give five fields "minute hour day month weekday", or six with seconds first'
-    if len(expr) > EXPRESSION_LENGTH_MAX:
-        raise ConfigurationError(place, f"it is longer than {EXPRESSION_LENGTH_MAX} characters", remedy)
+    if len(expr.encode(errors="replace")) > EXPRESSION_BYTES_MAX:
+        raise ConfigurationError(place, f"it is longer than {EXPRESSION_BYTES_MAX} bytes", remedy)
     try:
         return CronSim(expr, _SAMPLE)
     except (CronSimError, ValueError, AssertionError, TypeError) as error:

@@ -6,6 +6,7 @@ finds the parameter's default.
 """
 
 from collections.abc import Mapping
+from datetime import UTC
 from typing import Any, Final, Literal, get_args, get_origin
 
 from msgspec import Raw, Struct
@@ -59,7 +60,8 @@ def handed_over(parameters: Mapping[str, Any], claimed: Claimed) -> dict[str, An
 
 def _read(kind: TriggerKind, data: bytes, annotation: Any) -> Tick | Event[Any] | Change[Any]:
     if kind == "schedule":
-        return _tick.decode(data)
+        tick = _tick.decode(data)
+        return Tick(tick.name, tick.scheduled_at.astimezone(UTC))
     codec = _codec_of(annotation, _KINDS[kind])
     if kind == "event":
         event = _event.decode(data)

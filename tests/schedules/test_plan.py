@@ -1,10 +1,12 @@
 """F5 52: what an outage leaves undone, by policy; and what a clock that is put back changes: nothing."""
 
+import inspect
 from datetime import UTC, datetime, timedelta
 
 import pytest
 from msgspec.structs import replace
 
+from pgconductor import scheduler, schedules, ticks
 from pgconductor.model import CatchUp
 from pgconductor.schedules import DueSchedule, plan
 from pgconductor.ticks import TICKS_MAX
@@ -64,6 +66,12 @@ def test_a_clock_that_is_put_back_fires_nothing_twice() -> None:
     back = plan(due("*/10 * * * *", 0, decided=3600))
     assert back.slots == []
     assert back.next_at == after(4200)
+
+
+def test_50_no_clock_but_the_database_s_is_read() -> None:
+    for module in (ticks, schedules, scheduler):
+        source = inspect.getsource(module)
+        assert [word for word in ("datetime.now", "utcnow", "import time", "today(") if word in source] == []
 
 
 def test_a_zone_that_this_process_lacks_is_told_not_raised() -> None:

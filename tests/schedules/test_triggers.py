@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from pgconductor import Change, Conductor, ConductorError, Context, Event, Tick, cron, invocable
+from pgconductor import Batch, BatchContext, Change, Conductor, ConductorError, Context, Event, Tick, cron, invocable
 from pgconductor.engine import Claimed, TriggerKind
 from pgconductor.errors import ConfigurationError
 from pgconductor.triggers import handed_over
@@ -29,7 +29,8 @@ def claimed(kind: TriggerKind | None, data: Any) -> Claimed:
 def test_a_tick_goes_to_the_parameter_for_ticks() -> None:
     parameters = {"tick": Tick | None, "event": Event[Paid] | None, "change": Change[Paid]}
     data = {"name": "nightly", "scheduled_at": "2026-05-04T14:00:00+02:00"}
-    assert handed_over(parameters, claimed("schedule", data)) == {"tick": Tick("nightly", AT)}
+    (tick,) = handed_over(parameters, claimed("schedule", data)).values()
+    assert (tick, tick.scheduled_at.tzinfo) == (Tick("nightly", AT), UTC)
 
 
 def test_an_event_is_decoded_to_its_type() -> None:
@@ -79,6 +80,14 @@ def test_two_schedules_of_a_task_need_two_names() -> None:
 
         @app.task(on=[cron("0 9 * * *", tz="Europe/Berlin"), cron("0 9 * * *", tz="Asia/Tokyo")])
         async def morning(ctx: Context) -> None: ...
+
+
+def test_a_batch_has_no_schedule() -> None:
+    app = Conductor("postgresql://nowhere")
+    with pytest.raises(ConfigurationError, match="batch"):
+
+        @app.task(on=cron("@daily"), batch=Batch(10, 1))
+        async def index(ctx: BatchContext, items: list[Paid]) -> None: ...
 
 
 def test_a_required_tick_needs_a_schedule() -> None:
