@@ -1,8 +1,8 @@
 """What must be true of an engine's tables in every snapshot, as queries that return no row.
 
 The numbers are those of the guarantees. Those that speak of the past (3 to 7) read a history that triggers write, which
-`attach_audit` adds to a test database; in production there is none, and nobody pays for it. 12 and 13, on limits, have
-no tables yet.
+`attach_audit` adds to a test database; in production there is none, and nobody pays for it. A test that lowers a limit
+under running work makes a table `audit.lowered`, and 12 is passed over.
 
 The history holds one row per change of state that a commit made visible: its triggers are deferred to the commit, so a
 function may move an execution through several tables and counts as one move.
@@ -35,7 +35,8 @@ create function audit.state_of(p_id uuid) returns text language sql stable as $$
               when exists (select from lease where execution_id = e.id) then 'running'
               when exists (select from wait where execution_id = e.id) then 'waiting'
               when exists (select from timer where execution_id = e.id) then 'scheduled'
-              when exists (select from ready where execution_id = e.id) then 'ready'
+              when exists (select from ready where execution_id = e.id)
+                or exists (select from backlog where execution_id = e.id) then 'ready'
               else 'nowhere' end
   from execution e where e.id = p_id
 $$;
@@ -88,6 +89,8 @@ create constraint trigger audit_move after insert or delete on lease
   deferrable initially deferred for each row execute function audit.note_move();
 create constraint trigger audit_move after insert or delete on ready
   deferrable initially deferred for each row execute function audit.note_move();
+create constraint trigger audit_move after insert or delete on backlog
+  deferrable initially deferred for each row execute function audit.note_move();
 create constraint trigger audit_move after insert or delete on timer
   deferrable initially deferred for each row execute function audit.note_move();
 create constraint trigger audit_move after insert or delete on wait
@@ -130,14 +133,19 @@ ALWAYS: Mapping[str, str] = {
         select execution_id, from_state, to_state from audit.history h where op = 'move' and not (
           case coalesce(from_state, 'none')
             when 'none' then to_state in ('ready', 'scheduled')
-            when 'scheduled' then to_state in ('ready', 'running', 'cancelled', 'scheduled')
-            when 'ready' then to_state in ('running', 'cancelled', 'scheduled')
+            when 'scheduled' then to_state in ('ready', 'running', 'cancelled', 'scheduled', 'failed')
+            when 'ready' then to_state in ('running', 'cancelled', 'scheduled', 'failed')
             when 'running' then to_state in ('ready', 'scheduled', 'waiting', 'completed', 'failed', 'cancelled')
             when 'waiting' then to_state in ('ready', 'running', 'cancelled')
             else to_state = 'ready' and from_state <> 'completed' end)
         union all
         select execution_id, orchestrator_id::text, token::text from audit.history
         where op = 'move' and token is not null group by 1, 2, 3 having count(*) > 1""",
+    "5b nothing but expiry fails what does not run": """
+        select h.execution_id from audit.history h join execution e on e.id = h.execution_id
+        where h.op = 'move' and h.to_state = 'failed' and h.from_state in ('ready', 'scheduled')
+          and e.error ->> 'type' is distinct from 'pgconductor.errors.Expired' and not exists (
+            select from audit.history r where r.execution_id = e.id and r.op = 'redrive')""",
     "6 the row is where its history ends": """
         select e.id, audit.state_of(e.id), h.to_state from execution e left join lateral (
           select to_state from audit.history h where h.execution_id = e.id and h.op = 'move' order by seq desc limit 1
@@ -179,6 +187,26 @@ ALWAYS: Mapping[str, str] = {
                           where s.execution_id = p.id and s.child_id = c.id and h.index = 0
                             and h.status = 'timed_out' and h.keep_on_timeout)
           and not exists (select from audit.history h where h.execution_id = c.id and h.op = 'redrive')""",
+    "12 limit kept": """
+        select t.task_id, t.kind, p.key from permit p join task_limit t on t.id = p.limit_id
+        group by t.id, p.key
+        having count(*) > coalesce(t.operator_max, t.declared_max)
+          and to_regclass('audit.lowered') is null
+        union all
+        select t.task_id, t.kind, u.key from rate_use u join task_limit t on t.id = u.limit_id
+        where to_regclass('audit.lowered') is null
+        group by t.id, u.key
+        having (select count(*) from rate_use o where o.limit_id = t.id and o.key = u.key
+                and o.used_at > max(u.used_at) - t.period) > coalesce(t.operator_max, t.declared_max)""",
+    "13 a permit for every limit of what runs, and for nothing else": """
+        select p.execution_id, p.limit_id from permit p
+        where not exists (select from lease l where l.execution_id = p.execution_id)
+           or not exists (select from task_limit t where t.id = p.limit_id and t.kind = 'concurrency')
+        union all
+        select e.id, t.id from lease l join execution e on e.id = l.execution_id
+        join lane n on n.id = e.lane_id and n.is_limited
+        join task_limit t on t.task_id = n.task_id and t.kind = 'concurrency'
+        where not exists (select from permit p where p.execution_id = e.id and p.limit_id = t.id)""",
     "14 budgets": """
         select e.id, e.failures, e.crashes
         from execution e join lane n on n.id = e.lane_id join task t on t.id = n.task_id
@@ -192,7 +220,9 @@ ALWAYS: Mapping[str, str] = {
         where e.id is null or e.dedupe_key is distinct from d.key""",
     "16 everything that has not ended is reachable, at one place": """
         select e.id::text from execution e
-        left join (select execution_id, count(*) from ready group by 1) r on r.execution_id = e.id
+        left join (select execution_id, count(*) from (
+          select execution_id from ready union all select execution_id from backlog) a group by 1) r
+          on r.execution_id = e.id
         left join lease l on l.execution_id = e.id
         left join wait w on w.execution_id = e.id
         left join timer t on t.execution_id = e.id
@@ -202,6 +232,14 @@ ALWAYS: Mapping[str, str] = {
         select r.execution_id::text from ready r left join execution e on e.id = r.execution_id
         where e.id is null or e.outcome is not null or (r.lane_id, r.priority) is distinct from (e.lane_id, e.priority)
            or r.ord not in (e.ord, e.ord - 4611686018427387904)
+        union all
+        select b.execution_id::text from backlog b left join execution e on e.id = b.execution_id
+        where e.id is null or e.outcome is not null or (b.lane_id, b.priority) is distinct from (e.lane_id, e.priority)
+           or b.ord not in (e.ord, e.ord - 4611686018427387904) or b.is_start <> (b.ord >= 0)
+           or not exists (select from backlog_key k where k.lane_id = b.lane_id and k.is_start = b.is_start
+                          and k.keys = b.keys)
+              and not exists (select from look k where k.lane_id = b.lane_id and k.is_start = b.is_start
+                              and k.keys = b.keys)
         union all
         select t.execution_id::text from timer t left join execution e on e.id = t.execution_id
         where e.id is null or not isfinite(t.due_at) and not exists (

@@ -24,6 +24,7 @@ import asyncio
 import inspect
 import logging
 import random
+import time
 from collections.abc import Awaitable, Callable, Iterable
 from concurrent.futures import Future as ThreadFuture
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
@@ -212,7 +213,7 @@ class Attempt:
         """
         self._main = asyncio.current_task()
         current_run.set(self)
-        if self.is_over():
+        if self.is_over() or self.is_closing():
             return self.leave(self.exit or "released")
         try:
             fault("before_handler")
@@ -403,7 +404,12 @@ class Attempt:
     @property
     def is_leaving(self) -> bool:
         """Whether the next operation is where the run is left."""
-        return self._leaving or self.host.is_stopping()
+        return self._leaving or self.host.is_stopping() or self.is_closing()
+
+    def is_closing(self) -> bool:
+        """Whether the task's window has closed."""
+        closes_at = self.claimed.closes_at
+        return closes_at is not None and time.monotonic() >= closes_at
 
     async def boundary(self) -> None:
         """Begin an operation; when the process is stopping, wait here for the steps that still run, then leave."""

@@ -1,12 +1,13 @@
 """From calls and their options to the rows that are enqueued."""
 
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from typing import Any, Final
 
 from msgspec import Raw
 
 from pgconductor.engine import NewExecution
-from pgconductor.errors import ConductorError, ConfigurationError, EncodeError, NotInvocable
+from pgconductor.errors import ConfigurationError, EncodeError, NotInvocable
 from pgconductor.ids import new_id, new_ids
 from pgconductor.options import NO_OPTIONS, CallOptions
 from pgconductor.task import Call, Task
@@ -36,7 +37,6 @@ class CallPlan:
 
         Raises:
             NotInvocable: `invocable()` is not among the task's triggers.
-            ConductorError: An option is not available.
         """
         self._check_task(call.task)
         options = self._merged(call.options)
@@ -71,11 +71,7 @@ class CallPlan:
             raise NotInvocable(name)
 
     def _merged(self, own: CallOptions) -> CallOptions:
-        options = self._base if own is NO_OPTIONS else own.over(self._base)
-        if options.throttle is not None or options.debounce is not None:
-            word = "throttle" if options.throttle is not None else "debounce"
-            raise ConductorError(f"{word}= is not available in this version; nothing was enqueued")
-        return options
+        return self._base if own is NO_OPTIONS else own.over(self._base)
 
     def _check_connections(self, options: list[CallOptions]) -> None:
         connections = {id(each.conn): each.conn for each in options}
@@ -90,10 +86,13 @@ class CallPlan:
         self._places = []
         for row in rows:
             key = (row.task, row.dedupe_key)
-            place = place_of.get(key) if row.dedupe_key is not None else None
+            is_deduped = row.dedupe_key is not None and row.throttle is None and row.debounce is None
+            place = place_of.get(key) if is_deduped else None
             if place is None:
-                place = place_of[key] = len(folded)
+                place = len(folded)
                 folded.append(row)
+                if is_deduped:
+                    place_of[key] = place
             elif row.replace:
                 row.id = folded[place].id
                 folded[place] = row
@@ -117,7 +116,13 @@ def _new_execution(id: str, call: Call[Any], options: CallOptions) -> NewExecuti
         queue=options.queue,
         priority=options.priority or 0,
         run_at=options.run_at,
-        delay=None if options.delay is None else options.delay.total_seconds(),
+        delay=_seconds(options.delay),
         dedupe_key=options.dedupe_key,
         replace=options.on_duplicate == "replace",
+        throttle=_seconds(options.throttle),
+        debounce=_seconds(options.debounce),
     )
+
+
+def _seconds(duration: timedelta | None) -> float | None:
+    return None if duration is None else duration.total_seconds()

@@ -13,10 +13,10 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Final
 
-from pgconductor.engine import Claim, Want
+from pgconductor.engine import Claim, Claimed, Want
 from pgconductor.faults import InjectedFault, fault
 from pgconductor.membership import Membership
 from pgconductor.session import ConnectionLost, Session, backoff_seconds
@@ -198,7 +198,7 @@ class Claimer:
             if everything or worker.queue_id in self._expected:
                 count = worker.wanted()
                 if count > 0:
-                    wants.append(Want(worker.queue_id, count))
+                    wants.append(Want(worker.queue_id, count, worker.free()))
                     self._expected.discard(worker.queue_id)
         return wants
 
@@ -227,6 +227,9 @@ class Claimer:
         for want in wants:
             if counts.get(want.queue, 0) >= want.limit:
                 self._expected.add(want.queue)
+        self._expected.update(claim.more or ())
+        if claim.closing:
+            _set_closing(claimed, claim.closing)
         self.claim_count += 1
         self.claimed_count += len(claimed)
         self._crew.take(claimed, token)
@@ -249,3 +252,12 @@ class Claimer:
         elif moved.queues:
             log.info("claims whose replies were lost have been given back")
             self.expect(moved.queues)
+
+
+def _set_closing(claimed: Iterable[Claimed], closing: Mapping[int, float]) -> None:
+    """Note when the windows of what was claimed close."""
+    now = time.monotonic()
+    for each in claimed:
+        seconds = closing.get(each.task_id)
+        if seconds is not None:
+            each.closes_at = now + seconds

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
 from pgconductor.attempt import Attempt
+from pgconductor.batch import BatchMember
 from pgconductor.engine import Claimed, Engine, Outcome, Recorded
 from pgconductor.host import ProcessHost
 from pgconductor.isolated import IsolatedAttempt
@@ -179,6 +180,10 @@ class Crew:
         if task.config.executor == "process":
             return IsolatedAttempt(self._host.processes, claimed, token, task, queue, self._host, memos)
         return Attempt(claimed, token, task, queue, self._host, memos)
+
+    def member(self, claimed: Claimed, token: int, task: Task[..., Any], queue: str) -> BatchMember:
+        """Make the part of a claimed execution in a batch."""
+        return BatchMember(claimed, token, task, queue, self._host)
 
     def release(self, items: Iterable[tuple[Claimed, int]]) -> None:
         """Give back what was claimed and has not started."""

@@ -51,7 +51,8 @@ class Claimed(Struct, array_like=True, gc=False):
     """An execution that this process may run until it settles it.
 
     `steps` holds what was recorded earlier: None for a first run; with `cached`, only what changed since this very
-    process parked the execution. `trigger_data` is what a trigger of `trigger_kind` hands to the handler.
+    process parked the execution. `trigger_data` is what a trigger of `trigger_kind` hands to the handler. `closes_at`
+    is set here, not by the database: when its task's window closes, on this machine's monotonic clock.
     """
 
     id: str
@@ -69,13 +70,19 @@ class Claimed(Struct, array_like=True, gc=False):
     trigger_kind: TriggerKind | None = None
     trigger_data: Raw = NULL
 
+    closes_at: float | None = None
 
 class Claim(Struct):
-    """What one claim brought; `next_due` is in seconds from now, below zero when overdue; `schedules` are those due."""
+    """What one claim brought; `next_due` is in seconds from now, below zero when overdue; `schedules` are those due.
+
+    `closing`: of tasks with a window, in how many seconds it closes. `more`: queues with more limited work.
+    """
 
     next_due: float | None = None
     claimed: list[Claimed] | None = None
     schedules: list[DueSchedule] | None = None
+    closing: dict[int, float] | None = None
+    more: list[int] | None = None
 
 
 class Settled(Struct):
@@ -179,6 +186,8 @@ class Named(Struct):
 
 
 class NewExecution(Struct, omit_defaults=True):
+    throttle: float | None = None
+    debounce: float | None = None
     """One call to enqueue, or one child of an operation."""
 
     id: str
@@ -261,6 +270,7 @@ class Outcome(Struct, omit_defaults=True):
     outcome: Literal["completed", "failed", "retried", "released", "crashed", "parked"]
     result: Raw | UnsetType = UNSET
     error: Raw | UnsetType = UNSET
+    free: int | None = None
     delay: float | None = None
     ops: list[Operation] | None = None
     awaits: list[Await] | None = None
@@ -269,9 +279,23 @@ class Outcome(Struct, omit_defaults=True):
 
 
 class Want(Struct):
-    """How many executions a process wants of a queue."""
+    """How many executions a process wants of a queue; `free`: how many of them of limited tasks, None for all."""
 
     queue: int
+    expires: float | None = None
+    window_start: str | None = None
+    window_end: str | None = None
+    window_zone: str | None = None
+    limits: list["LimitRow"] = []
+
+
+class LimitRow(Struct):
+    """A limit of a task; a rate has a period in seconds."""
+
+    kind: Literal["concurrency", "rate"]
+    key_path: str | None
+    max: int
+    seconds: float | None = None
     limit: int
 
 

@@ -25,13 +25,14 @@ from pgconductor.changes import register_changes
 from pgconductor.claimer import Claimer
 from pgconductor.crew import Crew
 from pgconductor.durations import Duration, parse_duration
-from pgconductor.engine import Moved, TaskRow, kept_seconds
+from pgconductor.engine import Moved
 from pgconductor.errors import ConfigurationError
 from pgconductor.events import subscriptions_of
 from pgconductor.heartbeat import Heartbeat, Pulse
 from pgconductor.host import ProcessHost
 from pgconductor.membership import Membership, Timing
 from pgconductor.notify import Listener, Notifier
+from pgconductor.registration import task_row
 from pgconductor.scheduler import Scheduler
 from pgconductor.schedules import declared_schedules
 from pgconductor.session import Session, backoff_seconds
@@ -263,17 +264,7 @@ class _Process:
             self._stack.push_async_callback(session.close)
 
     async def _register(self, tasks: Mapping[str, Task[..., Any]]) -> dict[int, Task[..., Any]]:
-        rows = [
-            TaskRow(
-                task.name,
-                task.queue,
-                task.config.max_attempts,
-                task.config.max_crashes,
-                keep_completed=kept_seconds(task.config.keep_completed),
-                keep_failed=kept_seconds(task.config.keep_failed),
-            )
-            for task in tasks.values()
-        ]
+        rows = [task_row(task) for task in tasks.values()]
         engine, session = self._engine, self._other_session
         names = await session.run(engine.register_tasks(self._conductor.name, rows), timeout=START_SECONDS)
         await register_changes(session, self._conductor.dsn, engine, self._conductor.name, tasks.values())

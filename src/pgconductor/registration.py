@@ -5,8 +5,9 @@ from collections.abc import Callable
 from typing import Any, Final, cast
 
 from pgconductor.annotations import admits, describe_type
+from pgconductor.engine import LimitRow, TaskRow, kept_seconds
 from pgconductor.errors import ConfigurationError
-from pgconductor.events import check_fields
+from pgconductor.events import check_columns, check_fields
 from pgconductor.model import Change, Cron, Event, Invocable, OnChange, OnEvent, Tick, Trigger
 from pgconductor.options import TaskConfig, TaskOptions, configure_task
 from pgconductor.signature import Signature, signature_of, signature_of_reference
@@ -47,6 +48,32 @@ def make_reference(name: str, payload: type[Any], returns: Any, queue: str, clie
     return Task(None, config, payload=signature, returns=signature.returns, client=client)
 
 
+def task_row(task: Task[..., Any]) -> TaskRow:
+    """Return what the database must know of a task."""
+    config, window = task.config, task.config.window
+    return TaskRow(
+        config.name,
+        config.queue,
+        config.max_attempts,
+        config.max_crashes,
+        keep_completed=kept_seconds(config.keep_completed),
+        keep_failed=kept_seconds(config.keep_failed),
+        expires=None if config.expires is None else config.expires.total_seconds(),
+        window_start=None if window is None else window.start.isoformat(),
+        window_end=None if window is None else window.end.isoformat(),
+        window_zone=None if window is None else window.tz,
+        limits=_limits(config),
+    )
+
+
+def _limits(config: TaskConfig) -> list[LimitRow]:
+    limits = [LimitRow("concurrency", each.key, each.limit) for each in config.concurrency]
+    rate = config.rate_limit
+    if rate is not None:
+        limits.append(LimitRow("rate", rate.key, rate.limit, rate.per.total_seconds()))
+    return limits
+
+
 def _is_async(fn: Callable[..., Any]) -> bool:
     while hasattr(fn, "func") and hasattr(fn, "keywords"):  # functools.partial
         fn = cast("Any", fn).func
@@ -67,6 +94,8 @@ def _check_trigger(trigger: Trigger, config: TaskConfig, signature: Signature) -
             )
     if isinstance(trigger, OnEvent):
         check_fields(trigger, signature.triggers, place)
+    if isinstance(trigger, OnChange):
+        check_columns(trigger, signature.triggers, place)
     if isinstance(trigger, Invocable) or config.batch is not None:
         return
     for parameter in signature.parameters:

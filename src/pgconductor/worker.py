@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any, Final, Protocol
 
 from pgconductor.attempt import Attempt
+from pgconductor.batch import BatchMember, BatchRun, Settlements
 from pgconductor.checks import check_integer, check_name
 from pgconductor.durations import Duration, parse_duration
 from pgconductor.engine import Claimed, Completion, Outcome
@@ -57,6 +58,10 @@ class Floor(Protocol):
         """Return the memos that this process kept of an execution, brought up to date; None: they are gone."""
         ...
 
+    def member(self, claimed: Claimed, token: int, task: Task[..., Any], queue: str, /) -> BatchMember:
+        """Make the part of a claimed execution in a batch."""
+        ...
+
     async def reload(self, claimed: Claimed, /) -> Memos:
         """Load the memos of an execution whose kept ones are gone."""
         ...
@@ -97,6 +102,9 @@ class Worker:
         self.low_water = 0
         self.prefetch_max = 0
         self._floor: Floor | None = None
+        self._batch_sizes: dict[int, int] = {}
+        self._gathering: dict[int, BatchRun] = {}
+        self._batches: set[BatchRun] = set()
         self._finished_count = 0
         self._window_began_at = 0.0
         self._stuck_at = -1
@@ -111,6 +119,11 @@ class Worker:
             raise ConfigurationError(f"worker {self.queue!r}", "already belongs to an orchestrator", "create another")
         self._floor = floor
         self.queue_id = queue_id
+        self._batch_sizes = {
+            id: task.config.batch.size
+            for id, task in floor.tasks.items()
+            if task.config.batch is not None and task.queue == self.queue
+        }
         self._window_began_at = time.monotonic()
 
     def detach(self) -> None:
@@ -127,8 +140,26 @@ class Worker:
     def wanted(self) -> int:
         """Return how many executions to claim now."""
         self._measure()
-        free = self.concurrency - len(self.running)
-        return min(free + self.prefetch_max - len(self.buffer), self.fetch_size)
+        return min(self.free() + self.prefetch_max, self.fetch_size)
+
+    def free(self) -> int:
+        """Return how many executions have a slot to run in, those included that batches can take."""
+        free = self.concurrency - self._used()
+        return free + self._batch_room(is_free=free > 0) - len(self.buffer)
+
+    def _used(self) -> int:
+        """Return how many slots are taken; a batch takes one."""
+        return len(self.running) - sum(len(batch.members) - 1 for batch in self._batches)
+
+    def _batch_room(self, *, is_free: bool) -> int:
+        room = 0
+        for id, size in self._batch_sizes.items():
+            gathering = self._gathering.get(id)
+            if gathering is not None and gathering.is_open:
+                room += gathering.room
+            elif is_free:
+                room += size - 1
+        return room
 
     def _measure(self) -> None:
         """Set the prefetch to what the queue finished lately; it may double from one measurement to the next."""
@@ -161,13 +192,20 @@ class Worker:
         floor = self._floor
         if floor is None or floor.is_held():
             return
-        while self.buffer and len(self.running) < self.concurrency:
+        while self.buffer and self._has_slot(self.buffer[0][0]):
             claimed, token = self.buffer.popleft()
             self.start(claimed, token)
+
+    def _has_slot(self, claimed: Claimed) -> bool:
+        gathering = self._gathering.get(claimed.task_id)
+        return self._used() < self.concurrency or (gathering is not None and gathering.is_open)
 
     def start(self, claimed: Claimed, token: int) -> None:
         """Start one execution."""
         floor = self._owner()
+        if claimed.task_id in self._batch_sizes:
+            self._gather(claimed, token)
+            return
         memos = None
         if claimed.cached is not None:
             memos = floor.recall(claimed)
@@ -183,6 +221,31 @@ class Worker:
 
     def _run_as_task(self, attempt: Attempt) -> None:
         self.running[attempt.claimed.id] = (attempt, asyncio.get_running_loop().create_task(self._run(attempt)))
+
+    def _gather(self, claimed: Claimed, token: int) -> None:
+        """Add an execution to the batch that its task has open, or open one."""
+        floor = self._owner()
+        batch, task = self._gathering.get(claimed.task_id), None
+        if batch is not None and batch.is_open:
+            task = self.running[batch.members[0].claimed.id][1]
+        else:
+            batch = self._gathering[claimed.task_id] = BatchRun(floor.tasks[claimed.task_id])
+            self._batches.add(batch)
+        member = floor.member(claimed, token, batch.task, self.queue)
+        batch.add(member)
+        if floor.is_held():
+            batch.close()
+        self.running[claimed.id] = (member, task or asyncio.get_running_loop().create_task(self._run_batch(batch)))
+
+    async def _run_batch(self, batch: BatchRun) -> None:
+        settlements: Settlements
+        try:
+            settlements = await batch.run()
+        except BaseException as error:  # noqa: BLE001 (a run that breaks must not take its slot along)
+            settlements = [(member, self._broken(member, error)) for member in batch.members]
+        self._batches.discard(batch)
+        for member, settlement in settlements:
+            self._end(member, settlement)
 
     async def _reload(self, claimed: Claimed, token: int) -> None:
         floor = self._owner()
@@ -216,7 +279,7 @@ class Worker:
                 floor.keep(settlement.id, attempt.memos)
             floor.settle(settlement)
         buffer = self.buffer
-        if buffer and not floor.is_held():
+        if buffer and not floor.is_held() and (not self._batch_sizes or self._has_slot(buffer[0][0])):
             self.start(*buffer.popleft())
         if len(buffer) <= self.low_water:
             floor.on_slot_free(self)

@@ -39,6 +39,7 @@ from pgconductor.events import subscriptions_of
 from pgconductor.host import ProcessHost
 from pgconductor.membership import Membership, Timing
 from pgconductor.memos import Memos
+from pgconductor.registration import task_row
 from pgconductor.schedules import declared_schedules, plan
 from pgconductor.session import Session
 from pgconductor.settler import Effects, Saver, Settler

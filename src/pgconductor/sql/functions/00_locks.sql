@@ -96,19 +96,20 @@ language sql stable set search_path from current as $$
     (select p_now from event_pending order by ord limit 1)) - p_now)
 $$;
 
--- In how many seconds a task's window closes; null while it is closed. The hours are local, and may cross midnight.
+-- In how many seconds a task's window closes; null while it is closed. The hours are local, and may cross midnight; a
+-- local time that comes twice counts at its first occurrence.
 create or replace function closes_in(p_task task, p_now timestamptz) returns float8
 language sql stable set search_path from current as $$
-  select case
-    when p_task.window_start is null then null
-    when p_task.window_start < p_task.window_end then
-      case when local.time >= p_task.window_start and local.time < p_task.window_end then
-        extract(epoch from (local.date + p_task.window_end) at time zone p_task.window_zone - p_now) end
-    when local.time >= p_task.window_start then
-      extract(epoch from (local.date + 1 + p_task.window_end) at time zone p_task.window_zone - p_now)
-    when local.time < p_task.window_end then
-      extract(epoch from (local.date + p_task.window_end) at time zone p_task.window_zone - p_now)
-  end
-  from (select (p_now at time zone p_task.window_zone)::time as time,
-               (p_now at time zone p_task.window_zone)::date as date) local
+  select extract(epoch from
+    case when (ends.at - interval '1 hour') at time zone p_task.window_zone = ends.local and ends.at - interval '1 hour' > p_now
+      then ends.at - interval '1 hour' else ends.at end - p_now)
+  from (select day.today + p_task.window_end
+               + case when p_task.window_start > p_task.window_end and day.time >= p_task.window_start
+                      then interval '1 day' else interval '0' end as local
+        from (select (p_now at time zone p_task.window_zone)::time as time,
+                     (p_now at time zone p_task.window_zone)::date as today) day
+        where case when p_task.window_start < p_task.window_end
+                then day.time >= p_task.window_start and day.time < p_task.window_end
+                else day.time >= p_task.window_start or day.time < p_task.window_end end) hours
+  cross join lateral (select hours.local, hours.local at time zone p_task.window_zone as at) ends
 $$;

@@ -2,7 +2,7 @@
 -- Called at start. Locks: the task rows named. Errors: none of its own.
 
 -- Writes the options of tasks; the last code to register wins. p_tasks: [{name, queue, max_attempts, max_crashes,
--- keep_completed?, keep_failed? (seconds; below zero is for ever)}]
+-- keep_completed?, keep_failed? (seconds; below zero is for ever), and what flow_as_declared takes}]
 -- Returns [{name, id}]. Ready work that was enqueued for a task before its first registration moves to its queue.
 create or replace function register_tasks(p_deployment text, p_tasks json, p_now timestamptz default null)
 returns json
@@ -29,6 +29,7 @@ begin
   where (k.queue_id, k.deployment, k.max_attempts, k.max_crashes, k.registered_at is null)
     is distinct from (excluded.queue_id, excluded.deployment, excluded.max_attempts, excluded.max_crashes, false);
   perform keep_as_declared(p_tasks);
+  perform flow_as_declared(p_tasks, v_now);
   insert into lane (queue_id, task_id, is_limited)
   select k.queue_id, k.id, exists (select from task_limit where task_id = k.id) from task k
   where k.name in (select t.name from json_to_recordset(p_tasks) as t(name text))

@@ -2,8 +2,9 @@
 -- Called by the claimer of a worker process. States: ready → running. Locks: the caller's orchestrator row; what timers
 -- need; the limits of limited tasks that are to be looked at; the rows it takes, skipping those that another process is
 -- taking. The commit is asynchronous: a claim that is lost in a crash of the server is simply claimed again.
--- Returns null when the process was declared dead, else {next_due, schedules, closing, claimed: [[...]]}; closing: for
--- tasks with a window, in how many seconds it closes; schedules: those that are due, as due_schedules tells of them.
+-- Returns null when the process was declared dead, else {next_due, schedules, closing, more, claimed: [[...]]}; closing:
+-- for tasks with a window, in how many seconds it closes; schedules: those that are due, as due_schedules tells of them;
+-- more: queues whose limited work was not all looked at.
 
 -- Splits a limit over lanes so that the best rows of all of them are taken, in (priority, order).
 -- p_held: what limited lanes may add.
@@ -146,6 +147,9 @@ begin
       select json_object_agg(k.id, closes_in(k, v_now)) from task k
       where k.window_start is not null and k.id in (
         select l.task_id from unnest(v_taken) t cross join lateral (select * from execution k where k.id = t.execution_id offset 0) e join lane l on l.id = e.lane_id)),
+    'more', (
+      select json_agg(distinct l.queue_id) from unnest(v_taken) t join lane l on l.id = t.lane_id
+      where v_limited is not null and l.id = any(v_limited) and exists (select from look k where k.lane_id = l.id)),
     'claimed', (
       select json_agg(json_build_array(
         e.id, l.task_id, l.queue_id, e.payload, e.failures, e.crashes, e.depth, e.parent_id, e.root_id, e.trigger,

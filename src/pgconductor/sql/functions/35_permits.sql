@@ -117,7 +117,8 @@ begin
   for v_place in 1..coalesce(cardinality(p_limits), 0) loop
     if (p_limits[v_place].key_path is not null) = p_keyed
        and (p_is_start or p_limits[v_place].kind = 'concurrency') then
-      v_left := least(v_left, limit_left(p_limits[v_place], p_keys::json ->> (v_place - 1), p_now));
+      v_left := least(v_left, limit_left(
+        p_limits[v_place], case when p_keyed then p_keys::json ->> (v_place - 1) else '' end, p_now));
     end if;
   end loop;
   return v_left;
@@ -132,8 +133,11 @@ begin
   with taken as (delete from look where lane_id = p_lane returning *)
   select array_agg(row(t.*)::look) into v_looks from taken t;
   insert into backlog_key as k (lane_id, is_start, keys, turn)
-  select p_lane, l.is_start, l.keys, nextval('execution_ord')
+  select p_lane, l.is_start, l.keys, b.ord
   from (select distinct is_start, keys from unnest(v_looks) where keys is not null) l
+  cross join lateral (
+    select ord from backlog where lane_id = p_lane and is_start = l.is_start and keys = l.keys
+    order by priority desc, ord limit 1) b
   on conflict (lane_id, is_start, keys) do update set is_full = false where k.is_full;
   update backlog_key k set is_full = false
   from unnest(v_looks) l
@@ -178,8 +182,8 @@ declare
 begin
   v_limits := array(select t from task_limit t join lane l on l.task_id = t.task_id where l.id = p_lane order by t.id);
   perform take_looks(p_lane, v_limits);
-  v_room := limits_left(v_limits, '[]', false, false, p_now);
-  v_starts := limits_left(v_limits, '[]', false, true, p_now);
+  v_room := limits_left(v_limits, null, false, false, p_now);
+  v_starts := limits_left(v_limits, null, false, true, p_now);
   if v_room <= 0 then
     return '{}'::ready[];
   end if;

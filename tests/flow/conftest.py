@@ -1,0 +1,3 @@
+from tests.integration.conftest import app, working
+
+__all__ = ["app", "working"]

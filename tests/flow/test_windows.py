@@ -1,0 +1,194 @@
+"""Windows and expiry: when work may start, and until when it must have."""
+
+from datetime import datetime
+from typing import Any
+
+import pytest
+
+from tests.flow.support import concurrency, limited
+from tests.sql.support import (
+    WORKER,
+    Db,
+    Json,
+    at,
+    blank,
+    call,
+    claim,
+    claim_one,
+    complete,
+    count,
+    enqueue,
+    enqueue_many,
+    invoke,
+    register,
+    release,
+    row,
+    state,
+)
+
+NIGHT: Json = {"window_start": "22:00", "window_end": "06:00", "window_zone": "Europe/Berlin"}
+DAY: Json = {"window_start": "09:00", "window_end": "17:00", "window_zone": "America/New_York"}
+
+
+def closes_in(db: Db, window: Json, instant: str) -> float | None:
+    register(db, "work", **window)
+    found = db.execute(
+        "select closes_in(t, %s) as seconds from task t where name = 'work'", (datetime.fromisoformat(instant),)
+    ).fetchone()
+    assert found is not None
+    return None if found["seconds"] is None else float(found["seconds"])
+
+
+@pytest.mark.parametrize(
+    ("instant", "hours"),
+    [
+        ("2040-01-10T20:59:59Z", None),  # 21:59:59 in Berlin
+        ("2040-01-10T21:00:00Z", 8),
+        ("2040-01-10T23:30:00Z", 5.5),  # past midnight there
+        ("2040-01-11T04:59:59Z", 1 / 3600),
+        ("2040-01-11T05:00:00Z", None),
+        ("2030-03-30T21:00:00Z", 7),  # the night in which clocks go forward
+        ("2030-10-26T20:00:00Z", 9),  # the night in which they go back
+    ],
+)
+def test_p30_a_window_crosses_midnight_and_follows_its_zone(db: Db, instant: str, hours: float | None) -> None:
+    assert closes_in(db, NIGHT, instant) == (None if hours is None else pytest.approx(hours * 3600))
+
+
+@pytest.mark.parametrize(("instant", "hours"), [("2040-01-10T13:59:59Z", None), ("2040-01-10T14:00:00Z", 8)])
+def test_a_window_within_a_day_follows_its_zone(db: Db, instant: str, hours: float | None) -> None:
+    assert closes_in(db, DAY, instant) == (None if hours is None else hours * 3600)
+
+
+def test_a_window_that_ends_in_the_doubled_hour_ends_at_its_first_occurrence(db: Db) -> None:
+    window: Json = {"window_start": "22:00", "window_end": "02:30", "window_zone": "Europe/Berlin"}
+
+    assert closes_in(db, window, "2030-10-26T23:00:00Z") == 1.5 * 3600  # 01:00 there; 02:30 comes twice
+
+
+def test_a_closed_task_is_not_claimed_and_others_are(db: Db) -> None:
+    register(db, "work", **NIGHT)
+    register(db, "other", **DAY)
+    register(db, "free")
+    enqueue_many(db, {}, {"task": "other"}, {"task": "free"})
+    noon = 12 * 3600.0  # in London
+
+    assert [each["task_id"] for each in claim(db, now=noon)] == [3]
+    evening = 21.5 * 3600
+    assert [each["task_id"] for each in claim(db, now=evening, token=2)] == [1, 2]
+
+
+def test_p30_two_closed_tasks_stay_closed(db: Db) -> None:
+    register(db, "work", **NIGHT)
+    register(db, "second", **NIGHT)
+    enqueue_many(db, {}, {"task": "second"})
+
+    assert claim(db, now=12 * 3600) == []
+
+
+def test_a_claim_says_when_the_window_closes(db: Db) -> None:
+    register(db, "work", **NIGHT)
+    enqueue(db)
+    answer: Any = call(db, "claim", WORKER, 1, [{"queue": 1, "limit": 5}], "{1}", False, at(4 * 3600))
+
+    assert answer["closing"] == {"1": 3600}
+
+
+def test_what_was_released_when_the_window_closed_resumes_when_it_opens(db: Db) -> None:
+    register(db, "work", **NIGHT)
+    enqueue(db)
+    id = claim_one(db, now=0)
+    release(db, id, now=5 * 3600)
+
+    assert claim(db, token=2, now=5 * 3600) == []
+    assert claim_one(db, token=3, now=21 * 3600) == id
+
+
+def test_a_limited_task_with_a_window_is_held_by_both(db: Db) -> None:
+    limited(db, concurrency(1), **NIGHT)
+    enqueue_many(db, *blank(2))
+
+    assert claim(db, now=12 * 3600) == []
+    assert len(claim(db, now=22 * 3600, token=2)) == 1
+
+
+def test_closed_work_does_not_hold_up_a_drain(db: Db) -> None:
+    register(db, "work", **NIGHT)
+    enqueue(db)
+    answer = call(db, "outstanding", WORKER, "{1}", "{1}", at(12 * 3600))
+
+    assert answer["ready"] == 0
+
+
+# ---------------------------------------------------------------- expiry
+
+
+def test_what_was_not_started_in_time_fails_as_expired(db: Db) -> None:
+    register(db, "work", expires=60)
+    id = enqueue(db)
+    call(db, "fire_timers", at(60))
+
+    assert state(db, id) == "failed"
+    assert row(db, id)["error"]["type"] == "pgconductor.errors.Expired"
+
+
+def test_what_started_in_time_does_not_expire(db: Db) -> None:
+    register(db, "work", expires=60)
+    id = enqueue(db)
+    claim_one(db)
+    call(db, "fire_timers", at(60))
+    assert state(db, id) == "running"
+    release(db, id)
+    call(db, "fire_timers", at(120))
+
+    assert state(db, id) == "ready"
+
+
+def test_expiry_counts_from_the_due_instant(db: Db) -> None:
+    register(db, "work", expires=60)
+    id = enqueue(db, delay=100)
+    call(db, "fire_timers", at(120))
+    assert state(db, id) == "ready"
+    call(db, "fire_timers", at(160))
+
+    assert state(db, id) == "failed"
+
+
+def test_what_waits_for_a_permit_expires_too(db: Db) -> None:
+    limited(db, concurrency(1), expires=60)
+    first, second = enqueue_many(db, *blank(2))
+    claim_one(db)
+    call(db, "fire_timers", at(61))
+
+    assert state(db, second) == "failed"
+    complete(db, first, now=62)
+    assert claim(db, token=2, now=62) == []
+
+
+def test_a_child_that_expires_wakes_its_parent(db: Db) -> None:
+    register(db, "work")
+    register(db, "child", expires=60)
+    enqueue(db)
+    parent = claim_one(db)
+    child = invoke(db, parent)
+    call(db, "fire_timers", at(61))
+
+    assert (state(db, child), state(db, parent)) == ("failed", "ready")
+
+
+def test_a_timer_that_was_not_fired_yet_does_not_save_it(db: Db) -> None:
+    register(db, "work", expires=10)
+    id = enqueue(db, delay=10)
+    call(db, "fire_timers", at(1000))
+
+    assert state(db, id) == "failed"
+
+
+def test_a_replaced_call_expires_by_its_new_time(db: Db) -> None:
+    register(db, "work", expires=60)
+    id = enqueue(db, dedupe_key="k", delay=10)
+    enqueue(db, dedupe_key="k", delay=1000, replace=True)
+    call(db, "fire_timers", at(500))
+
+    assert state(db, id) == "scheduled"
+    assert count(db, "expiry") == 1
