@@ -20,6 +20,7 @@ from pgconductor import (
     RetryPolicy,
     SyncContext,
 )
+from tests import waiting
 from tests.integration.conftest import Working
 
 App = Conductor[None]
@@ -33,9 +34,7 @@ def rows(db: Db, query: str, *parameters: object) -> list[dict[str, Any]]:
 
 async def until(db: Db, query: str, *parameters: object) -> None:
     """Wait until a query has a row."""
-    async with asyncio.timeout(20):
-        while not rows(db, query, *parameters):
-            await asyncio.sleep(0.01)
+    await waiting.until(lambda: bool(rows(db, query, *parameters)))
 
 
 async def test_c1_a_parked_parent_holds_no_slot_and_no_lease(app: App, db: Db, working: Working) -> None:

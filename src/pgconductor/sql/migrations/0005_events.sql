@@ -5,6 +5,8 @@
 alter table step
   add column event_id uuid,
   add column event_where jsonb;
+-- No row has an event yet, and none can before the functions of this release are there.
+-- squawk-ignore require-concurrent-index-creation
 create unique index step_event on step (execution_id, event_id) where event_id is not null;
 
 -- ord: drawn from the same sequence as that of executions, so that an event and an execution are before or after each
