@@ -11,7 +11,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FUNCTION_LINES_MAX = 70
 FILE_LINES_MAX = 600
-SQL_MODULES = {"engine.py", "session.py", "notify.py", "schema.py", "embedded.py", "testing.py", "pytest_plugin.py"}
+SQL_MODULES = {
+    *("engine.py", "queries.py", "session.py", "notify.py", "schema.py", "embedded.py", "testing.py"),
+    "pytest_plugin.py",
+}
 SQL_FOLDERS = {"dashboard", "testing"}
 VAGUE_NAMES = {"utils", "util", "common", "types", "base", "manager", "helpers"}
 

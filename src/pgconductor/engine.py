@@ -8,19 +8,17 @@ Instants are the database's. A test that moves the clock gives the engine a `clo
 `p_now`; in production that argument is null.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from datetime import datetime, timedelta
-from typing import Any, Final, Generic, Literal, TypeAlias, TypeVar
+from typing import Any, Final, Literal
 
-import msgspec
 from msgspec import UNSET, Raw, Struct, UnsetType
 
 from pgconductor.events import Emitted, NewEvent, Subscription
+from pgconductor.queries import Query as Query  # noqa: PLC0414 (who imports the engine has it from here)
+from pgconductor.queries import Report, Reports, as_is, as_text, many_reports, reader
+from pgconductor.queries import quote as quote  # noqa: PLC0414
 from pgconductor.schedules import DueSchedule, Fired, FiredNow, FiredSchedule, NewSchedule
-
-T = TypeVar("T")
-Report: TypeAlias = dict[str, Any]
 
 NULL: Final = Raw(b"null")
 StepKind = Literal["step", "transaction", "sleep", "invoke", "invoke_all", "start", "wait", "wait_for", "call"]
@@ -71,6 +69,7 @@ class Claimed(Struct, array_like=True, gc=False):
     trigger_data: Raw = NULL
 
     closes_at: float | None = None
+
 
 class Claim(Struct):
     """What one claim brought; `next_due` is in seconds from now, below zero when overdue; `schedules` are those due.
@@ -154,6 +153,7 @@ class Outstanding(Struct):
     leased: int
     next_due: datetime | None = None
 
+
 class TriggerStep(Struct):
     """The next thing in which the triggers on tables differ from the code; see 57_changes.sql, `next_trigger`."""
 
@@ -165,7 +165,6 @@ class TriggerStep(Struct):
     statements: list[str]
     otherwise: list[str]
     comment: str | None
-
 
 
 class Pruned(Struct):
@@ -318,27 +317,10 @@ def kept_seconds(kept: timedelta | None) -> float:
 # ---------------------------------------------------------------- the queries
 
 
-@dataclass(frozen=True, slots=True)
-class Query(Generic[T]):
-    """A statement with one row and one column as its answer, and how to read it.
-
-    `harmless`: doing it again after a lost reply changes nothing.
-    """
-
-    statement: str
-    parameters: Sequence[object]
-    read: Callable[[Any], T]
-    harmless: bool = True
+_claim = reader(Claim)
+_settled = reader(Settled)
 
 
-def _reader(type_: type[T] | Any) -> Callable[[Any], Any]:
-    decoder = msgspec.json.Decoder(type_)
-    return lambda answer: None if answer is None else decoder.decode(answer)
-
-
-_encode = msgspec.json.Encoder(uuid_format="canonical").encode
-_claim = _reader(Claim)
-_settled = _reader(Settled)
 class TriggerRow(Struct, omit_defaults=True):
     """A subscription of a task to changes of a table's rows."""
 
@@ -349,89 +331,27 @@ class TriggerRow(Struct, omit_defaults=True):
     when: str | None = None
 
 
-_saved = _reader(Saved)
-_moved = _reader(Moved)
-_enqueued = _reader(Enqueued)
-_emitted = _reader(Emitted)
-_beat = _reader(Beat)
-_result = _reader(Result)
-_ended = _reader(list[Ended])
-_outstanding = _reader(Outstanding)
-_fired = _reader(Fired)
-_fired_now = _reader(FiredNow)
-_names = _reader(list[Named])
-_pruned = _reader(Pruned)
-_steps = _reader(list[Recorded])
+_saved = reader(Saved)
+_moved = reader(Moved)
+_enqueued = reader(Enqueued)
+_emitted = reader(Emitted)
+_beat = reader(Beat)
+_result = reader(Result)
+_ended = reader(list[Ended])
+_outstanding = reader(Outstanding)
+_fired = reader(Fired)
+_fired_now = reader(FiredNow)
+_names = reader(list[Named])
+_pruned = reader(Pruned)
+_steps = reader(list[Recorded])
 
 
-_report = _reader(dict[str, Any])
-_reports = _reader(list[dict[str, Any]])
-
-_SERVER_FACTS: Final = """\
-select cast(json_build_object(
-  'version', current_setting('server_version'), 'version_number', cast(current_setting('server_version_num') as int),
-  'encoding', current_setting('server_encoding'), 'database', current_database(), 'role', current_user,
-  'in_recovery', pg_is_in_recovery(), 'fsync', current_setting('fsync'),
-  'full_page_writes', current_setting('full_page_writes'),
-  'synchronous_commit', current_setting('synchronous_commit'),
-  'autovacuum', current_setting('autovacuum'),
-  'connections_max', cast(current_setting('max_connections') as int)
-    - cast(current_setting('superuser_reserved_connections') as int),
-  'connections', (select count(*) from pg_stat_activity where backend_type = 'client backend')) as text)"""
-
-
-def _text(value: object) -> str:
-    return _encode(value).decode()
-
-_trigger_step = _reader(TriggerStep)
-
-def _as_is(answer: Any) -> Any:
-    return answer
-
-
-def quote(name: str) -> str:
-    """Quote an identifier for use in a statement."""
-    return '"' + name.replace('"', '""') + '"'
-
-
-class Engine:
-    """Build the queries of one schema.
-
-    Args:
-        schema: The engine's schema.
-        clock: Where `p_now` comes from; None leaves the time to the database.
-    """
-
-    def __init__(self, schema: str, clock: Callable[[], datetime] | None = None) -> None:
-        self.schema = schema
-        self._clock = clock
-        self._statements: dict[str, str] = {}
-
-    def _query(
-        self, function: str, casts: str, parameters: Sequence[object], read: Callable[[Any], T], harmless: bool = True
-    ) -> Query[T]:
-        """`casts` names the parameter types; the instant is appended to all of them."""
-        statement = self._statements.get(function)
-        if statement is None:
-            marks = ", ".join(f"cast(%s as {cast})" for cast in casts.split()) if casts else ""
-            schema = quote(self.schema).replace("%", "%%")
-            statement = f"select cast({schema}.{function}({marks}) as text)"
-            self._statements[function] = statement
-        return Query(statement, parameters, read, harmless)
-
-    def _now(self) -> datetime | None:
-        return self._clock() if self._clock else None
-
-    def _within(self, function: str, flags: str, items: object, read: Callable[[Any], T]) -> Query[T]:
-        now = self._now()
-        instant = "null" if now is None else f"cast('{now.isoformat()}' as timestamptz)"
-        schema = quote(self.schema).replace("%", "%%")
-        statement = f"select cast({schema}.{function}(cast(%s as json), {flags}, {instant}) as text)"
-        return Query(statement, (_text(items),), read, harmless=False)
+class Engine(Reports):
+    """Build the queries of one schema."""
 
     def register_tasks(self, deployment: str, tasks: Sequence[TaskRow]) -> Query[list[Named] | None]:
         """See 05_register.sql."""
-        return self._query("register_tasks", "text json timestamptz", (deployment, _text(tasks), self._now()), _names)
+        return self._query("register_tasks", "text json timestamptz", (deployment, as_text(tasks), self._now()), _names)
 
     def register_queues(self, names: Sequence[str]) -> Query[list[Named] | None]:
         """See 05_register.sql."""
@@ -442,15 +362,15 @@ class Engine:
     ) -> Query[None]:
         """See 05_register.sql."""
         parameters = (id, name, version, host, pid, list(queues), self._now())
-        return self._query("register_orchestrator", "uuid text text text int text[] timestamptz", parameters, _as_is)
+        return self._query("register_orchestrator", "uuid text text text int text[] timestamptz", parameters, as_is)
 
     def note_tasks(self, orchestrator: str, tasks: Sequence[int]) -> Query[None]:
         """See 05_register.sql."""
-        return self._query("note_tasks", "uuid int[]", (orchestrator, list(tasks)), _as_is)
+        return self._query("note_tasks", "uuid int[]", (orchestrator, list(tasks)), as_is)
 
     def enqueue(self, calls: Sequence[NewExecution], *, notify: bool = False, again: bool = False) -> Query[Enqueued]:
         """See 10_enqueue.sql. `again`: a repetition after a lost reply."""
-        parameters = (_text(calls), notify, again, self._now())
+        parameters = (as_text(calls), notify, again, self._now())
         return self._query("enqueue", "json boolean boolean timestamptz", parameters, _enqueued, harmless=False)
 
     @staticmethod
@@ -465,7 +385,7 @@ class Engine:
 
     def emit(self, events: Sequence[NewEvent]) -> Query[Emitted]:
         """See 56_events.sql. Done again, it changes nothing: an event has its id before it is sent."""
-        return self._query("emit_events", "json boolean timestamptz", (_text(events), False, self._now()), _emitted)
+        return self._query("emit_events", "json boolean timestamptz", (as_text(events), False, self._now()), _emitted)
 
     def emit_within(self, events: Sequence[NewEvent]) -> Query[Emitted]:
         """The same for a connection of any library, as `enqueue_within`."""
@@ -473,39 +393,39 @@ class Engine:
 
     def register_subscriptions(self, deployment: str, subscriptions: Sequence[Subscription]) -> Query[None]:
         """See 56_events.sql."""
-        return self._query("register_subscriptions", "text json", (deployment, _text(subscriptions)), _as_is)
+        return self._query("register_subscriptions", "text json", (deployment, as_text(subscriptions)), as_is)
 
     def next_trigger(
         self, deployment: str, triggers: Sequence[TriggerRow], *, apply: bool = False
     ) -> Query[TriggerStep | None]:
         """See 57_changes.sql. None: the triggers are as the code says."""
-        return self._query("next_trigger", "text json boolean", (deployment, _text(triggers), apply), _trigger_step)
+        return self._query("next_trigger", "text json boolean", (deployment, as_text(triggers), apply), _trigger_step)
 
     def claim(
         self, orchestrator: str, token: int, wants: Sequence[Want], tasks: Sequence[int], *, fire: bool = False
     ) -> Query[Claim | None]:
         """See 20_claim.sql. None: the process was declared dead."""
-        parameters = (orchestrator, token, _text(wants), list(tasks), fire, self._now())
+        parameters = (orchestrator, token, as_text(wants), list(tasks), fire, self._now())
         return self._query("claim", "uuid bigint json int[] boolean timestamptz", parameters, _claim, harmless=False)
 
     def save(
         self, orchestrator: str, steps: Sequence[SavedStep], operations: Sequence[Operation]
     ) -> Query[Saved | None]:
         """See 25_save.sql. None: the process was declared dead."""
-        parameters = (orchestrator, _text(steps), _text(operations), self._now())
+        parameters = (orchestrator, as_text(steps), as_text(operations), self._now())
         return self._query("save", "uuid json json timestamptz", parameters, _saved)
 
     def save_transaction(self, orchestrator: str, step: SavedStep) -> Query[Literal["saved", "lost", "exists"]]:
         """See 25_save.sql. For the transaction that the step's own writes are in."""
         parameters = (orchestrator, step.id, step.token, step.name, step.round, bytes(step.value).decode(), self._now())
         casts = "uuid uuid bigint text smallint json timestamptz"
-        return self._query("save_transaction", casts, parameters, _as_is, harmless=False)
+        return self._query("save_transaction", casts, parameters, as_is, harmless=False)
 
     def settle(
         self, orchestrator: str, completed: Sequence[Completion], outcomes: Sequence[Outcome]
     ) -> Query[Settled | None]:
         """See 30_settle.sql. None: the process was declared dead."""
-        parameters = (orchestrator, _text(completed), _text(outcomes), self._now())
+        parameters = (orchestrator, as_text(completed), as_text(outcomes), self._now())
         return self._query("settle", "uuid json json timestamptz", parameters, _settled)
 
     def cancel(self, id: str, reason: str) -> Query[Moved]:
@@ -527,22 +447,22 @@ class Engine:
     def register_schedules(self, deployment: str, schedules: Sequence[NewSchedule]) -> Query[None]:
         """See 55_schedules.sql, as the next ones."""
         return self._query(
-            "register_schedules", "text json timestamptz", (deployment, _text(schedules), self._now()), _as_is
+            "register_schedules", "text json timestamptz", (deployment, as_text(schedules), self._now()), as_is
         )
 
     def fire_schedules(self, fired: Sequence[FiredSchedule]) -> Query[Fired]:
         """The first to answer what is due wins."""
-        return self._query("fire_schedules", "json timestamptz", (_text(fired), self._now()), _fired)
+        return self._query("fire_schedules", "json timestamptz", (as_text(fired), self._now()), _fired)
 
     def schedule_as_step(self, lease: Sequence[object], name: str, schedule: NewSchedule) -> Query[str]:
         """`lease`: orchestrator, execution, token. Answers `false` when it is gone."""
-        parameters = (*lease, name, _text([schedule]), self._now())
-        return self._query("schedule_as_step", "uuid uuid bigint text json timestamptz", parameters, _as_is)
+        parameters = (*lease, name, as_text([schedule]), self._now())
+        return self._query("schedule_as_step", "uuid uuid bigint text json timestamptz", parameters, as_is)
 
     def unschedule_as_step(self, lease: Sequence[object], name: str, task: str, schedule: str) -> Query[str]:
         """The same for a removal."""
         parameters = (*lease, name, task, schedule, self._now())
-        return self._query("unschedule_as_step", "uuid uuid bigint text text text timestamptz", parameters, _as_is)
+        return self._query("unschedule_as_step", "uuid uuid bigint text text text timestamptz", parameters, as_is)
 
     def pause_schedules(self, task: str, schedule: str | None, *, paused: bool) -> Query[int]:
         """Answers how many were changed."""
@@ -555,7 +475,7 @@ class Engine:
 
     def list_schedules(self) -> Query[list[Report]]:
         """For people."""
-        return self._query("list_schedules", "", (), _reports)
+        return self._query("list_schedules", "", (), many_reports)
 
     def redrive(self, id: str) -> Query[Moved]:
         """See 50_cancel.sql."""
@@ -563,11 +483,11 @@ class Engine:
 
     def pause_queue(self, queue: str) -> Query[None]:
         """See 50_cancel.sql."""
-        return self._query("pause_queue", "text timestamptz", (queue, self._now()), _as_is)
+        return self._query("pause_queue", "text timestamptz", (queue, self._now()), as_is)
 
     def resume_queue(self, queue: str) -> Query[None]:
         """See 50_cancel.sql."""
-        return self._query("resume_queue", "text", (queue,), _as_is)
+        return self._query("resume_queue", "text", (queue,), as_is)
 
     def beat(self, orchestrator: str, stopping: bool = False) -> Query[Beat]:
         """See 60_sweep.sql."""
@@ -592,7 +512,7 @@ class Engine:
 
     def fire_timers(self) -> Query[Any]:
         """See 60_sweep.sql."""
-        return self._query("fire_timers", "timestamptz", (self._now(),), _as_is)
+        return self._query("fire_timers", "timestamptz", (self._now(),), as_is)
 
     def watch_result(self, id: str, watcher: str | None) -> Query[Result | None]:
         """See 70_inspect.sql. None: no such execution."""
@@ -604,7 +524,7 @@ class Engine:
 
     def state_of(self, id: str) -> Query[str | None]:
         """See 70_inspect.sql. None: no such execution."""
-        return self._query("state_of", "uuid", (id,), _as_is)
+        return self._query("state_of", "uuid", (id,), as_is)
 
     def load_steps(self, id: str) -> Query[list[Recorded]]:
         """See 70_inspect.sql."""
@@ -622,42 +542,4 @@ class Engine:
     def notify(self, payload: str) -> Query[None]:
         """Send a hint to whoever listens; the channel is the schema's name. Its commit waits for no disk."""
         statement = "select pg_notify(%s, %s), set_config('synchronous_commit', 'off', true)"
-        return Query(statement, (self.schema, payload), _as_is)
-
-    # ------------------------------------------------------------ reports, as plain JSON
-
-    def list_runs(self, state: str | None, task: str | None, queue: str | None, limit: int) -> Query[list[Report]]:
-        """See 75_report.sql."""
-        return self._query("list_runs", "text text text int", (state, task, queue, limit), _reports)
-
-    def show_run(self, id: str, limit: int) -> Query[Report | None]:
-        """See 75_report.sql. None: no such execution."""
-        return self._query("show_run", "uuid int", (id, limit), _report)
-
-    def why_not_running(self, id: str) -> Query[Report | None]:
-        """See 72_why.sql. None: no such execution."""
-        return self._query("why_not_running", "uuid", (id,), _report)
-
-    def list_workers(self) -> Query[list[Report]]:
-        """See 72_why.sql."""
-        return self._query("list_workers", "", (), _reports)
-
-    def list_queues(self) -> Query[list[Report]]:
-        """See 75_report.sql."""
-        return self._query("list_queues", "", (), _reports)
-
-    def list_events(self, name: str | None, limit: int) -> Query[list[Report]]:
-        """See 56_events.sql."""
-        return self._query("list_events", "text int", (name, limit), _reports)
-
-    def list_subscriptions(self) -> Query[list[Report]]:
-        """See 56_events.sql."""
-        return self._query("list_subscriptions", "", (), _reports)
-
-    def overview(self) -> Query[Report]:
-        """See 75_report.sql."""
-        return self._query("overview", "", (), _report)
-
-    def server_facts(self) -> Query[Report]:
-        """What the doctor asks any server, with or without the engine."""
-        return Query(_SERVER_FACTS, (), _report)
+        return Query(statement, (self.schema, payload), as_is)

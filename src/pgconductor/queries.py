@@ -1,0 +1,140 @@
+"""Queries in general, and those that only read for people: reports, as plain JSON. See engine.py."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Final, Generic, TypeAlias, TypeVar
+
+import msgspec
+
+T = TypeVar("T")
+Report: TypeAlias = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Query(Generic[T]):
+    """A statement with one row and one column as its answer, and how to read it.
+
+    `harmless`: doing it again after a lost reply changes nothing.
+    """
+
+    statement: str
+    parameters: Sequence[object]
+    read: Callable[[Any], T]
+    harmless: bool = True
+
+
+_encode = msgspec.json.Encoder(uuid_format="canonical").encode
+
+
+def reader(type_: type[T] | Any) -> Callable[[Any], Any]:
+    """Return what reads an answer of this type; null is None."""
+    decoder = msgspec.json.Decoder(type_)
+    return lambda answer: None if answer is None else decoder.decode(answer)
+
+
+def as_text(value: object) -> str:
+    """Write a parameter as JSON."""
+    return _encode(value).decode()
+
+
+def as_is(answer: Any) -> Any:
+    """Read an answer that needs no reading."""
+    return answer
+
+
+def quote(name: str) -> str:
+    """Quote an identifier for use in a statement."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+class Queries:
+    """Build the queries of one schema.
+
+    Args:
+        schema: The engine's schema.
+        clock: Where `p_now` comes from; None leaves the time to the database.
+    """
+
+    def __init__(self, schema: str, clock: Callable[[], datetime] | None = None) -> None:
+        self.schema = schema
+        self._clock = clock
+        self._statements: dict[str, str] = {}
+
+    def _query(
+        self, function: str, casts: str, parameters: Sequence[object], read: Callable[[Any], T], harmless: bool = True
+    ) -> Query[T]:
+        """`casts` names the parameter types; the instant is appended to all of them."""
+        statement = self._statements.get(function)
+        if statement is None:
+            marks = ", ".join(f"cast(%s as {cast})" for cast in casts.split()) if casts else ""
+            schema = quote(self.schema).replace("%", "%%")
+            statement = f"select cast({schema}.{function}({marks}) as text)"
+            self._statements[function] = statement
+        return Query(statement, parameters, read, harmless)
+
+    def _now(self) -> datetime | None:
+        return self._clock() if self._clock else None
+
+    def _within(self, function: str, flags: str, items: object, read: Callable[[Any], T]) -> Query[T]:
+        now = self._now()
+        instant = "null" if now is None else f"cast('{now.isoformat()}' as timestamptz)"
+        schema = quote(self.schema).replace("%", "%%")
+        statement = f"select cast({schema}.{function}(cast(%s as json), {flags}, {instant}) as text)"
+        return Query(statement, (as_text(items),), read, harmless=False)
+
+
+one_report = reader(dict[str, Any])
+many_reports = reader(list[dict[str, Any]])
+
+_SERVER_FACTS: Final = """\
+select cast(json_build_object(
+  'version', current_setting('server_version'), 'version_number', cast(current_setting('server_version_num') as int),
+  'encoding', current_setting('server_encoding'), 'database', current_database(), 'role', current_user,
+  'in_recovery', pg_is_in_recovery(), 'fsync', current_setting('fsync'),
+  'full_page_writes', current_setting('full_page_writes'),
+  'synchronous_commit', current_setting('synchronous_commit'),
+  'autovacuum', current_setting('autovacuum'),
+  'connections_max', cast(current_setting('max_connections') as int)
+    - cast(current_setting('superuser_reserved_connections') as int),
+  'connections', (select count(*) from pg_stat_activity where backend_type = 'client backend')) as text)"""
+
+
+class Reports(Queries):
+    """What people ask; nothing here changes anything."""
+
+    def list_runs(self, state: str | None, task: str | None, queue: str | None, limit: int) -> Query[list[Report]]:
+        """See 75_report.sql."""
+        return self._query("list_runs", "text text text int", (state, task, queue, limit), many_reports)
+
+    def show_run(self, id: str, limit: int) -> Query[Report | None]:
+        """See 75_report.sql. None: no such execution."""
+        return self._query("show_run", "uuid int", (id, limit), one_report)
+
+    def why_not_running(self, id: str) -> Query[Report | None]:
+        """See 72_why.sql. None: no such execution."""
+        return self._query("why_not_running", "uuid", (id,), one_report)
+
+    def list_workers(self) -> Query[list[Report]]:
+        """See 72_why.sql."""
+        return self._query("list_workers", "", (), many_reports)
+
+    def list_queues(self) -> Query[list[Report]]:
+        """See 75_report.sql."""
+        return self._query("list_queues", "", (), many_reports)
+
+    def list_events(self, name: str | None, limit: int) -> Query[list[Report]]:
+        """See 56_events.sql."""
+        return self._query("list_events", "text int", (name, limit), many_reports)
+
+    def list_subscriptions(self) -> Query[list[Report]]:
+        """See 56_events.sql."""
+        return self._query("list_subscriptions", "", (), many_reports)
+
+    def overview(self) -> Query[Report]:
+        """See 75_report.sql."""
+        return self._query("overview", "", (), one_report)
+
+    def server_facts(self) -> Query[Report]:
+        """What the doctor asks any server, with or without the engine."""
+        return Query(_SERVER_FACTS, (), one_report)
