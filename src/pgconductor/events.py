@@ -1,6 +1,6 @@
 """Events as code writes them: what is emitted, what is waited for, and which tasks they start."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar, cast, get_args, get_origin
 
 import msgspec
@@ -10,7 +10,7 @@ from pgconductor.annotations import admits, describe_type, is_model, is_untyped,
 from pgconductor.codec import UNTYPED, codec_for
 from pgconductor.errors import ConfigurationError
 from pgconductor.ids import new_id
-from pgconductor.model import Event, EventDef, OnEvent
+from pgconductor.model import Change, Event, EventDef, OnChange, OnEvent
 from pgconductor.task import Task
 
 E = TypeVar("E")
@@ -90,23 +90,32 @@ def check_fields(trigger: OnEvent, parameters: Mapping[str, Any], place: str) ->
     unknown = [] if carried is None else [name for name in trigger.fields if name not in carried]
     if unknown:
         raise ConfigurationError(place, f"{unknown[0]!r} is not a field of the event's payload", "check its spelling")
+    _refuse_missing(trigger.fields, parameters, Event, place)
+
+
+def check_columns(trigger: OnChange, parameters: Mapping[str, Any], place: str) -> None:
+    """Refuse a selection of columns from which a parameter's type cannot be built; as `check_fields`."""
+    _refuse_missing(trigger.columns, parameters, Change, f"{place}: table({trigger.table!r}, {trigger.op!r}): columns")
+
+
+def _refuse_missing(given: Sequence[str], parameters: Mapping[str, Any], holder: type, place: str) -> None:
     for name, annotation in parameters.items():
-        for kind in _payload_types(annotation):
+        for kind in _carried_types(annotation, holder):
             missing = [each for each, is_required in (_members(kind) or {}).items() if is_required]
-            missing = [each for each in missing if each not in trigger.fields]
+            missing = [each for each in missing if each not in given]
             if missing:
                 raise ConfigurationError(
                     place,
                     f"parameter {name!r} takes {describe_type(annotation)}, which needs {missing[0]!r} too",
-                    "give it too, or annotate the parameter with a type of the given fields",
+                    f"give it too, or annotate the parameter with a type of the given {place.rpartition(' ')[2]}",
                 )
 
 
-def _payload_types(annotation: Any) -> list[Any]:
-    """Return the `T` of each `Event[T]` in an annotation."""
-    if not admits(annotation, (Event,)):
+def _carried_types(annotation: Any, holder: type) -> list[Any]:
+    """Return the `T` of each `Event[T]`, or `Change[T]`, in an annotation."""
+    if not admits(annotation, (holder,)):
         return []
-    found = [get_args(member)[0] for member in union_members(annotation) if get_origin(member) is Event]
+    found = [get_args(member)[0] for member in union_members(annotation) if get_origin(member) is holder]
     return [kind for kind in found if not is_untyped(kind)]
 
 

@@ -97,3 +97,12 @@ async def test_a_limited_task_handles_its_changes(app: App, db: Db, working: Wor
         db.execute("insert into public.contact values (1), (2), (3)")
         found = [await asyncio.wait_for(seen.get(), 20) for _ in range(3)]
     assert sorted(found) == [1, 2, 3]
+
+
+def test_columns_that_cannot_build_the_annotated_row_are_refused_at_registration(app: App) -> None:
+    with pytest.raises(
+        ConfigurationError, match=r"columns: parameter 'change' takes .*Change.*, which needs 'email' too"
+    ):
+
+        @app.task(on=table("public.contact", "insert", columns=["id"]))
+        async def sync(ctx: Context, change: Change[Contact]) -> None: ...
