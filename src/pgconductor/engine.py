@@ -343,6 +343,7 @@ _fired = reader(Fired)
 _fired_now = reader(FiredNow)
 _names = reader(list[Named])
 _pruned = reader(Pruned)
+_trigger_step = reader(TriggerStep)
 _steps = reader(list[Recorded])
 
 
