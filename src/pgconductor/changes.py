@@ -19,9 +19,10 @@ from typing import Any, Final
 import psycopg
 from psycopg import errors
 
-from pgconductor.engine import Engine, TriggerRow, TriggerStep
+from pgconductor.engine import Engine
 from pgconductor.errors import ConfigurationError, ServerError
 from pgconductor.model import OnChange
+from pgconductor.relations import TriggerRow, TriggerStep
 from pgconductor.session import Session, connection_string, translate
 from pgconductor.task import Task
 

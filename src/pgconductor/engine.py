@@ -18,6 +18,7 @@ from pgconductor.events import Emitted, NewEvent, Subscription
 from pgconductor.queries import Query as Query  # noqa: PLC0414 (who imports the engine has it from here)
 from pgconductor.queries import Report, Reports, as_is, as_text, many_reports, reader
 from pgconductor.queries import quote as quote  # noqa: PLC0414
+from pgconductor.relations import TableShape, TriggerRow, TriggerStep
 from pgconductor.schedules import DueSchedule, Fired, FiredNow, FiredSchedule, NewSchedule
 
 NULL: Final = Raw(b"null")
@@ -67,7 +68,6 @@ class Claimed(Struct, array_like=True, gc=False):
     steps: list[Recorded] | None
     trigger_kind: TriggerKind | None = None
     trigger_data: Raw = NULL
-
     closes_at: float | None = None
 
 
@@ -79,9 +79,9 @@ class Claim(Struct):
 
     next_due: float | None = None
     claimed: list[Claimed] | None = None
-    schedules: list[DueSchedule] | None = None
     closing: dict[int, float] | None = None
     more: list[int] | None = None
+    schedules: list[DueSchedule] | None = None
 
 
 class Settled(Struct):
@@ -154,19 +154,6 @@ class Outstanding(Struct):
     next_due: datetime | None = None
 
 
-class TriggerStep(Struct):
-    """The next thing in which the triggers on tables differ from the code; see 57_changes.sql, `next_trigger`."""
-
-    name: str
-    task: str
-    table: str
-    op: str
-    when: str | None
-    statements: list[str]
-    otherwise: list[str]
-    comment: str | None
-
-
 class Pruned(Struct):
     """How much was removed, and whether there is more to do now."""
 
@@ -185,8 +172,6 @@ class Named(Struct):
 
 
 class NewExecution(Struct, omit_defaults=True):
-    throttle: float | None = None
-    debounce: float | None = None
     """One call to enqueue, or one child of an operation."""
 
     id: str
@@ -199,6 +184,8 @@ class NewExecution(Struct, omit_defaults=True):
     dedupe_key: str | None = None
     replace: bool = False
     trigger: str | None = None
+    throttle: float | None = None
+    debounce: float | None = None
 
 
 class SavedStep(Struct):
@@ -269,7 +256,6 @@ class Outcome(Struct, omit_defaults=True):
     outcome: Literal["completed", "failed", "retried", "released", "crashed", "parked"]
     result: Raw | UnsetType = UNSET
     error: Raw | UnsetType = UNSET
-    free: int | None = None
     delay: float | None = None
     ops: list[Operation] | None = None
     awaits: list[Await] | None = None
@@ -281,6 +267,19 @@ class Want(Struct):
     """How many executions a process wants of a queue; `free`: how many of them of limited tasks, None for all."""
 
     queue: int
+    limit: int
+    free: int | None = None
+
+
+class TaskRow(Struct):
+    """The options of a task that the database must know. `keep_*` are in seconds; below zero is for ever."""
+
+    name: str
+    queue: str
+    max_attempts: int
+    max_crashes: int
+    keep_completed: float = 604_800
+    keep_failed: float = 2_592_000
     expires: float | None = None
     window_start: str | None = None
     window_end: str | None = None
@@ -295,18 +294,6 @@ class LimitRow(Struct):
     key_path: str | None
     max: int
     seconds: float | None = None
-    limit: int
-
-
-class TaskRow(Struct):
-    """The options of a task that the database must know. `keep_*` are in seconds; below zero is for ever."""
-
-    name: str
-    queue: str
-    max_attempts: int
-    max_crashes: int
-    keep_completed: float = 604_800
-    keep_failed: float = 2_592_000
 
 
 def kept_seconds(kept: timedelta | None) -> float:
@@ -319,18 +306,6 @@ def kept_seconds(kept: timedelta | None) -> float:
 
 _claim = reader(Claim)
 _settled = reader(Settled)
-
-
-class TriggerRow(Struct, omit_defaults=True):
-    """A subscription of a task to changes of a table's rows."""
-
-    task: str
-    table: str
-    op: str
-    columns: Sequence[str]
-    when: str | None = None
-
-
 _saved = reader(Saved)
 _moved = reader(Moved)
 _enqueued = reader(Enqueued)
@@ -341,9 +316,10 @@ _ended = reader(list[Ended])
 _outstanding = reader(Outstanding)
 _fired = reader(Fired)
 _fired_now = reader(FiredNow)
+_trigger_step = reader(TriggerStep)
+_shapes = reader(list[TableShape])
 _names = reader(list[Named])
 _pruned = reader(Pruned)
-_trigger_step = reader(TriggerStep)
 _steps = reader(list[Recorded])
 
 
@@ -364,6 +340,17 @@ class Engine(Reports):
         """See 05_register.sql."""
         parameters = (id, name, version, host, pid, list(queues), self._now())
         return self._query("register_orchestrator", "uuid text text text int text[] timestamptz", parameters, as_is)
+
+    def next_trigger(
+        self, deployment: str, triggers: Sequence[TriggerRow], *, apply: bool = False
+    ) -> Query[TriggerStep | None]:
+        """See 57_changes.sql. None: the triggers are as the code says."""
+        return self._query("next_trigger", "text json boolean", (deployment, as_text(triggers), apply), _trigger_step)
+
+    def describe_rows(self, schema: str, tables: Sequence[str] | None) -> Query[list[TableShape]]:
+        """See 57_changes.sql."""
+        names = None if tables is None else list(tables)
+        return self._query("describe_rows", "text text[]", (schema, names), _shapes)
 
     def note_tasks(self, orchestrator: str, tasks: Sequence[int]) -> Query[None]:
         """See 05_register.sql."""
@@ -395,12 +382,6 @@ class Engine(Reports):
     def register_subscriptions(self, deployment: str, subscriptions: Sequence[Subscription]) -> Query[None]:
         """See 56_events.sql."""
         return self._query("register_subscriptions", "text json", (deployment, as_text(subscriptions)), as_is)
-
-    def next_trigger(
-        self, deployment: str, triggers: Sequence[TriggerRow], *, apply: bool = False
-    ) -> Query[TriggerStep | None]:
-        """See 57_changes.sql. None: the triggers are as the code says."""
-        return self._query("next_trigger", "text json boolean", (deployment, as_text(triggers), apply), _trigger_step)
 
     def claim(
         self, orchestrator: str, token: int, wants: Sequence[Want], tasks: Sequence[int], *, fire: bool = False

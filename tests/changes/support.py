@@ -9,7 +9,8 @@ import psycopg
 from psycopg.conninfo import make_conninfo
 
 from pgconductor.changes import apply_changes
-from pgconductor.engine import Engine, TriggerRow, TriggerStep
+from pgconductor.engine import Engine
+from pgconductor.relations import TriggerRow, TriggerStep
 from tests.sql.support import Db, call, session
 
 ENGINE = Engine("pgconductor")

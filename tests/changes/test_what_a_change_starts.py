@@ -147,6 +147,29 @@ def test_rows_of_partitions_count_whichever_way_they_come(database: str, db: Db,
     assert new_rows(db, "public.event_log") == [{"id": 1}, {"id": 25}]
 
 
+def test_a_row_that_moves_to_another_partition_counts_as_a_delete_and_an_insert(database: str, db: Db) -> None:
+    db.execute("create table public.event_log (id int) partition by range (id)")
+    db.execute("create table public.event_log_1 partition of public.event_log for values from (0) to (10)")
+    db.execute("create table public.event_log_2 partition of public.event_log for values from (10) to (20)")
+    db.execute("insert into public.event_log values (1)")
+    follow(database, *(on(op, table="public.event_log") for op in ("insert", "update", "delete")))
+
+    db.execute("update public.event_log set id = 11")
+
+    assert sorted(change["op"] for change in changes(db, "public.event_log")) == ["delete", "insert"]
+
+
+def test_deletes_by_a_foreign_key_count(database: str, db: Db) -> None:
+    db.execute("create table public.address (contact_id int references public.contact on delete cascade)")
+    db.execute("insert into public.contact values (1), (2)")
+    db.execute("insert into public.address values (1), (1), (2)")
+    follow(database, on("delete", "contact_id", table="public.address"))
+
+    db.execute("delete from public.contact where id = 1")
+
+    assert len(changes(db, "public.address")) == 2
+
+
 def test_a_partition_itself_can_be_watched(database: str, db: Db) -> None:
     db.execute("create table public.event_log (id int) partition by range (id)")
     db.execute("create table public.event_log_1 partition of public.event_log for values from (0) to (10)")

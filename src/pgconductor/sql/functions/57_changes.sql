@@ -154,13 +154,14 @@ set plan_cache_mode = force_generic_plan as $$
 declare
   v_table text := format('%I.%I', tg_table_schema, tg_table_name);
   v_trigger row_trigger;
-  v_part record;
+  v_data text[];
+  v_size_max int;
 begin
   select * into v_trigger from row_trigger where name = tg_argv[0];
   if not found then
     return null;
   end if;
-  for v_part in execute format(
+  for v_data, v_size_max in execute format(
     'select array_agg(data order by place) filter (where size <= 1048576) as data, max(size) as size_max from ('
     '  select data, size, row_number() over () as place,'
     '         sum(size + 200) over (rows unbounded preceding) / 8000000 as part from ('
@@ -170,11 +171,11 @@ begin
     case when tg_op = 'DELETE' then v_trigger.expression else '''null''' end,
     case when tg_op = 'INSERT' then v_trigger.expression else '''null''' end) using change_head(v_trigger)
   loop
-    if v_part.size_max > 1048576 then
-      perform note_too_large(v_trigger.name, v_table, lower(tg_op), v_part.size_max);
+    if v_size_max > 1048576 then
+      perform note_too_large(v_trigger.name, v_table, lower(tg_op), v_size_max);
     end if;
-    if v_part.data is not null then
-      perform start_by_changes(v_trigger, v_part.data);
+    if v_data is not null then
+      perform start_by_changes(v_trigger, v_data);
     end if;
   end loop;
   return null;
@@ -398,3 +399,28 @@ end $$;
 -- What row changes did not start, and why; the newest thousand.
 create or replace view trigger_errors as
 select id, at, task, table_name as "table", op, sqlstate, message from trigger_error;
+
+-- ---------------------------------------------------------------- what arrives, for gen types
+
+-- Describes the tables and views of a schema as their rows arrive with a change; for `pgconductor gen types`. Partitions
+-- only by name. p_tables: names as they are stored; null for all.
+-- Returns [{name, columns: [{name, type, dimensions, nullable}]}]; type: of what the value is made of, if that is built in.
+create or replace function describe_rows(p_schema text, p_tables text[]) returns json
+language sql stable set search_path from current set enable_seqscan = off set enable_mergejoin = off set jit = off set plan_cache_mode = force_generic_plan as $$
+  select coalesce(json_agg(json_build_object('name', c.relname, 'columns', (
+    select coalesce(json_agg(json_build_object(
+      'name', a.attname,
+      'type', case when leaf.id < 16384 then coalesce(e.typname, leaf.typname) else 'text' end,
+      'dimensions', case when t.typcategory = 'A' then greatest(a.attndims, t.typndims, 1) else 0 end,
+      'nullable', not (a.attnotnull or t.typnotnull) or c.relkind in ('v', 'm')) order by a.attnum), '[]')
+    from pg_attribute a
+    join pg_type t on t.oid = a.atttypid
+    cross join lateral (select oid as id, typname, typelem, typcategory from pg_type
+                        where oid = leaf_type(a.atttypid)) leaf
+    left join pg_type e on e.oid = leaf.typelem and leaf.typcategory = 'A'
+    where a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped)) order by c.relname collate "C"), '[]')
+  from pg_class c
+  where c.relnamespace = (select oid from pg_namespace where nspname = p_schema)
+    and c.relkind in ('r', 'p', 'v', 'm', 'f')
+    and case when p_tables is null then not c.relispartition else c.relname = any(p_tables) end
+$$;
