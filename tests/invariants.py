@@ -175,6 +175,20 @@ ALWAYS: Mapping[str, str] = {
         select s.execution_id, s.name, s.index from wait w join step s on s.execution_id = w.execution_id
         where s.kind = 'sleep' and s.status = 'pending'
           and not exists (select from timer t where t.execution_id = w.execution_id and t.due_at <= s.due_at)""",
+    "9b no event waited for in vain": """
+        select s.execution_id, s.name, s.round from step s join execution e on e.id = s.execution_id
+        where s.kind = 'wait_for' and s.status = 'pending' and e.outcome is null and not exists (
+          select from event_wait w where w.execution_id = s.execution_id and w.name = s.name and w.round = s.round)
+        union all
+        select w.execution_id, w.name, w.round from event_wait w
+        left join step s on s.execution_id = w.execution_id and s.name = w.name and s.round = w.round and s.index = 0
+        left join execution e on e.id = w.execution_id
+        where s.status is distinct from 'pending' or e.id is null or e.outcome is not null
+        union all
+        select w.execution_id, w.name, w.round from event_wait w cross join lateral event_since(w) v
+        where v.id is not null and not exists (
+          select from event_pending p where p.event_id = v.id
+            or p.execution_id = w.execution_id and p.name = w.name and p.round = w.round)""",
     "10 one child per parent, step, round and index": """
         select parent_id, parent_step from execution where parent_id is not null
         group by parent_id, parent_step, parent_round, parent_index having count(*) > 1""",

@@ -13,7 +13,6 @@ from tests.sql.support import (
     call,
     cancel,
     claim,
-    complete,
     count,
     enqueue,
     fail,
@@ -320,16 +319,6 @@ def test_an_ended_execution_listens_no_more(db: Db, end: object) -> None:
     emit(db)
     rest(db)
     assert (count(db, "event_wait"), step(db, id, "paid")["status"]) == (0, "pending")
-
-
-def test_a_plain_completion_loses_no_event_for_others(db: Db) -> None:
-    (id,) = running(db)
-    save(db, id, ops=[wait_op(id)])
-    complete(db, id)
-    other = waiting(db)
-    emit(db)
-    rest(db)
-    assert (state(db, id), state(db, other)) == ("completed", "ready")
 
 
 def test_a_redriven_execution_waits_on_and_sees_what_came_meanwhile(db: Db) -> None:

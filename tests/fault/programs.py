@@ -33,6 +33,7 @@ Operation = list[Any]
 Program = list[Operation]
 
 app = Conductor(name="faults")
+told = app.event("told", dict[str, str])
 
 # ---------------------------------------------------------------- what a program is made of
 
@@ -62,6 +63,16 @@ def child(name: str, *program: Operation) -> Operation:
 
 def children(name: str, *programs: Program) -> Operation:
     return ["children", name, list(programs)]
+
+
+def emit(name: str, to: str = "anybody") -> Operation:
+    """Emit an event, once; the value is a list of its id."""
+    return ["emit", name, to]
+
+
+def wait_for(name: str, to: str = "anybody") -> Operation:
+    """Wait for such an event."""
+    return ["wait_for", name, to]
 
 
 def fail(name: str, times: int) -> Operation:
@@ -165,6 +176,10 @@ async def _do(ctx: Context, verb: str, name: str, argument: Any) -> Any:
         return await ctx.invoke_all(name, [program.bind(each) for each in argument])
     if verb == "gate":
         return await _until_open(name)
+    if verb == "emit":
+        return [str(await ctx.emit(told, {"to": argument}))]
+    if verb == "wait_for":
+        return await ctx.wait_for(name, told, where={"to": argument})
     return _do_at_once(ctx, verb, name, argument)
 
 
@@ -200,6 +215,10 @@ def _do_plainly(ctx: SyncContext, verb: str, name: str, argument: Any) -> Any:
         return ctx.invoke(name, plain_program.bind(argument))
     if verb == "children":
         return ctx.invoke_all(name, [plain_program.bind(each) for each in argument])
+    if verb == "emit":
+        return [str(ctx.emit(told, {"to": argument}))]
+    if verb == "wait_for":
+        return ctx.wait_for(name, told, where={"to": argument})
     return _do_at_once(ctx, verb, name, argument)
 
 

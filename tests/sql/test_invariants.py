@@ -45,6 +45,8 @@ CORRUPTIONS = {
             select id, 'late', 'step', 'completed', now(), now() from execution where outcome is not null""",
     "8": "update step set status = 'timed_out', finished_at = now() where kind = 'invoke'",
     "9": "update step set child_id = gen_random_uuid() where kind = 'invoke'",
+    "9b": """set session_replication_role = replica; insert into step (execution_id, name, kind, status, created_at)
+             select execution_id, 'deaf', 'wait_for', 'pending', now() from wait limit 1""",
     "10": """insert into execution (id, created_at, lane_id, depth, parent_id, parent_step, parent_round, parent_index,
              root_id, payload, outcome, finished_at)
              select gen_random_uuid(), now(), lane_id, depth, parent_id, parent_step, parent_round, parent_index,

@@ -11,6 +11,7 @@ import psycopg
 
 from pgconductor.cli.database import db, migrate
 from pgconductor.cli.doctor import doctor
+from pgconductor.cli.events import events
 from pgconductor.cli.gen import gen
 from pgconductor.cli.invoke import invoke
 from pgconductor.cli.queues import queues
@@ -49,5 +50,5 @@ def main(ctx: click.Context, dsn: str | None, schema: str) -> None:
     ctx.obj = Settings(dsn, schema)
 
 
-for _command in (dev, worker, migrate, invoke, runs, queues, workers, schedules, status, doctor, db, gen):
+for _command in (dev, worker, migrate, invoke, runs, queues, events, workers, schedules, status, doctor, db, gen):
     main.add_command(_command)
