@@ -148,8 +148,10 @@ def test_a_sleeper(db: Db) -> None:
 def test_who_waits_for_an_event(db: Db) -> None:
     register(db, "work")
     id = enqueue(db)
-    park(db, claim_one(db), op(id, "paid", "wait_for", due_in=90))
-    assert codes(db, id) == ["waiting_for_event"]
+    park(db, claim_one(db), op(id, "paid", "wait_for", event="order.paid", where={"order": 7}))
+    reason = only(db, id)
+    assert (reason["code"], reason["event"], reason["where"]) == ("waiting_for_event", "order.paid", {"order": 7})
+    assert reason["text"] == "step 'paid' waits for event 'order.paid'"
 
 
 def test_several_open_waits_are_all_told(db: Db) -> None:

@@ -8,15 +8,15 @@
 --   cancelled_ancestor    which                               not_due, backing_off  due_at
 --   held_in_fan_out       max_in_flight of which step         sleeping              step, due_at
 --   waiting_for_child     step, child, its state, due_at      waiting_for_children  step, left, total, due_at
---   waiting_for_event     step, due_at                        queue_paused          since
+--   waiting_for_event     step, event, where, due_at          queue_paused          since
 --   window_closed         opens_at                            concurrency_limit     max, key, holders
 --   rate_limit            max, key, opens_at                  unknown_task          no code ever registered it
 --   no_worker_for_queue   no live process works on it         no_worker_for_task    those that do lack its code
 --   next                  nothing: ahead, how many go first
 
-create or replace function reason(p_code text, p_text text, p_facts json default '{}') returns jsonb
+create or replace function reason(p_code text, p_text text, p_facts jsonb default '{}') returns jsonb
 language sql immutable parallel safe
-return jsonb_build_object('code', p_code, 'text', p_text) || p_facts::jsonb;
+return jsonb_build_object('code', p_code, 'text', p_text) || p_facts;
 
 create or replace function words_for(p_at timestamptz) returns text
 language sql stable parallel safe
@@ -38,7 +38,7 @@ begin
   v_reasons := why_cancelled(v_run) || case
     when v_run.state in ('completed', 'failed', 'cancelled') then jsonb_build_array(reason('ended', format('it %s at %s',
       case v_run.state when 'cancelled' then 'was cancelled' else v_run.state end, words_for(v_run.finished_at)),
-      json_build_object('outcome', v_run.state, 'at', v_run.finished_at)))
+      jsonb_build_object('outcome', v_run.state, 'at', v_run.finished_at)))
     when v_run.state = 'running' then why_leased(p_id, p_expiry, v_now)
     when v_run.state = 'waiting' then why_parked(p_id)
     when v_run.state = 'scheduled' then why_scheduled(p_id, v_now)
@@ -56,7 +56,7 @@ language sql stable set search_path from current as $$
     select e.id, e.parent_id, e.cancel_requested_at, a.level + 1 from above a join execution e on e.id = a.parent_id
   )
   select coalesce(jsonb_agg(reason('cancelled_ancestor', format('its ancestor %s is or was cancelled', a.id),
-                                   json_build_object('ancestor', a.id, 'requested_at', a.requested_at))), '[]')
+                                   jsonb_build_object('ancestor', a.id, 'requested_at', a.requested_at))), '[]')
   from (select * from above where requested_at is not null order by level limit 1) a
   where p_run.state not in ('completed', 'failed')
 $$;
@@ -69,7 +69,7 @@ language sql stable set search_path from current as $$
     format(case when o.beat_at <= p_now - p_expiry then 'its process, %s:%s, shows no sign of life; a sweep takes it over'
                 when e.cancel_requested_at is not null then 'it runs on %s:%s since %s, and was told to stop'
                 else 'it runs on %s:%s since %s' end, o.host, o.pid, words_for(l.claimed_at)),
-    json_build_object('orchestrator', o.id, 'host', o.host, 'pid', o.pid, 'since', l.claimed_at, 'beat_at', o.beat_at)))
+    jsonb_build_object('orchestrator', o.id, 'host', o.host, 'pid', o.pid, 'since', l.claimed_at, 'beat_at', o.beat_at)))
   from lease l join orchestrator o on o.id = l.orchestrator_id join execution e on e.id = l.execution_id
   where l.execution_id = p_id
 $$;
@@ -79,11 +79,11 @@ language sql stable set search_path from current as $$
   select jsonb_build_array(case
     when m.due_at = 'infinity' then reason('held_in_fan_out', format(
       'max_in_flight of step %L of its parent lets it begin when one before it has ended', e.parent_step),
-      json_build_object('parent', e.parent_id, 'step', e.parent_step))
+      jsonb_build_object('parent', e.parent_id, 'step', e.parent_step))
     when e.failures + e.crashes > 0 then reason('backing_off',
       format('attempt %s failed; the next one is due at %s', e.failures, words_for(m.due_at)),
-      json_build_object('due_at', m.due_at, 'failures', e.failures, 'error', e.error ->> 'message'))
-    else reason('not_due', format('it is due at %s', words_for(m.due_at)), json_build_object('due_at', m.due_at)) end)
+      jsonb_build_object('due_at', m.due_at, 'failures', e.failures, 'error', e.error ->> 'message'))
+    else reason('not_due', format('it is due at %s', words_for(m.due_at)), jsonb_build_object('due_at', m.due_at)) end)
   from timer m join execution e on e.id = m.execution_id where m.execution_id = p_id
 $$;
 
@@ -105,17 +105,18 @@ language sql stable set search_path from current as $$
     when p_step.kind = 'sleep' then reason('sleeping',
       format('step %L sleeps until %s', p_step.name, words_for(p_step.due_at)), facts)
     when p_step.kind = 'wait_for' then reason('waiting_for_event',
-      format('step %L waits for an event', p_step.name) || until, facts)
+      format('step %L waits for event %L', p_step.name, p_step.child_task) || until,
+      facts || jsonb_build_object('event', p_step.child_task, 'where', p_step.event_where))
     when p_step.child_id is not null then (
       select reason('waiting_for_child', format('step %L waits for its child, task %L, which is %s', p_step.name,
         p_step.child_task, coalesce(c.state, 'gone')) || until,
-        json_build_object('step', p_step.name, 'due_at', p_step.due_at, 'child', p_step.child_id,
+        jsonb_build_object('step', p_step.name, 'due_at', p_step.due_at, 'child', p_step.child_id,
                           'child_task', p_step.child_task, 'child_state', c.state))
       from (select 1) one left join executions c on c.id = p_step.child_id)
     else (
       select reason('waiting_for_children', format('step %L waits for %s more of %s children', p_step.name,
         i.left_count, case p_step.kind when 'wait' then m.linked else m.total end) || until,
-        json_build_object('step', p_step.name, 'due_at', p_step.due_at, 'left', i.left_count,
+        jsonb_build_object('step', p_step.name, 'due_at', p_step.due_at, 'left', i.left_count,
                           'total', case p_step.kind when 'wait' then m.linked else m.total end))
       from wait_item i
       cross join lateral (
@@ -124,7 +125,7 @@ language sql stable set search_path from current as $$
                (select count(*) from step c where c.execution_id = i.execution_id and c.name = i.name
                 and c.round = i.round and c.index > 0) as total) m
       where i.execution_id = p_step.execution_id and i.name = p_step.name and i.round = p_step.round) end
-  from (select json_build_object('step', p_step.name, 'due_at', p_step.due_at) as facts,
+  from (select jsonb_build_object('step', p_step.name, 'due_at', p_step.due_at) as facts,
                coalesce(', until ' || words_for(p_step.due_at), '') as until) f
 $$;
 
@@ -145,12 +146,12 @@ begin
   v_reasons := why_unserved(v_task, v_queue, p_expiry, p_now);
   if v_queue.paused_at is not null then
     v_reasons := v_reasons || reason('queue_paused', format('queue %L is paused since %s', v_queue.name,
-      words_for(v_queue.paused_at)), json_build_object('since', v_queue.paused_at));
+      words_for(v_queue.paused_at)), jsonb_build_object('since', v_queue.paused_at));
   end if;
   if v_task.window_start is not null and closes_in(v_task, p_now) is null then
     v_reasons := v_reasons || reason('window_closed', format('its window, %s to %s %s, opens at %s', v_task.window_start,
       v_task.window_end, v_task.window_zone, words_for(opens_at(v_task, p_now))),
-      json_build_object('opens_at', opens_at(v_task, p_now)));
+      jsonb_build_object('opens_at', opens_at(v_task, p_now)));
   end if;
   v_reasons := v_reasons || why_limited(v_run, v_task, p_now);
   return case when v_reasons = '[]' then jsonb_build_array(why_next(v_run)) else v_reasons end;
@@ -187,13 +188,13 @@ create or replace function why_limited(p_run execution, p_task task, p_now times
 language sql stable set search_path from current as $$
   select coalesce(jsonb_agg(case t.kind
     when 'concurrency' then reason('concurrency_limit',
-      format('the limit of %s running at once', f.max) || f.for_key || ' is full', json_build_object(
+      format('the limit of %s running at once', f.max) || f.for_key || ' is full', jsonb_build_object(
         'max', f.max, 'key_path', t.key_path, 'key', f.key, 'holders', (
           select json_agg(h.execution_id) from (
             select execution_id from permit where limit_id = t.id and key = f.key order by 1 limit 5) h)))
     else reason('rate_limit',
       format('the limit of %s starts within %s', f.max, t.period) || f.for_key
-        || coalesce(' lets the next one in at ' || words_for(u.opens_at), ' lets nothing in'), json_build_object(
+        || coalesce(' lets the next one in at ' || words_for(u.opens_at), ' lets nothing in'), jsonb_build_object(
         'max', f.max, 'key_path', t.key_path, 'key', f.key, 'opens_at', u.opens_at)) end order by t.id), '[]')
   from task_limit t
   cross join lateral (
@@ -213,7 +214,7 @@ create or replace function why_next(p_run execution) returns jsonb
 language sql stable set search_path from current as $$
   select reason('next', case ahead when 0 then 'nothing stands in its way: the next free slot takes it'
     else format('%s of its task go first', case when ahead < 1000 then ahead::text else '1,000 or more' end) end,
-    json_build_object('ahead', ahead))
+    jsonb_build_object('ahead', ahead))
   from (select count(*) as ahead from (
     select from ready r
     join (select coalesce((select o.ord from ready o where o.lane_id = p_run.lane_id and o.priority = p_run.priority
