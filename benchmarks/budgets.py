@@ -29,6 +29,8 @@ BUDGETS = [
     Budget("round trips that an idle step adds", "step-alone", "round_trips_per_step", 1),
     Budget("claim beside a backlog, against none", "backlog", "value", 1.3),
     Budget("claim beside a long history, against none", "retention-claims", "value", 1.3),
+    Budget("unlimited work beside a full limited task, against without", "flow-drain", "value", 0.9, least=True),
+    Budget("claim beside rows that may not run, against none", "flow-held", "value", 1.3),
     Budget("queries/s of an idle process", "idle", "value", 1),
     Budget("last 100 of 1,000 children in a row, against the first", "in-a-row", "last_to_first", 1.5),
 ]

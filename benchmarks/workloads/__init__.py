@@ -1,7 +1,7 @@
 """Every workload, in the order in which they are run."""
 
 from benchmarks.measure import Workload
-from benchmarks.workloads import backlog, children, drain, enqueue, floors, idle, latency, retention, steps
+from benchmarks.workloads import backlog, children, drain, enqueue, floors, flow, idle, latency, retention, steps
 
 ALL: list[Workload] = [
     *floors.WORKLOADS,
@@ -12,5 +12,6 @@ ALL: list[Workload] = [
     *steps.WORKLOADS,
     *idle.WORKLOADS,
     *backlog.WORKLOADS,
+    *flow.WORKLOADS,
     *retention.WORKLOADS,
 ]

@@ -323,6 +323,10 @@ _pruned = reader(Pruned)
 _steps = reader(list[Recorded])
 
 
+def _is_true(answer: object) -> bool:
+    return answer == "true"
+
+
 class Engine(Reports):
     """Build the queries of one schema."""
 
@@ -470,6 +474,14 @@ class Engine(Reports):
     def resume_queue(self, queue: str) -> Query[None]:
         """See 50_cancel.sql."""
         return self._query("resume_queue", "text", (queue,), as_is)
+
+    def set_limit(
+        self, task: str, limit: int | None, kind: str, key: str | None, per_seconds: float | None
+    ) -> Query[bool]:
+        """See 35_permits.sql. False: there is no such task or limit."""
+        per = None if per_seconds is None else f"{per_seconds} seconds"
+        parameters = (task, limit, kind, key, per, self._now())
+        return self._query("set_limit", "text int text text interval timestamptz", parameters, _is_true)
 
     def beat(self, orchestrator: str, stopping: bool = False) -> Query[Beat]:
         """See 60_sweep.sql."""

@@ -119,6 +119,10 @@ class Reports(Queries):
         """See 72_why.sql."""
         return self._query("list_workers", "", (), many_reports)
 
+    def list_tasks(self) -> Query[list[Report]]:
+        """See 75_report.sql."""
+        return self._query("list_tasks", "", (), many_reports)
+
     def list_queues(self) -> Query[list[Report]]:
         """See 75_report.sql."""
         return self._query("list_queues", "", (), many_reports)

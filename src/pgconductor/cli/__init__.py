@@ -20,6 +20,7 @@ from pgconductor.cli.schedules import schedules
 from pgconductor.cli.serve import dev, worker
 from pgconductor.cli.session import Settings
 from pgconductor.cli.status import status
+from pgconductor.cli.tasks import tasks
 from pgconductor.cli.text import redacted, safe
 from pgconductor.cli.workers import workers
 from pgconductor.errors import ConductorError
@@ -50,5 +51,8 @@ def main(ctx: click.Context, dsn: str | None, schema: str) -> None:
     ctx.obj = Settings(dsn, schema)
 
 
-for _command in (dev, worker, migrate, invoke, runs, queues, events, workers, schedules, status, doctor, db, gen):
+for _command in (
+    *(dev, worker, migrate, invoke, runs, queues, tasks, events, workers, schedules),
+    *(status, doctor, db, gen),
+):
     main.add_command(_command)

@@ -37,7 +37,8 @@ select q.name, q.paused_at,
         where n.queue_id = q.id) as running_count
 from queue q
 left join lane n on n.queue_id = q.id
-left join lateral (select count(*) as count from ready r where r.lane_id = n.id) r on true
+left join lateral (select (select count(*) from ready r where r.lane_id = n.id)
+                        + (select count(*) from backlog b where b.lane_id = n.id) as count) r on true
 group by q.id, q.name, q.paused_at;
 
 create or replace view workers as

@@ -10,6 +10,7 @@ begin
   if p_state in ('ready', 'running', 'waiting', 'scheduled') then
     select array_agg(id) into v_ids from (
       select execution_id as id from ready where p_state = 'ready'
+      union all select execution_id from backlog where p_state = 'ready'
       union all select execution_id from lease where p_state = 'running'
       union all select execution_id from wait where p_state = 'waiting'
       union all select execution_id from timer where p_state = 'scheduled') held;
@@ -70,7 +71,7 @@ language sql stable set search_path from current as $$
   )
   select json_build_object(
     'now', clock_timestamp(),
-    'ready', (select count(*) from ready), 'running', (select count(*) from lease),
+    'ready', (select count(*) from ready) + (select count(*) from backlog), 'running', (select count(*) from lease),
     'waiting', (select count(*) from wait), 'scheduled', (select count(*) from timer t
       where not exists (select from wait w where w.execution_id = t.execution_id)),
     'oldest_ready_at', (select min(e.created_at) from execution e
@@ -83,6 +84,27 @@ language sql stable set search_path from current as $$
     'stranded', (select coalesce(json_agg(json_build_object('task', t.name, 'queue', q.name,
         'registered', t.registered_at is not null) order by t.name), '[]')
       from lane l join task t on t.id = l.task_id join queue q on q.id = l.queue_id
-      where exists (select from ready r where r.lane_id = l.id)
+      where (exists (select from ready r where r.lane_id = l.id) or exists (select from backlog b where b.lane_id = l.id))
         and (t.registered_at is null or not exists (select from live where q.name = any(live.queues)))))
+$$;
+
+-- Every task with its limits: [{name, queue, registered, ready_count, running_count, window, expires, limits: [{kind, key,
+-- max, per (seconds), declared_max, operator_max}]}].
+create or replace function list_tasks() returns json
+language sql stable set search_path from current as $$
+  select coalesce(json_agg(json_build_object(
+    'name', t.name, 'queue', q.name, 'registered', t.registered_at is not null,
+    'ready_count', (select count(*) from lane l join ready r on r.lane_id = l.id where l.task_id = t.id)
+      + (select count(*) from lane l join backlog b on b.lane_id = l.id where l.task_id = t.id),
+    'running_count', (select count(*) from lease s join execution e on e.id = s.execution_id
+                      join lane l on l.id = e.lane_id where l.task_id = t.id),
+    'window', case when t.window_start is not null then
+      format('%s to %s %s', to_char(t.window_start, 'HH24:MI'), to_char(t.window_end, 'HH24:MI'), t.window_zone) end,
+    'expires', extract(epoch from t.expires_in),
+    'limits', (select coalesce(json_agg(json_build_object(
+        'kind', m.kind, 'key', m.key_path, 'max', coalesce(m.operator_max, m.declared_max),
+        'per', extract(epoch from m.period), 'declared_max', m.declared_max, 'operator_max', m.operator_max)
+        order by m.id), '[]')
+      from task_limit m where m.task_id = t.id)) order by t.name), '[]')
+  from (select * from task order by name limit 10000) t join queue q on q.id = t.queue_id
 $$;
