@@ -1,8 +1,8 @@
 """When a cron expression fires, in a zone, and which ticks run after an outage. Pure: the clock is an argument.
 
 cronsim matches an expression against *local* time, told of no zone; what a clock that is put forward and back makes of
-it is decided here, since cronsim's own rules leave out expressions with seconds, lose ticks near shifts by other than whole
-hours, and answer a search that begins in a repeated hour with an instant before it:
+it is decided here. cronsim's own rules leave out expressions with seconds, lose ticks near shifts by other than whole
+hours, and answer a search that begins in a repeated hour with an instant before it.
 
     fixed      no star in seconds, minutes and hours: each matching local time is one tick. Where it occurs twice, the
                first occurrence; where it does not occur, the first instant after the gap, once for all times in it
