@@ -415,7 +415,7 @@ def test_the_sweep_delivers_too(db: Db) -> None:
 def test_events_are_kept_seven_days_unless_told_otherwise(db: Db) -> None:
     register(db, "work")
     for n in range(3):
-        call(db, "emit_events", [{"id": f"{n:032}", "name": "x", "payload": {}}], False, at(n * 86400))
+        call(db, "emit_events", [{"id": f"{n:032}", "name": "x", "payload": None}], False, at(n * 86400))
     deliver(db)
     call(db, "prune_events", at(8 * 86400 + 1))
     assert count(db, "event") == 1
@@ -425,7 +425,7 @@ def test_events_are_kept_seven_days_unless_told_otherwise(db: Db) -> None:
 
 
 def test_an_event_that_has_not_been_delivered_is_not_pruned(db: Db) -> None:
-    call(db, "emit_events", [{"id": f"{1:032}", "name": "x", "payload": {}}], False, at(0))
+    call(db, "emit_events", [{"id": f"{1:032}", "name": "x", "payload": None}], False, at(0))
     call(db, "prune_events", at(30 * 86400))
     assert count(db, "event") == 1
 

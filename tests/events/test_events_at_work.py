@@ -84,7 +84,7 @@ async def test_an_event_reaches_the_handlers_that_subscribe(app: App, working: W
 
 
 async def test_a_task_that_events_and_calls_start_tells_them_apart(app: App, working: Working) -> None:
-    paid = app.event("order.paid", dict)
+    paid = app.event("order.paid", dict[str, Any])
 
     @app.task(on=[event(paid), invocable()])
     async def handle(ctx: Context, it: Event[dict[str, Any]] | None = None, order: dict[str, Any] | None = None) -> Any:
