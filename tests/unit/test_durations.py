@@ -22,7 +22,18 @@ READ: list[tuple[Duration, float]] = [
     (timedelta(minutes=5), 300),
 ]
 REFUSED: list[Any] = [
-    *(-1, "-1s", float("nan"), float("inf"), -0.001, timedelta(seconds=-1), True, None, pytest.param(object(), id="an object"), b"1s"),
+    *(
+        -1,
+        "-1s",
+        float("nan"),
+        float("inf"),
+        -0.001,
+        timedelta(seconds=-1),
+        True,
+        None,
+        pytest.param(object(), id="an object"),
+        b"1s",
+    ),
     *("", " ", "30", "1e5", "abc", "30m1h", "1h1h", "5M", "5 minutes", "٣s", 10**400, 1e300, "999999999d"),
     DURATION_MAX + timedelta(seconds=1),
 ]
