@@ -190,6 +190,13 @@ def test_a_payload_over_the_limit_is_refused(db: Db) -> None:
     assert refused.value.sqlstate == "PC003"
 
 
+def test_null_is_a_payload(db: Db) -> None:
+    subscribe(db, {"task": "bill"})
+    call(db, "emit_events", [{"id": str(uuid4()), "name": "order.paid", "payload": None}])
+    emit(db, [])
+    assert [payload for _, payload in started(db)] == [None, []]
+
+
 def test_a_payload_with_an_event_key_is_plain_data(db: Db) -> None:
     subscribe(db, {"task": "bill"})
     payload = {"event": "order.paid", "trigger_kind": "event", "name": "x"}

@@ -54,7 +54,7 @@ declare
 begin
   with fresh as (
     insert into event (id, name, emitted_at, probes, payload)
-    select e.id, e.name, p_now, probes_of(e.payload::jsonb), e.payload
+    select e.id, e.name, p_now, probes_of(e.payload::jsonb), coalesce(e.payload, 'null')
     from rows from (json_to_recordset(p_events) as (id uuid, name text, payload json)) with ordinality
       as e(id, name, payload, place)
     order by e.place
