@@ -1,8 +1,8 @@
 """What limits, windows and pauses cost those who have none.
 
 `flow-drain`: a queue's unlimited executions beside a limited task that is full, against the same without it.
-`flow-held`: a claim beside rows that may not run, which were all enqueued before: of a task whose window is closed, of a
-paused queue, of a full task, and of a task that the process does not know; as a multiple of what it costs without.
+`flow-held`: a claim beside rows that may not run, which were all enqueued before: of a task whose window is closed, of
+a paused queue, of a full task, and of a task that the process does not know; as a multiple of what it costs without.
 `flow-admit`: a thousand executions of as many keys, through their limit.
 """
 
@@ -37,8 +37,9 @@ async def _limited_task(it: Bench, name: str, limit: int, key: str | None = None
 async def _hold(it: Bench, task: str, count: int, queue: str = QUEUE) -> None:
     """Enqueue executions of a task by name."""
     await it.database.value(
-        "select length(cast(pgconductor.enqueue((select json_agg(json_build_object('id', pgconductor.uuid7(), 'task', "
-        "%s::text, 'queue', %s::text, 'payload', json_build_object('key', g))) from generate_series(1, %s) g)) as text))",
+        "select length(cast(pgconductor.enqueue((select json_agg(json_build_object('id', pgconductor.uuid7(), "
+        "'task', %s::text, 'queue', %s::text, 'payload', json_build_object('key', g))) "
+        "from generate_series(1, %s) g)) as text))",
         task,
         queue,
         count,

@@ -480,8 +480,7 @@ class Engine(Reports):
     ) -> Query[bool]:
         """See 35_permits.sql. False: there is no such task or limit."""
         per = None if per_seconds is None else f"{per_seconds} seconds"
-        parameters = (task, limit, kind, key, per, self._now())
-        return self._query("set_limit", "text int text text interval timestamptz", parameters, _is_true)
+        return self._query("set_limit", "text int text text interval", (task, limit, kind, key, per), _is_true)
 
     def beat(self, orchestrator: str, stopping: bool = False) -> Query[Beat]:
         """See 60_sweep.sql."""

@@ -342,4 +342,6 @@ def _element_types(types: Mapping[str, Any], returns: Any, place: str) -> tuple[
             place, f"it returns {describe_type(returns)}, which is not a list[...] or None", remedy
         )
     element = get_args(results[0])[0] if results and results[0] is not _EMPTY else _EMPTY
+    if len(results) < len(union_members(returns)):
+        element = None if element is _EMPTY else element | None  # no list: everybody's result is None
     return {name: get_args(annotation)[0]}, element

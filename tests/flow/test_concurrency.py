@@ -396,3 +396,43 @@ def test_74_parent_and_children_of_one_limit_make_progress(db: Db) -> None:
         assert claim_one(db, token=token) == child
         chain.append(child)
     assert states(db, chain) == ["waiting"] * 4 + ["running"]
+
+
+def test_p29_a_worker_takes_no_task_that_it_does_not_know(db: Db) -> None:
+    limited(db, concurrency(1))
+    ids = enqueue_many(db, {}, {"task": "unheard of"})
+
+    assert claim(db, tasks=["another"]) == []
+    assert states(db, ids) == ["ready", "ready"]
+    assert claim_one(db, tasks=["work"]) == ids[0]
+
+
+def test_p31_a_higher_priority_runs_first(db: Db) -> None:
+    limited(db, concurrency(1))
+    low, high, middle = enqueue_many(db, {"priority": -1}, {"priority": 2}, {"priority": 1})
+    served: list[str] = []
+    for token in range(1, 4):
+        served.append(claim_one(db, token=token))
+        complete(db, served[-1], token=token)
+
+    assert served == [high, middle, low]
+
+
+def test_68_a_task_that_this_code_no_longer_has_keeps_its_limit_for_others(db: Db) -> None:
+    limited(db, concurrency(1))
+    register(db, "another")
+    enqueue_many(db, *blank(2))
+
+    assert len(claim(db)) == 1
+
+
+def test_75_a_paused_queue_starts_nothing_and_lets_limited_work_end(db: Db) -> None:
+    limited(db, concurrency(1))
+    first, second = enqueue_many(db, *blank(2))
+    claim_one(db)
+    call(db, "pause_queue", "default")
+    complete(db, first)
+    assert claim(db, token=2) == []
+    call(db, "resume_queue", "default")
+
+    assert claim_one(db, token=3) == second

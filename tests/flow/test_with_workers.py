@@ -244,13 +244,14 @@ async def test_a_batch_waits_for_more_until_it_is_full(app: App, working: Workin
     sizes: list[int] = []
 
     @app.task(batch=Batch(size=3, timeout=60))
-    async def collect(ctx: BatchContext, numbers: list[int]) -> list[None] | None:
+    async def collect(ctx: BatchContext, numbers: list[int]) -> list[int] | None:
         sizes.append(len(numbers))
         return None
 
     async with working(concurrency=1):
         runs = [await collect.invoke(n) for n in range(3)]
-        assert [await run.result(30) for run in runs] == [None] * 3
+        for run in runs:
+            await run.result(30)
     assert sizes == [3]
 
 

@@ -195,7 +195,7 @@ def test_batch_payload_is_one_element() -> None:
 
     assert signature.encode_payload((Order(1),), {}) == '{"id":1,"count":1}'
     assert signature.decode_element('{"id":1}') == Order(1)
-    assert signature.returns.annotation is bool
+    assert signature.returns.annotation == bool | None
 
 
 def test_batch_element_that_is_no_model_goes_by_name() -> None:

@@ -29,7 +29,7 @@ begin
   where (k.queue_id, k.deployment, k.max_attempts, k.max_crashes, k.registered_at is null)
     is distinct from (excluded.queue_id, excluded.deployment, excluded.max_attempts, excluded.max_crashes, false);
   perform keep_as_declared(p_tasks);
-  perform flow_as_declared(p_tasks, v_now);
+  perform flow_as_declared(p_tasks);
   insert into lane (queue_id, task_id, is_limited)
   select k.queue_id, k.id, exists (select from task_limit where task_id = k.id) from task k
   where k.name in (select t.name from json_to_recordset(p_tasks) as t(name text))

@@ -31,8 +31,8 @@ begin
   join queue q on q.id = w.queue and q.paused_at is null
   join lane l on l.queue_id = q.id and l.is_limited and l.task_id = any(p_tasks)
   join task k on k.id = l.task_id
-  where exists (select from look where lane_id = l.id)
-    and (k.window_start is null or closes_in(k, p_now) is not null);
+  cross join lateral (select from look where lane_id = l.id limit 1) seen
+  where (k.window_start is null or closes_in(k, p_now) is not null);
   if v_lanes is not null then
     perform lock_limits(v_locked);
   end if;
@@ -132,8 +132,11 @@ begin
     join queue q on q.id = w.queue and q.paused_at is null
     join lane l on l.queue_id = q.id and l.task_id = any(p_tasks)
     join task k on k.id = l.task_id
-    where case when l.is_limited then l.id = any(v_limited) else exists (select from ready r where r.lane_id = l.id) end
-      and (k.window_start is null or closes_in(k, v_now) is not null)
+    -- a lateral row, since the planner may think it cheaper to hash the whole of ready for an exists (...)
+    cross join lateral (
+      select from ready r where r.lane_id = l.id and not l.is_limited
+      union all select where l.is_limited and l.id = any(v_limited) limit 1) r
+    where (k.window_start is null or closes_in(k, v_now) is not null)
     group by w.queue, w."limit", w.free
   loop
     v_taken := v_taken || take_best(v_want.lanes, v_want.limited, v_want."limit", v_want.free, v_now);

@@ -351,7 +351,7 @@ begin
 end $$;
 
 -- Brings everything of a task in line with its limits as they are now.
-create or replace function apply_limits(p_task int, p_now timestamptz) returns void
+create or replace function apply_limits(p_task int) returns void
 language plpgsql volatile set search_path from current as $$
 declare
   v_limited boolean;
@@ -376,7 +376,7 @@ end $$;
 
 -- Writes what code says of its tasks' flow. p_tasks: [{name, expires? (seconds), window_start?, window_end?,
 -- window_zone?, limits?: [{kind, key_path, max, seconds}]}]
-create or replace function flow_as_declared(p_tasks json, p_now timestamptz) returns void
+create or replace function flow_as_declared(p_tasks json) returns void
 language plpgsql volatile set search_path from current as $$
 begin
   update task k
@@ -386,11 +386,11 @@ begin
     as t(name text, expires float8, window_start time, window_end time, window_zone text)
   where k.name = t.name and (k.expires_in, k.window_start, k.window_end, k.window_zone)
     is distinct from (make_interval(secs => t.expires), t.window_start, t.window_end, t.window_zone);
-  perform declare_limits(p_tasks, p_now);
+  perform declare_limits(p_tasks);
 end $$;
 
 -- Declares the limits of tasks as code has them.
-create or replace function declare_limits(p_tasks json, p_now timestamptz) returns void
+create or replace function declare_limits(p_tasks json) returns void
 language plpgsql volatile set search_path from current as $$
 declare
   v_task int;
@@ -425,7 +425,7 @@ begin
   )
   select array_agg(task_id) into v_more from (select * from forgotten union select * from removed) c;
   for v_task in select distinct unnest(v_changed || v_more) order by 1 loop
-    perform apply_limits(v_task, p_now);
+    perform apply_limits(v_task);
   end loop;
 end $$;
 
@@ -433,7 +433,7 @@ end $$;
 -- Returns false for an unknown task, or for null where there is no such limit.
 create or replace function set_limit(
   p_task text, p_max int, p_kind text default 'concurrency', p_key_path text default null,
-  p_period interval default null, p_now timestamptz default null
+  p_period interval default null
 ) returns boolean
 language plpgsql volatile set search_path from current set enable_seqscan = off set enable_mergejoin = off set jit = off set plan_cache_mode = force_generic_plan as $$
 declare
@@ -462,7 +462,7 @@ begin
       values (v_task, p_kind, p_key_path, p_max, p_period);
     end if;
   end if;
-  perform apply_limits(v_task, instant(p_now));
+  perform apply_limits(v_task);
   perform pg_notify(current_schema(), 'ready ' || (select string_agg(distinct queue_id::text, ' ') from lane
                                                    where task_id = v_task));
   return v_found;

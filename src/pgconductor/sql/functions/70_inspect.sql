@@ -41,11 +41,12 @@ language sql stable set search_path from current set enable_seqscan = off set en
     'ready', (select count(*) from (
       select from lane l join queue q on q.id = l.queue_id and q.paused_at is null
       join task k on k.id = l.task_id and (k.window_start is null or closes_in(k, instant(p_now)) is not null)
-      where case when l.is_limited
-                 then exists (select from look k where k.lane_id = l.id)
-                   and exists (select from backlog b where b.lane_id = l.id)
-                 else exists (select from ready r where r.lane_id = l.id) end
-        and l.queue_id = any(p_queues) and l.task_id = any(p_tasks)) n),
+      cross join lateral (
+        select from ready r where r.lane_id = l.id and not l.is_limited
+        union all
+        select from (select from look where lane_id = l.id limit 1) k, (select from backlog where lane_id = l.id limit 1) b
+        where l.is_limited limit 1) r
+      where l.queue_id = any(p_queues) and l.task_id = any(p_tasks)) n),
     'leased', (select count(*) from lease where orchestrator_id = p_orchestrator),
     'next_due', instant(p_now) + make_interval(secs => next_due(instant(p_now))))
 $$;
