@@ -102,12 +102,13 @@ class Saved(Struct):
 
 
 class Moved(Struct):
-    """What an operation set in motion besides itself."""
+    """What an operation set in motion besides itself; `prune`: whether a prune would find something."""
 
     result: str = ""
     lost: int = 0
     queues: list[int] | None = None
     watchers: list[str] | None = None
+    prune: bool = False
 
 
 class Enqueued(Struct):

@@ -197,7 +197,8 @@ class Heartbeat:
             log.warning("took over %d executions of processes that stopped beating", moved.lost)
         if moved.lost or moved.queues or moved.watchers:
             self._tell(self._listener.on_swept, moved)
-        await self._prune(session)
+        if moved.prune:
+            await self._prune(session)
 
     async def _prune(self, session: Session) -> None:
         """Remove what has been kept long enough: a batch, and more of them while there is time before the next beat."""

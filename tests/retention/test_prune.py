@@ -177,6 +177,17 @@ def test_a_tree_too_large_for_one_transaction_goes_in_steps_root_first(db: Db) -
     assert count(db, "execution") == count(db, "step") == count(db, "prune_rest") == 0
 
 
+def test_a_sweep_says_whether_there_is_something_to_prune(db: Db) -> None:
+    keep(db)
+    completed(db, now=DAY)
+    prune(db, DAY)
+    due = [call(db, "sweep", "20 seconds", at(now))["prune"] for now in (DAY + 60, 8 * DAY + 60)]
+    assert due == [False, True]
+    prune(db, 8 * DAY + 60)
+    prune(db, 8 * DAY + 60)  # the cursors begin their daily pass
+    assert call(db, "sweep", "20 seconds", at(8 * DAY + 120))["prune"] is False
+
+
 def test_small_batches_come_to_the_same_end(db: Db) -> None:
     keep(db)
     for number in range(7):

@@ -15,9 +15,9 @@ from tests.waiting import until
 App = Conductor[None]
 Db = psycopg.Connection[dict[str, Any]]
 TREES = 40
-LOOK_AT_THE_LIVING = """
+LOOK_AT = """
     insert into prune_later (execution_id, look_at)
-    select id, '-infinity' from execution where outcome is null and parent_id is null
+    select id, '-infinity' from execution where {} and parent_id is null
     on conflict (execution_id) do update set look_at = excluded.look_at"""
 
 
@@ -31,7 +31,7 @@ async def pruning(dsn: str) -> AsyncGenerator[None]:
             with contextlib.suppress(psycopg.OperationalError):
                 async with await psycopg.AsyncConnection.connect(dsn, autocommit=True, options=options) as conn:
                     for _ in range(20):
-                        await conn.execute(LOOK_AT_THE_LIVING)
+                        await conn.execute(LOOK_AT.format("outcome is null").encode())
                         await conn.execute("select prune(5, 4)")
                     await conn.execute("begin")
                     await conn.execute("select prune(5, 4)")
@@ -53,17 +53,21 @@ async def test_no_part_of_a_live_tree_is_removed(database: str, app: App, db: Db
     async def middle(ctx: Context, n: int) -> int:
         return sum(await ctx.invoke_all("leaves", [leaf.bind(n), leaf.bind(n + 1)], max_in_flight=1))
 
-    @app.task(keep_completed=False)
+    @app.task(keep_completed="1ms")
     async def root(ctx: Context, n: int) -> int:
         first = await ctx.invoke("first", middle.bind(n))
         await ctx.sleep("nap", 0.01)
         again = await ctx.invoke("again", middle.bind(n))
-        return first + again
+        results.append(first + again - 4 * n)
+        return 0
 
+    results: list[int] = []
     async with pruning(database), working(concurrency=5):
-        runs = await app.invoke_many([root.bind(n) for n in range(TREES)])
-        results = await asyncio.gather(*(run.result(60) for run in runs))
-        assert results == [4 * n + 2 for n in range(TREES)]
-        db.execute("update prune_later set look_at = '-infinity'")
-        await until(lambda: not db.execute("select from execution").fetchall())
+        await app.invoke_many([root.bind(n) for n in range(TREES)])
+        await until(lambda: len(results) == TREES)
+        await until(lambda: not db.execute("select from execution where outcome is null").fetchall())
+    assert results == [2] * TREES
+    db.execute(LOOK_AT.format("outcome is not null").encode())
+    while db.execute("select from execution").fetchall():
+        db.execute("select prune(5, 4)")
     assert not db.execute("select from step").fetchall()

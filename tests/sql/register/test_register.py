@@ -104,14 +104,14 @@ def test_a_beat_tells_of_a_request_until_its_execution_is_settled(db: Db) -> Non
     id = enqueue(db)
     claim(db)
     cancel(db, id)
-    assert call(db, "beat", WORKER) == {"alive": True, "cancel": [id]}
-    assert call(db, "beat", WORKER) == {"alive": True, "cancel": [id]}
+    assert call(db, "beat", WORKER) == {"alive": True, "cancel": [id], "stop": False}
+    assert call(db, "beat", WORKER) == {"alive": True, "cancel": [id], "stop": False}
     complete(db, id)
-    assert call(db, "beat", WORKER) == {"alive": True, "cancel": []}
+    assert call(db, "beat", WORKER) == {"alive": True, "cancel": [], "stop": False}
 
 
 def test_a_beat_of_the_unknown_is_dead_and_registers_nobody(db: Db) -> None:
-    assert call(db, "beat", uuid4()) == {"alive": False, "cancel": []}
+    assert call(db, "beat", uuid4()) == {"alive": False, "cancel": [], "stop": False}
     assert count(db, "orchestrator") == 0
 
 

@@ -80,7 +80,7 @@ def test_a_swept_process_is_told_at_its_next_beat_and_settles_nothing(db: Db) ->
     id = enqueue(db)
     claim(db)
     sweep(db, 30)
-    assert beat(db, 31) == {"alive": False, "cancel": []}
+    assert beat(db, 31) == {"alive": False, "cancel": [], "stop": False}
     assert call(db, "settle", WORKER, [{"id": id, "token": 1, "result": 1}], []) is None
     assert state(db, id) == "ready"
 
@@ -202,7 +202,7 @@ def test_nobody_is_swept_right_after_the_server_started(db: Db) -> None:
 
 
 def test_sweeping_an_empty_engine_is_no_error(db: Db) -> None:
-    assert sweep(db, 30) == {"lost": 0, "queues": [], "watchers": []}
+    assert sweep(db, 30) == {"lost": 0, "queues": [], "watchers": [], "prune": False}
 
 
 @pytest.mark.parametrize("how", ["complete", "fail", "cancel"])

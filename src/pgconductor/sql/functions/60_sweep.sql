@@ -163,7 +163,7 @@ end $$;
 
 -- Takes over from processes that stopped beating. No lease expires before the server has been up for as long as a
 -- lease lasts: an outage of the database is nobody's crash.
--- Returns {lost: how many executions were taken over, queues, watchers}.
+-- Returns {lost: how many executions were taken over, queues, watchers, prune: whether a prune would find something}.
 create or replace function sweep(p_expiry interval default '20 seconds', p_now timestamptz default null) returns json
 language plpgsql volatile set search_path from current set enable_seqscan = off set enable_mergejoin = off set jit = off set plan_cache_mode = force_generic_plan as $$
 declare
@@ -184,7 +184,8 @@ begin
   delete from orchestrator where id = any(v_dead);
   perform prune_events(v_now);
   v_lanes := v_effects.lane_ids || deliver_events(v_now) || sweep_limits(v_now);
-  return json_build_object('lost', cardinality(v_lost), 'queues', announce(v_lanes, v_now), 'watchers', v_effects.watchers);
+  return json_build_object('lost', cardinality(v_lost), 'queues', announce(v_lanes, v_now),
+                           'watchers', v_effects.watchers, 'prune', is_prune_due(v_now));
 end $$;
 
 -- The ends of those among crashed executions whose crash budget is used up.

@@ -16,6 +16,11 @@ create or replace function first_id(p_at timestamptz) returns uuid
 language sql immutable parallel safe
 return (lpad(to_hex(greatest((extract(epoch from p_at) * 1000)::bigint, 0)), 12, '0') || repeat('0', 20))::uuid;
 
+-- Up to where a cursor goes. Where nothing is kept the ends see to it; a cursor finds what they have missed.
+create or replace function cursor_end(p_keep interval, p_now timestamptz) returns uuid
+language sql immutable parallel safe
+return first_id(p_now - case when p_keep = interval '0' then interval '1 minute' else p_keep end);
+
 -- An execution that has not ended is looked at again after an eighth of its age, or the length of its retention.
 create or replace function look_again_at(p_created_at timestamptz, p_keep interval, p_now timestamptz)
 returns timestamptz
@@ -172,7 +177,7 @@ begin
   select coalesce(array_agg(s.id) filter (where s.parent_id is null), '{}'), count(*), (array_agg(s.id order by s.id desc))[1]
   into p_roots, p_count, v_last
   from (select id, parent_id from execution
-        where id > v_cursor.after_id and id < first_id(p_now - greatest(p_keep, interval '1 minute'))
+        where id > v_cursor.after_id and id < cursor_end(p_keep, p_now)
         order by id limit p_limit) s;
   if p_count > 0 then
     update prune_cursor set after_id = v_last where keep = p_keep;
@@ -218,6 +223,22 @@ begin
   v_removed := v_removed + remove_roots(v_due, v_now, p_size_max);
   return json_build_object('removed', v_removed, 'more', v_more or exists (select from prune_rest));
 end $$;
+
+-- Whether a prune would have anything to look at. Asked by the sweep, so that an idle process asks nothing more.
+create or replace function is_prune_due(p_now timestamptz) returns boolean
+language sql stable set search_path from current as $$
+  select exists (select from prune_later where look_at <= p_now)
+    or exists (select from prune_rest)
+    or exists (select from removed where execution_id < first_id(p_now - interval '1 hour')
+               and removed_at < p_now - interval '1 hour')
+    or exists (
+      select from (select keep_completed_for as keep from task union select keep_failed_for from task) k
+      left join prune_cursor c on c.keep = k.keep
+      where k.keep is not null and (
+        c.keep is null or c.began_at <= p_now - interval '1 day'
+        or exists (select from execution where id > c.after_id
+                   and id < cursor_end(k.keep, p_now))))
+$$;
 
 -- Of executions that have just ended, the roots whose tasks keep nothing of such an end. One that somebody waits for
 -- stays for a minute, so that its value arrives.
