@@ -10,7 +10,6 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from uuid import uuid4
 
 import psycopg
 import pytest
@@ -20,6 +19,7 @@ from psycopg.rows import DictRow, dict_row
 from pgconductor import schema
 from pgconductor.embedded import EmbeddedServer
 from tests import invariants
+from tests.databases import Databases
 
 _HOME = "PGCONDUCTOR_TEST_HOME"  # where the tests' server lives; the processes of one run share it
 _SETTINGS = {
@@ -70,19 +70,24 @@ def template(server: str) -> str:
     return name
 
 
+@pytest.fixture(scope="session")
+def databases(server: str, template: str) -> Iterator[Databases]:
+    """The databases of this test process."""
+    databases = Databases(server, template)
+    yield databases
+    databases.close()
+
+
 @pytest.fixture
-def database(server: str, template: str) -> Iterator[str]:
-    """The address of a fresh database with the engine in it; the invariants are checked at the end."""
-    name = f"pgconductor_test_{uuid4().hex[:16]}"
-    dsn = make_conninfo(server, dbname=name)
-    with psycopg.connect(server, autocommit=True) as admin:
-        admin.execute(f'create database "{name}" template "{template}"'.encode())
-        try:
-            yield dsn
-            with psycopg.connect(dsn, autocommit=True) as conn:
-                invariants.check_invariants(conn)
-        finally:
-            admin.execute(f'drop database "{name}" with (force)'.encode())
+def database(databases: Databases) -> Iterator[str]:
+    """The address of a database that looks new, with the engine in it; the invariants are checked at the end."""
+    name = databases.take()
+    try:
+        yield databases.address(name)
+        with psycopg.connect(databases.address(name), autocommit=True) as conn:
+            invariants.check_invariants(conn)
+    finally:
+        databases.give_back(name)
 
 
 @pytest.fixture
