@@ -72,13 +72,13 @@ declare
   v_ids uuid[];
 begin
   v_ending := array(
-    select h.id from unnest(p_held) h where h.outcome in ('completed', 'failed') and exists (
-      select from step s where s.execution_id = h.id and s.status = 'pending' and s.child_id is not null));
+    select h.id from unnest(p_held) h where h.outcome in ('completed', 'failed') and (
+      select true from step s where s.execution_id = h.id and s.status = 'pending' and s.child_id is not null limit 1));
   select array_agg(coalesce(e.root_id, e.id)) filter (where h.outcome = 'parked' and h.ops is not null),
          array_agg(coalesce(e.root_id, e.id)) filter (where h.id = any(v_ending)),
          array_agg(h.id) || array_agg(e.parent_id) filter (where e.parent_id is not null)
   into v_creating, v_cancelling, v_ids
-  from unnest(p_held) h join execution e on e.id = h.id;
+  from unnest(p_held) h cross join lateral (select * from execution k where k.id = h.id offset 0) e;
   perform lock_trees(v_creating, v_cancelling);
   perform lock_executions(v_ids || array(select open_descendants(v_ending)));
 end $$;
@@ -101,7 +101,7 @@ begin
   v_answered := array(
     select distinct p.id from unnest(p_parked) p
     cross join lateral json_to_recordset(p.awaits) as a(name text, round smallint, kind step_kind, awaited boolean)
-    join step s on s.execution_id = p.id and s.name = a.name and s.round = a.round and s.index = 0
+    cross join lateral (select * from step k where k.execution_id = p.id and k.name = a.name and k.round = a.round and k.index = 0 offset 0) s
     where a.awaited and s.status <> 'pending');
   insert into wait (execution_id, parked_at, cached_by, cached_seq)
   select p.id, p_now, case when p.cached then p_orchestrator end, unseen_since(p.id, p.awaits)
@@ -109,11 +109,12 @@ begin
   insert into timer (execution_id, due_at)
   select p.id, min(s.due_at) from unnest(p_parked) p
   cross join lateral json_to_recordset(p.awaits) as a(name text, round smallint, awaited boolean)
-  join step s on s.execution_id = p.id and s.name = a.name and s.round = a.round and s.index = 0
+  cross join lateral (select * from step k where k.execution_id = p.id and k.name = a.name and k.round = a.round and k.index = 0 offset 0) s
   where a.awaited and s.due_at is not null and p.id <> all(v_answered)
   group by p.id;
   update execution e set started_at = p.claimed_at
-  from unnest(p_parked) p where e.id = p.id and e.started_at is null;
+  from unnest(p_parked) p where e.id = p.id and e.started_at is null
+    and e.id = any(array(select id from unnest(p_parked)));
   return merge(row(v_lanes, '{}')::effects, wake(v_answered));
 end $$;
 
@@ -158,7 +159,7 @@ language sql volatile set search_path from current as $$
   select least(
     (select last_value from step_seq),
     (select min(s.seq) - 1 from json_to_recordset(p_open) as a(name text, round smallint)
-     join step s on s.execution_id = p_execution and s.name = a.name and s.round = a.round
+     cross join lateral (select * from step k where k.execution_id = p_execution and k.name = a.name and k.round = a.round offset 0) s
      where s.status <> 'pending'))
 $$;
 
@@ -169,7 +170,7 @@ begin
   update execution e
   set failures = e.failures + (a.outcome = 'retried')::int, error = coalesce(a.error, e.error),
       started_at = coalesce(e.started_at, a.claimed_at)
-  from unnest(p_again) a where e.id = a.id;
+  from unnest(p_again) a where e.id = a.id and e.id = any(array(select id from unnest(p_again)));
   update step s set dropped = true, seq = nextval('step_seq')
   from unnest(p_again) a cross join lateral json_to_recordset(a.fresh) as f(name text, round smallint)
   where s.execution_id = a.id and s.name = f.name and s.round = f.round;
@@ -235,7 +236,7 @@ begin
   -- a first try of this very call may have gone on while its sender had given it up
   v_held := array(select distinct on (h.id) h from unnest(p_held) h join lease l on l.execution_id = h.id
                   where l.orchestrator_id = p_orchestrator and l.claimed_at = h.claimed_at);
-  v_flagged := array(select e.id from unnest(v_held) h join execution e on e.id = h.id
+  v_flagged := array(select e.id from unnest(v_held) h cross join lateral (select * from execution k where k.id = h.id offset 0) e
                      where e.cancel_requested_at is not null);
   select array_agg(h) filter (where h.outcome in ('retried', 'released', 'crashed')),
          array_agg(h) filter (where h.outcome = 'parked'),
@@ -248,9 +249,9 @@ begin
   end if;
 
   update execution e set failures = e.failures + 1
-  from unnest(v_ended) x where e.id = x.id and x.outcome = 'failed';
+  where e.id = any(array(select x.id from unnest(v_ended) x where x.outcome = 'failed'));
   update execution e set crashes = e.crashes + 1
-  from unnest(v_again) a where e.id = a.id and a.outcome = 'crashed';
+  where e.id = any(array(select a.id from unnest(v_again) a where a.outcome = 'crashed'));
   v_over := crashed_too_often(array(select a.id from unnest(v_again) a where a.outcome = 'crashed'));
   v_again := array(select a from unnest(v_again) a where not exists (select from unnest(v_over) o where o.id = a.id));
   v_ended := v_ended || v_over;

@@ -29,7 +29,7 @@ begin
   from (select * from woken) w;
   v_lanes := put_ready(array(
     select row(e.lane_id, e.priority, e.ord - 4611686018427387904, e.id, w.cached_by, w.cached_seq)::ready
-    from unnest(v_woken) w join execution e on e.id = w.execution_id));
+    from unnest(v_woken) w cross join lateral (select * from execution k where k.id = w.execution_id offset 0) e));
   delete from timer where execution_id = any(v_ids);
   delete from wait_item where execution_id = any(v_ids) and kind <> 'invoke_all';
   delete from wait_link where execution_id = any(v_ids);
@@ -80,7 +80,7 @@ begin
   v_counted := count_fan_outs(v_written, p_now) || count_links(v_written, p_now);
   v_single := array(
     select w.execution_id from unnest(v_written) w
-    join step s on s.execution_id = w.execution_id and s.name = w.name and s.round = w.round and s.index = w.index
+    cross join lateral (select * from step k where k.execution_id = w.execution_id and k.name = w.name and k.round = w.round and k.index = w.index offset 0) s
     where w.index = 0 and s.kind <> 'start');
   return merge(row(v_lanes, '{}')::effects, wake(v_counted || v_single));
 end $$;
@@ -175,8 +175,8 @@ begin
   update execution e
   set outcome = x.outcome, result = x.result, error = x.error, finished_at = p_now,
       started_at = coalesce(e.started_at, l.claimed_at)
-  from unnest(p_ended) x left join lease l on l.execution_id = x.id
-  where e.id = x.id;
+  from unnest(p_ended) x left join lateral (select * from lease k where k.execution_id = x.id offset 0) l on true
+  where e.id = x.id and e.id = any(v_ids);
   delete from wait_item where execution_id = any(v_ids);
   delete from wait_link where execution_id = any(v_ids);
   delete from event_wait where execution_id = any(v_ids);
@@ -187,7 +187,7 @@ begin
   end if;
   select array_agg(row(e.parent_id, e.parent_step, e.parent_round, e.parent_index, e.outcome::text::step_status,
                        x.result, x.error)::answer) into v_answers
-  from unnest(p_ended) x join execution e on e.id = x.id
+  from unnest(p_ended) x cross join lateral (select * from execution k where k.id = x.id offset 0) e
   where e.parent_id is not null;
   if v_answers is not null then
     v_effects := merge(v_effects, answer(v_answers, p_now));
