@@ -99,17 +99,26 @@ $$;
 -- In how many seconds a task's window closes; null while it is closed. The hours are local, and may cross midnight; a
 -- local time that comes twice counts at its first occurrence.
 create or replace function closes_in(p_task task, p_now timestamptz) returns float8
-language sql stable set search_path from current as $$
-  select extract(epoch from
-    case when (ends.at - interval '1 hour') at time zone p_task.window_zone = ends.local and ends.at - interval '1 hour' > p_now
-      then ends.at - interval '1 hour' else ends.at end - p_now)
-  from (select day.today + p_task.window_end
-               + case when p_task.window_start > p_task.window_end and day.time >= p_task.window_start
-                      then interval '1 day' else interval '0' end as local
-        from (select (p_now at time zone p_task.window_zone)::time as time,
-                     (p_now at time zone p_task.window_zone)::date as today) day
-        where case when p_task.window_start < p_task.window_end
-                then day.time >= p_task.window_start and day.time < p_task.window_end
-                else day.time >= p_task.window_start or day.time < p_task.window_end end) hours
-  cross join lateral (select hours.local, hours.local at time zone p_task.window_zone as at) ends
-$$;
+language plpgsql stable set search_path from current as $$
+declare
+  v_local timestamp := p_now at time zone p_task.window_zone;
+  v_end timestamp := v_local::date + p_task.window_end;
+  v_is_late boolean := v_local::time >= p_task.window_start;
+  v_closes_at timestamptz;
+begin
+  if p_task.window_start < p_task.window_end then
+    if not v_is_late or v_local >= v_end then
+      return null;
+    end if;
+  elsif v_is_late then
+    v_end := v_end + interval '1 day';
+  elsif v_local >= v_end then
+    return null;
+  end if;
+  v_closes_at := v_end at time zone p_task.window_zone;
+  if (v_closes_at - interval '1 hour') at time zone p_task.window_zone = v_end
+     and v_closes_at - interval '1 hour' > p_now then
+    v_closes_at := v_closes_at - interval '1 hour';
+  end if;
+  return extract(epoch from v_closes_at - p_now);
+end $$;
