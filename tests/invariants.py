@@ -100,7 +100,8 @@ create trigger audit_ending after update of outcome on execution for each row
 create trigger audit_step after insert on step for each row execute function audit.note_step();
 
 alter function audit.state_of set search_path from current;
--- before Postgres 18, deferred triggers run as whoever commits: a writer of a table with a row trigger has no rights here
+-- before Postgres 18, deferred triggers run as whoever commits: a writer of a table with a row trigger has no
+-- rights here
 alter function audit.note_move set search_path from current security definer;
 alter function audit.note_ending set search_path from current security definer;
 alter function audit.note_step set search_path from current security definer;

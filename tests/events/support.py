@@ -12,7 +12,8 @@ def wait_op(id: str, name: str = "paid", event: str = "order.paid", **options: A
 
 
 def emit(db: Db, payload: object = None, event: str = "order.paid") -> UUID:
-    found = db.execute("select emit(%s, cast(%s as jsonb)) as id", (event, json.dumps({} if payload is None else payload))).fetchone()
+    text = json.dumps({} if payload is None else payload)
+    found = db.execute("select emit(%s, cast(%s as jsonb)) as id", (event, text)).fetchone()
     assert found is not None
     return UUID(str(found["id"]))
 

@@ -1,6 +1,6 @@
 """An app of its own for each test, on a fresh database, and workers for it in this process."""
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
@@ -23,7 +23,7 @@ def working(app: Conductor[None]) -> Working:
     """`async with working():` runs workers for the app's tasks."""
 
     @asynccontextmanager
-    async def work(**options: Any) -> AsyncIterator[Orchestrator]:
+    async def work(**options: Any) -> AsyncGenerator[Orchestrator]:
         orchestrator = Orchestrator(app, **options)
         await orchestrator.start()
         try:
