@@ -11,7 +11,8 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from contextvars import copy_context
 from typing import Any, Final, Protocol
 
 from pgconductor.attempt import Attempt
@@ -102,6 +103,7 @@ class Worker:
         self.low_water = 0
         self.prefetch_max = 0
         self._floor: Floor | None = None
+        self._context = copy_context()
         self._batch_sizes: dict[int, int] = {}
         self._gathering: dict[int, BatchRun] = {}
         self._batches: set[BatchRun] = set()
@@ -118,6 +120,7 @@ class Worker:
         if self._floor is not None:
             raise ConfigurationError(f"worker {self.queue!r}", "already belongs to an orchestrator", "create another")
         self._floor = floor
+        self._context = copy_context()
         self.queue_id = queue_id
         self._batch_sizes = {
             id: task.config.batch.size
@@ -210,7 +213,7 @@ class Worker:
         if claimed.cached is not None:
             memos = floor.recall(claimed)
             if memos is None and claimed.cached:
-                task = asyncio.get_running_loop().create_task(self._reload(claimed, token))
+                task = self._begin(self._reload(claimed, token))
                 self.running[claimed.id] = (self._attempt(claimed, token, Memos()), task)
                 return
         self._run_as_task(self._attempt(claimed, token, memos))
@@ -219,8 +222,12 @@ class Worker:
         floor = self._owner()
         return floor.attempt(claimed, token, floor.tasks[claimed.task_id], self.queue, memos)
 
+    def _begin(self, run: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Start a run in context variables of its own: this may be called at the end of another one."""
+        return asyncio.get_running_loop().create_task(run, context=self._context.copy())
+
     def _run_as_task(self, attempt: Attempt) -> None:
-        self.running[attempt.claimed.id] = (attempt, asyncio.get_running_loop().create_task(self._run(attempt)))
+        self.running[attempt.claimed.id] = (attempt, self._begin(self._run(attempt)))
 
     def _gather(self, claimed: Claimed, token: int) -> None:
         """Add an execution to the batch that its task has open, or open one."""
@@ -235,7 +242,7 @@ class Worker:
         batch.add(member)
         if floor.is_held():
             batch.close()
-        self.running[claimed.id] = (member, task or asyncio.get_running_loop().create_task(self._run_batch(batch)))
+        self.running[claimed.id] = (member, task or self._begin(self._run_batch(batch)))
 
     async def _run_batch(self, batch: BatchRun) -> None:
         settlements: Settlements

@@ -160,7 +160,6 @@ async def test_context_variables_of_plain_handlers_do_not_leak(app: App, working
         assert [await run.result(20) for run in runs] == ["nobody"] * 5
 
 
-@pytest.mark.xfail(reason="a worker starts the next run in the context of the one that has ended", strict=True)
 async def test_context_variables_of_coroutines_do_not_leak(app: App, db: Db) -> None:
     @app.task
     async def work(ctx: Context, name: str) -> str:
