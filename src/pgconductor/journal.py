@@ -144,7 +144,7 @@ class Journal:
         """
         if name in self._names:
             raise DuplicateStep(name)
-        if not is_ours:
+        if not is_ours and name not in self.memos.operations:  # what is recorded was checked then
             check_name(name, f"{kind}: name")
         if len(self._names) >= STEPS_MAX:
             raise TooMany("steps", STEPS_MAX)
