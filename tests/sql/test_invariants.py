@@ -38,6 +38,8 @@ CORRUPTIONS = {
             select id, 'end', 'completed' from execution where outcome is not null""",
     "5": """insert into audit.history (execution_id, op, from_state, to_state)
             select id, 'move', 'ready', 'waiting' from execution where outcome is null limit 1""",
+    "5b": """insert into audit.history (execution_id, op, from_state, to_state)
+             select id, 'move', 'ready', 'failed' from execution where outcome is not null""",
     "6": """set session_replication_role = replica; update execution set outcome = 'completed', finished_at = now()
             where task_of(lane_id) = 'lonely'; delete from ready where lane_id = (
             select lane_id from execution where task_of(lane_id) = 'lonely')""",
@@ -55,6 +57,10 @@ CORRUPTIONS = {
              root_id, payload) select gen_random_uuid(), now(), lane_id, 1, id, 'x', 0, 0, id, '{}'
              from execution where outcome = 'completed';
              insert into ready select lane_id, priority, ord, id from execution where parent_step = 'x'""",
+    "12": """with l as (insert into task_limit (task_id, kind, declared_max)
+                       select task_id, 'concurrency', 1 from lane limit 1 returning id)
+             insert into permit select gen_random_uuid(), l.id, '' from l, generate_series(1, 2)""",
+    "13": "insert into permit values (gen_random_uuid(), 1, '')",
     "14": "update execution set failures = 3 where outcome is null",
     "15": "delete from execution where outcome is not null",
     "16": "delete from ready where lane_id in (select lane_id from execution where task_of(lane_id) = 'lonely')",
