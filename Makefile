@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 
 DEMO := $(BIN)/python examples/demo_run.py
 BENCH := $(BIN)/python -m benchmarks
-PYTEST_ARGS ?= -n 2
+PYTEST_ARGS ?= -n 3 --dist worksteal
 MIGRATIONS := $(wildcard src/pgconductor/sql/migrations/*.sql)
 
 # The first interpreter that is new enough and can make environments; a name on PATH proves neither.
