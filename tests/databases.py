@@ -52,6 +52,12 @@ select md5(concat(
   (select string_agg(concat(p.oid::regprocedure, md5(p.prosrc), p.proconfig, p.proacl), ','
                      order by p.oid::regprocedure::text)
    from pg_proc p join ours n on n.oid = p.pronamespace),
+  (select string_agg(concat(k.conrelid::regclass, k.conname, pg_get_constraintdef(k.oid)), ','
+                     order by k.conrelid::regclass::text, k.conname)
+   from pg_constraint k join ours n on n.oid = k.connamespace),
+  (select string_agg(concat(a.attrelid::regclass, a.attname, a.atttypid::regtype, a.attnotnull, a.attacl), ','
+                     order by a.attrelid::regclass::text, a.attnum)
+   from pg_attribute a join pg_class c on c.oid = a.attrelid join ours n on n.oid = c.relnamespace where a.attnum > 0),
   (select string_agg(concat(t.tgname, t.tgrelid::regclass, t.tgenabled), ',' order by t.tgname)
    from pg_trigger t where not t.tgisinternal),
   (select string_agg(s.setconfig::text, ',') from pg_db_role_setting s join pg_database d on d.oid = s.setdatabase
