@@ -39,6 +39,24 @@ async def test_a_killed_worker_is_replaced_without_using_up_an_attempt(
     await workload.close()
 
 
+async def test_f1_19_a_killed_worker_gives_back_the_only_permit_of_its_task(
+    workload: Conductor[None], spawn: Spawn, ledger: Ledger, db: Db
+) -> None:
+    runs = await workload.invoke_many([workload.tasks["alone"].bind(number) for number in (1, 2)])
+    first = spawn()
+    await until(lambda: ledger.has("alone", 1, first.pid))
+    second = spawn()
+    await until(lambda: len(orchestrators(db)) == 2)
+    assert db.execute("select from permit").rowcount == 1
+    first.send(signal.SIGKILL)
+    await until(lambda: ledger.count("alone") == 2)  # the permit is back, and again there is one holder only
+    assert db.execute("select from permit").rowcount == 1
+    ledger.release()
+    assert [await run.result(timeout=60) for run in runs] == [1, 2]
+    assert ledger.count("alone", 1, second.pid) + ledger.count("alone", 2, second.pid) == 2
+    await workload.close()
+
+
 @pytest.mark.parametrize(
     ("point", "crashes", "firsts", "seconds"),
     [

@@ -43,6 +43,12 @@ def make_app(dsn: str, ledger: Path) -> Conductor[None]:
         note("end")
         return str(os.getpid())
 
+    @app.task(concurrency=1)
+    async def alone(ctx: Context, number: int) -> int:
+        note("alone", number)
+        await until((ledger.parent / "release").exists)
+        return number
+
     return app
 
 
