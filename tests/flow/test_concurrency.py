@@ -329,12 +329,13 @@ def test_two_claims_at_once_keep_the_limit(database: str, db: Db) -> None:
     limited(db, concurrency(1))
     register(db, worker=OTHER)
     enqueue_many(db, *blank(3))
-    with session(database) as one, session(database) as two, one.transaction():
-        assert len(claim(one)) == 1
-        other = Background(lambda: claim(two, worker=OTHER, token=2))
-        # the second found a reason to look before the first took it away, or none at all
-        one.execute("select 1")
-    assert other.result() == []
+    with session(database) as one, session(database) as two:
+        with one.transaction():
+            assert len(claim(one)) == 1
+            other = Background(lambda: claim(two, worker=OTHER, token=2))
+            # the second found a reason to look before the first took it away, or none at all
+            one.execute("select 1")
+        assert other.result() == []
 
 
 def test_an_open_transaction_that_enqueues_holds_nobody_up(database: str, db: Db) -> None:
