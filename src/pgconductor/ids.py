@@ -11,7 +11,6 @@ fraction of method 3 of section 6.2.
 import os
 import time
 from threading import Lock
-from uuid import UUID
 
 _VERSION = 0x7 << 76
 _VARIANT = 0x2 << 62
@@ -53,8 +52,3 @@ new_ids = IdMaker().make
 def new_id() -> str:
     """Return one new id as text."""
     return new_ids(1)[0]
-
-
-def new_uuid() -> UUID:
-    """Return the same as a `UUID`."""
-    return UUID(new_id())

@@ -14,7 +14,6 @@ import os
 import socket
 import sys
 from collections import deque
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -256,6 +255,3 @@ class IsolatedAttempt(Attempt):
     def _tell(self, action: Literal["cancel", "release", "abandon"]) -> None:
         if self._child is not None:
             self._child.send(Control(action))
-
-
-AttemptFactory = Callable[..., Attempt]

@@ -263,7 +263,7 @@ begin
     perform pg_notify(current_schema(), 'ready ' || (select string_agg(distinct queue_id::text, ' ') from lane
                                                      where id = any(v_lanes)));
   end if;
-  return json_build_object('queues', announce(v_lanes, v_now), 'ids', v_ids);
+  return json_build_object('queues', queues_of(v_lanes), 'ids', v_ids);
 end $$;
 
 -- For psql, triggers and other languages: one execution, in the caller's transaction.

@@ -130,7 +130,7 @@ begin
   end if;
   v_lanes := v_lanes || emit_of_steps(p_steps, v_now);
   return json_build_object(
-    'lost', to_json(v_lost), 'queues', announce(v_lanes, v_now),
+    'lost', to_json(v_lost), 'queues', queues_of(v_lanes),
     'next_due', (select 0 from event_pending order by ord limit 1));
 end $$;
 

@@ -215,7 +215,7 @@ begin
     end if;
   end if;
   return json_build_object(
-    'lost', v_lost, 'queues', announce(v_effects.lane_ids, v_now), 'watchers', v_effects.watchers,
+    'lost', v_lost, 'queues', queues_of(v_effects.lane_ids), 'watchers', v_effects.watchers,
     'next_due', next_due(v_now));
 end $$;
 

@@ -74,11 +74,6 @@ begin
   return coalesce(v_lanes, '{}');
 end $$;
 
--- The last thing of a function that makes work ready. Returns the queues that have new work.
-create or replace function announce(p_lanes int[], p_now timestamptz) returns json
-language sql stable set search_path from current
-return queues_of(p_lanes);
-
 -- ---------------------------------------------------------------- room
 
 create or replace function lock_limits(p_tasks int[]) returns void

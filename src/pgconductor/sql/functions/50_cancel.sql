@@ -90,7 +90,7 @@ begin
   select outcome into v_outcome from execution where id = p_id;
   return json_build_object(
     'result', case when v_outcome is null then 'requested' else 'cancelled' end,
-    'queues', announce(v_effects.lane_ids, v_now), 'watchers', v_effects.watchers);
+    'queues', queues_of(v_effects.lane_ids), 'watchers', v_effects.watchers);
 end $$;
 
 -- Cancels the execution that a task's dedupe key names.
@@ -136,7 +136,7 @@ begin
   where s.execution_id = p_id and s.kind = 'invoke_all' and s.index = 0 and s.status = 'pending'
     and not exists (select from wait_item i where i.execution_id = p_id and i.name = s.name and i.round = s.round);
   perform listen(waits_left_by(p_id), instant(null));
-  return json_build_object('result', 'ready', 'queues', announce(make_ready(array[p_id]), instant(null)));
+  return json_build_object('result', 'ready', 'queues', queues_of(make_ready(array[p_id])));
 end $$;
 
 -- Cancels on behalf of a handler and records that it did, as one step. Returns null when the lease is gone.

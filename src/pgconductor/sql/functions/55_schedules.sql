@@ -40,7 +40,7 @@ begin
     from json_to_recordset(p_fired) as f(id int, slots json)
     cross join lateral (select value::timestamptz as slot_at from json_array_elements_text(f.slots)) x
     where f.id = any(v_ids)), v_now);
-  return json_build_object('queues', announce(v_lanes, v_now), 'next_due', next_due(v_now),
+  return json_build_object('queues', queues_of(v_lanes), 'next_due', next_due(v_now),
                            'due', due_schedules(v_now));
 end $$;
 
@@ -273,7 +273,7 @@ begin
   end if;
   v_lanes := insert_executions(tick_executions(v_ticks), v_now);
   return json_build_object('ids', (select json_agg(t.execution_id) from unnest(v_ticks) t),
-                           'queues', announce(v_lanes, v_now));
+                           'queues', queues_of(v_lanes));
 end $$;
 
 -- Every schedule, for people: [{task, name, deployment, cron, ...}].

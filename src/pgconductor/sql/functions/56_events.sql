@@ -113,7 +113,7 @@ begin
     perform pg_notify(current_schema(), 'ready' || case when v_awaited then '' else (
       select ' ' || string_agg(distinct queue_id::text, ' ') from lane where id = any(v_lanes)) end);
   end if;
-  return json_build_object('queues', announce(v_lanes, v_now), 'awaited', v_awaited);
+  return json_build_object('queues', queues_of(v_lanes), 'awaited', v_awaited);
 end $$;
 
 -- For psql, triggers and other languages: one event, in the caller's transaction. Returns its id.

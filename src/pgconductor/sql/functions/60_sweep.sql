@@ -63,10 +63,10 @@ begin
     where t.due_at <= v_now and not exists (select from wait w where w.execution_id = t.execution_id)
     order by t.due_at limit p_limit for update skip locked);
   delete from timer where execution_id = any(v_due);
-  v_effects := merge(v_effects, row(put_ready(array(
-    select row(lane_id, priority, ord, id, null, null)::ready from execution where id = any(v_due))), '{}')::effects);
+  perform put_ready(array(
+    select row(lane_id, priority, ord, id, null, null)::ready from execution where id = any(v_due)));
   perform tell(v_effects.watchers);
-  perform announce(v_effects.lane_ids || v_woken || open_gates(v_now), v_now);
+  perform open_gates(v_now);
   perform hint_at(v_woken);
   return cardinality(v_due) + cardinality(v_woken) + v_count;
 end $$;
@@ -184,7 +184,7 @@ begin
   delete from orchestrator where id = any(v_dead);
   perform prune_events(v_now);
   v_lanes := v_effects.lane_ids || deliver_events(v_now) || sweep_limits(v_now);
-  return json_build_object('lost', cardinality(v_lost), 'queues', announce(v_lanes, v_now),
+  return json_build_object('lost', cardinality(v_lost), 'queues', queues_of(v_lanes),
                            'watchers', v_effects.watchers, 'prune', is_prune_due(v_now));
 end $$;
 
@@ -238,7 +238,7 @@ begin
     return null;
   end if;
   v_free := array(select execution_id from lease where orchestrator_id = p_orchestrator and token <> all(p_known));
-  return json_build_object('queues', announce(give_back(v_free, instant(p_now)), instant(p_now)));
+  return json_build_object('queues', queues_of(give_back(v_free, instant(p_now))));
 end $$;
 
 -- Makes leased executions ready without counting anything against them; a cancelled one ends.
@@ -275,5 +275,5 @@ begin
   v_lanes := give_back(array(select execution_id from lease where orchestrator_id = p_orchestrator), instant(p_now));
   delete from signal where orchestrator_id = p_orchestrator;
   delete from orchestrator where id = p_orchestrator;
-  return json_build_object('queues', announce(v_lanes, instant(p_now)));
+  return json_build_object('queues', queues_of(v_lanes));
 end $$;
