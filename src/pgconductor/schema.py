@@ -10,8 +10,9 @@ other releases are then asked to stop, which they see in their next beat; the mi
 unless told otherwise, and is refused if one still lives. Dead ones do not count. Whether any lives is asked once more
 in the migration's own transaction, under a lock that keeps new ones out.
 
-No step waits more than two seconds for a lock, since whatever it waits for, all later queries queue up behind it. It
-gives up, lets them pass, and tries again.
+No step waits long for a lock, since whatever it waits for, all later queries queue up behind it. It gives up, lets
+them pass, and tries again. It gives up before anybody's deadlock timeout has passed: a migration locks several tables,
+in an order of its own, while calls of workers hold others, and it is the migration that must give way.
 
 Migrations are append-only and recorded with a checksum. Functions are recorded under version 0, with the release that
 they came from: an older process leaves a newer release's functions alone. While the release stays the same, as in
@@ -47,7 +48,9 @@ Connection: TypeAlias = psycopg.Connection[Any]
 Records: TypeAlias = Mapping[int, "Record"]
 
 _FUNCTIONS = 0  # the version under which the functions are recorded
-_LOCK_TIMEOUT = "2s"
+_LIMITS = """
+select set_config('statement_timeout', '0', true), set_config('lock_timeout', cast(greatest(1, least(2000, extract(
+  epoch from cast(current_setting('deadlock_timeout') as interval)) * 500))::int as text), true)"""
 _LOCK_SECONDS_MAX = 60  # how long a step is tried again
 _STOP_POLL_SECONDS = 0.1
 _LOCK_KEY = 1002  # beside those of the functions: 0 to 63 trees, 1000 and 1001 timers and sweep
@@ -169,7 +172,7 @@ def migrate(
                     _ask_to_stop(conn, schema)
             except _OthersLive:
                 continue
-            except errors.LockNotAvailable as error:
+            except (errors.LockNotAvailable, errors.DeadlockDetected) as error:
                 if time.monotonic() > deadline:
                     raise ServerError(f"no lock for {_LOCK_SECONDS_MAX} s: {error}", "run it again") from error
                 time.sleep(random.uniform(0.02, 0.2))  # noqa: S311 - so that installers do not march in step
@@ -277,7 +280,7 @@ def _apply_next(conn: Connection, schema: str) -> list[str]:
     """Do the first missing step in one transaction. Returns its title; nothing if another installer was faster."""
     with conn.transaction():
         _execute(conn, "set transaction isolation level read committed")
-        _execute(conn, f"set local lock_timeout to '{_LOCK_TIMEOUT}'; set local statement_timeout to 0")
+        _row(conn, _LIMITS)
         _execute(conn, f"set local search_path to {_path(schema)}")
         _row(conn, "select pg_advisory_xact_lock(hashtext(%s), %s)", schema, _LOCK_KEY)
         records = _recorded(conn, schema)
@@ -336,7 +339,8 @@ def _live_others(conn: Connection, schema: str) -> int:
 def _ask_to_stop(conn: Connection, schema: str, *, please: bool = True) -> None:
     """Ask workers of other releases to stop, or take the request back; a hint makes them look at once."""
     with conn.transaction():
-        _execute(conn, f"set local lock_timeout to '{_LOCK_TIMEOUT}'; set local search_path to {_path(schema)}")
+        _row(conn, _LIMITS)
+        _execute(conn, f"set local search_path to {_path(schema)}")
         asked = _row(conn, _ASK if please else _TAKE_BACK, _release())[0]
         if asked and please:
             _row(conn, "select pg_notify(%s, left(%s, 7900))", schema, f"told {asked}")

@@ -5,6 +5,7 @@ from collections.abc import AsyncGenerator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import psycopg
 import pytest
 
 from tests.migration.releases import BREAK, EXPAND, Release, next_release, rows
@@ -97,6 +98,20 @@ async def test_an_expand_migration_up_and_down_under_load(database: str, now: Re
         await completes(database)
     assert await older.stopped() == 0
     assert troubles(database) == []
+
+
+@pytest.mark.parametrize("later", [EXPAND], indirect=True, ids=["expand"])
+async def test_a_migration_gives_way_to_a_call_that_holds_one_table_and_needs_another(
+    database: str, later: Release
+) -> None:
+    with psycopg.connect(database) as call:
+        call.execute("lock table pgconductor.task in access share mode")
+        migrating = asyncio.create_task(asyncio.to_thread(later.command, "migrate"))
+        waiting = "select from pg_locks where relation = 'task'::regclass and not granted"
+        await until(lambda: bool(rows(database, waiting)))
+        call.execute("select from pgconductor.execution")
+        call.commit()
+    assert (await migrating).returncode == 0
 
 
 @pytest.mark.parametrize("later", [BREAK], indirect=True, ids=["break"])

@@ -199,12 +199,9 @@ def test_a_role_that_may_not_create_schemas_can_use_its_own(conn: Connection, em
     run(conn, f"reset role; drop owned by {role} cascade; drop role {role}")
 
 
-def test_a_lock_that_is_held_is_waited_for_without_queueing(
-    conn: Connection, empty: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_lock_that_is_held_is_waited_for_without_queueing(conn: Connection, empty: str) -> None:
     schema.migrate(conn)
     run(conn, "update pgconductor.migration set checksum = 'older' where version = 0")
-    monkeypatch.setattr(schema, "_LOCK_TIMEOUT", "50ms")
     with psycopg.connect(empty) as reader, psycopg.connect(empty, autocommit=True) as mine:
         reader.execute("lock table pgconductor.executions in access share mode")
         installer = Background(lambda: schema.migrate(mine))
@@ -217,7 +214,6 @@ def test_a_lock_that_is_held_is_waited_for_without_queueing(
 def test_a_lock_that_is_never_released_is_reported(
     conn: Connection, empty: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(schema, "_LOCK_TIMEOUT", "10ms")
     monkeypatch.setattr(schema, "_LOCK_SECONDS_MAX", 0)
     with psycopg.connect(empty) as other:
         other.execute("select pg_advisory_xact_lock(hashtext('pgconductor'), 1002)")
