@@ -13,7 +13,7 @@ MIGRATIONS := $(wildcard src/pgconductor/sql/migrations/*.sql)
 FIND_PYTHON = for name in $(PYTHON) python3 python3.13 python3.14 python3.12 python3.11 python; do \
   "$$name" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { command -v "$$name"; break; }; done
 
-.PHONY: setup demo test check bench clean lock
+.PHONY: setup demo test faults check bench clean lock
 
 setup: $(STAMP)
 
@@ -39,6 +39,10 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Writes docs/internals/faults.md; FAULTS=--collect runs nothing.
+faults: setup
+	@$(BIN)/python -m tests.catalogue $(or $(FAULTS),$(PYTEST_ARGS))
 
 check: setup
 	$(BIN)/ruff check .

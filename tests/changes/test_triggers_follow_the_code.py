@@ -47,6 +47,7 @@ def test_other_columns_need_no_statement_on_the_table(database: str, db: Db) -> 
     assert new_rows(db) == [{"id": 1, "email": "a"}]
 
 
+@pytest.mark.covers("P41")
 def test_what_is_gone_from_the_code_is_removed_of_its_own_deployment_only(database: str, db: Db) -> None:
     follow(database, on("insert"), on("delete"), deployment="a")
     follow(database, on("insert", task="other"), deployment="b")

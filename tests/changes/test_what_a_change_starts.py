@@ -189,6 +189,7 @@ def test_several_subscriptions_of_one_change_start_one_execution_each(database: 
     assert [row["task"] for row in started] == ["greet", "sync", "sync"]
 
 
+@pytest.mark.covers("F61", "P40")
 def test_names_that_need_quotes_are_distinct_and_served(database: str, db: Db) -> None:
     long = "x" * 63
     tables = ['"a.b_c"."d"', '"a"."b_c.d"', '"a"."B c"', f'"a"."{long}"', '"a".""" quoted %s ; --"']

@@ -138,6 +138,7 @@ def test_subscriptions_follow_the_code(db: Db) -> None:
     assert len(started(db)) == 1
 
 
+@pytest.mark.covers("P41")
 def test_a_deployment_leaves_the_others_alone(db: Db) -> None:
     subscribe(db, {"task": "bill"}, deployment="shop")
     subscribe(db, {"task": "ship"}, deployment="depot")
@@ -197,6 +198,7 @@ def test_null_is_a_payload(db: Db) -> None:
     assert [payload for _, payload in started(db)] == [None, []]
 
 
+@pytest.mark.covers("F63", "P42")
 def test_a_payload_with_an_event_key_is_plain_data(db: Db) -> None:
     subscribe(db, {"task": "bill"})
     payload = {"event": "order.paid", "trigger_kind": "event", "name": "x"}

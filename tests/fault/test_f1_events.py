@@ -26,6 +26,7 @@ async def test_f1_15_a_handler_killed_around_its_emit_emits_once(
     assert world.facts(run.id) == ("completed", 1, 1)
 
 
+@pytest.mark.covers("F15")
 @BOTH
 @pytest.mark.parametrize(("point", "crashes"), [("before_settle", 1), ("after_settle_reply", 0)])
 @pytest.mark.parametrize("is_early", [True, False])
@@ -43,6 +44,7 @@ async def test_f1_15_killed_around_a_wait_s_registration_loses_no_event(
     assert world.facts(run.id) == ("completed", 1, crashes)
 
 
+@pytest.mark.covers("F15")
 async def test_f1_15_killed_before_it_delivers_the_next_one_does(world: World) -> None:
     run = await program.invoke([wait_for("answer")])
     await world.worker("after_settle_reply:kill").struck("after_settle_reply")

@@ -18,6 +18,7 @@ LOST_ONCE = ("completed", 1, 1)
 UNHARMED = ("completed", 1, 0)
 
 
+@pytest.mark.covers("F1")
 async def test_f1_01_killed_before_the_claim_nothing_is_claimed(world: World) -> None:
     run = await program.invoke([step("a")])
     await world.worker("before_claim:kill").struck("before_claim")
@@ -28,6 +29,7 @@ async def test_f1_01_killed_before_the_claim_nothing_is_claimed(world: World) ->
     assert world.ledger.runs("a") == 1
 
 
+@pytest.mark.covers("F2")
 async def test_f1_02_killed_after_the_claim_before_its_reply_is_read_costs_one_crash(world: World) -> None:
     run = await program.invoke([step("a")])
     claimed = world.proxy.arm("hold", "claim")
@@ -41,6 +43,7 @@ async def test_f1_02_killed_after_the_claim_before_its_reply_is_read_costs_one_c
     assert world.ledger.runs("a") == 1
 
 
+@pytest.mark.covers("F4")
 async def test_f1_04_killed_after_the_claim_before_the_handler_costs_one_crash(world: World) -> None:
     run = await program.invoke([step("a")])
     await world.worker("after_claim_reply:kill").struck("after_claim_reply")
@@ -51,6 +54,7 @@ async def test_f1_04_killed_after_the_claim_before_the_handler_costs_one_crash(w
     assert len(world.ledger.of("began", "")) == 1
 
 
+@pytest.mark.covers("F5")
 @BOTH
 async def test_f1_05_killed_inside_a_step_body_runs_the_step_again(world: World, task: Programs) -> None:
     run = await task.invoke([step("a"), step("b")])
@@ -61,6 +65,7 @@ async def test_f1_05_killed_inside_a_step_body_runs_the_step_again(world: World,
     assert world.facts(run.id) == LOST_ONCE
 
 
+@pytest.mark.covers("F6")
 @BOTH
 async def test_f1_06_killed_between_body_and_record_runs_the_step_again(world: World, task: Programs) -> None:
     run = await task.invoke([step("a")])
@@ -73,6 +78,7 @@ async def test_f1_06_killed_between_body_and_record_runs_the_step_again(world: W
     assert world.facts(run.id) == ("completed", 1, 2)
 
 
+@pytest.mark.covers("F7")
 async def test_f1_07_killed_before_the_record_is_confirmed_replays_its_value(world: World) -> None:
     run = await program.invoke([step("a"), step("b")])
     await world.worker("after_save_reply:kill").struck("after_save_reply")
@@ -83,6 +89,7 @@ async def test_f1_07_killed_before_the_record_is_confirmed_replays_its_value(wor
     assert world.facts(run.id) == LOST_ONCE
 
 
+@pytest.mark.covers("F8")
 @BOTH
 async def test_f1_08_killed_between_two_steps_does_not_repeat_the_first(world: World, task: Programs) -> None:
     run = await task.invoke([step("a"), step("b")])
@@ -93,6 +100,7 @@ async def test_f1_08_killed_between_two_steps_does_not_repeat_the_first(world: W
     assert world.facts(run.id) == LOST_ONCE
 
 
+@pytest.mark.covers("F9")
 @BOTH
 @pytest.mark.parametrize("point", ["inside_transaction", "before_transaction_commit"])
 async def test_f1_09_killed_inside_a_transaction_has_no_effect_then_one(
@@ -108,6 +116,7 @@ async def test_f1_09_killed_inside_a_transaction_has_no_effect_then_one(
     assert world.facts(run.id) == LOST_ONCE
 
 
+@pytest.mark.covers("F10")
 @BOTH
 async def test_f1_10_killed_after_a_transaction_s_commit_has_one_effect(world: World, task: Programs) -> None:
     run = await task.invoke([transaction("t"), step("a")])
@@ -119,6 +128,7 @@ async def test_f1_10_killed_after_a_transaction_s_commit_has_one_effect(world: W
     assert world.facts(run.id) == LOST_ONCE
 
 
+@pytest.mark.covers("F11")
 @pytest.mark.parametrize("point", ["handler_returned", "before_settle"])
 async def test_f1_11_killed_before_the_settle_replays_and_settles_once(world: World, point: str) -> None:
     run = await program.invoke([step("a"), transaction("t"), step("b")])
@@ -130,6 +140,7 @@ async def test_f1_11_killed_before_the_settle_replays_and_settles_once(world: Wo
     assert world.facts(run.id) == LOST_ONCE
 
 
+@pytest.mark.covers("F12")
 async def test_f1_12_killed_after_the_settle_committed_ends_once(world: World) -> None:
     run = await program.invoke([step("a")])
     await world.worker("after_settle_reply:kill").struck("after_settle_reply")
@@ -141,6 +152,7 @@ async def test_f1_12_killed_after_the_settle_committed_ends_once(world: World) -
     assert len(world.ledger.of("began", "", str(run.id))) == 1
 
 
+@pytest.mark.covers("F13")
 @BOTH
 async def test_f1_13_killed_before_the_park_commits_there_is_no_child(world: World, task: Programs) -> None:
     run = await task.invoke([step("a"), child("c", step("x"))])
@@ -153,6 +165,7 @@ async def test_f1_13_killed_before_the_park_commits_there_is_no_child(world: Wor
     assert world.facts(run.id) == LOST_ONCE
 
 
+@pytest.mark.covers("F13")
 @BOTH
 async def test_f1_13_killed_after_the_park_committed_there_is_one_child(world: World, task: Programs) -> None:
     run = await task.invoke([child("c", step("x"))])
@@ -165,6 +178,7 @@ async def test_f1_13_killed_after_the_park_committed_there_is_one_child(world: W
     assert world.facts(run.id) == UNHARMED
 
 
+@pytest.mark.covers("F13")
 @pytest.mark.parametrize("point", ["before_save", "after_save_reply"])
 async def test_f1_13_killed_around_the_record_of_a_fan_out_beside_a_step_makes_each_child_once(
     world: World, point: str
@@ -177,6 +191,7 @@ async def test_f1_13_killed_around_the_record_of_a_fan_out_beside_a_step_makes_e
     assert (world.ledger.runs("x"), world.ledger.runs("y")) == (1, 1)
 
 
+@pytest.mark.covers("F14")
 async def test_f1_14_killed_before_a_child_s_end_commits_the_child_runs_again(world: World) -> None:
     run = await program.invoke([child("c", step("x"))])
     await world.worker("before_settle:kill:2").struck("before_settle")  # the first was the park
@@ -189,6 +204,7 @@ async def test_f1_14_killed_before_a_child_s_end_commits_the_child_runs_again(wo
     assert world.ledger.runs("x") == 1
 
 
+@pytest.mark.covers("F14")
 async def test_f1_14_killed_after_a_child_s_end_committed_the_parent_is_woken_once(world: World) -> None:
     run = await program.invoke([child("c", step("x")), step("a")])
     await world.worker("after_settle_reply:kill:2").struck("after_settle_reply")
@@ -203,6 +219,7 @@ async def test_f1_14_killed_after_a_child_s_end_committed_the_parent_is_woken_on
     assert len(world.rows(woken, run.id)) == 1
 
 
+@pytest.mark.covers("F15")
 @BOTH
 @pytest.mark.parametrize(("point", "crashes"), [("before_settle", 1), ("after_settle_reply", 0)])
 async def test_f1_15_killed_around_a_sleep_s_registration_sleeps_once_and_long_enough(

@@ -20,6 +20,7 @@ BOTH = pytest.mark.parametrize("task", [program, plain_program], ids=["async", "
 UNHARMED = ("completed", 1, 0)
 
 
+@pytest.mark.covers("F3", "F45", "P5")
 async def test_f1_03_a_claim_whose_reply_was_swallowed_goes_back_at_no_cost(world: World) -> None:
     run = await program.invoke([step("a")])
     swallowed = world.proxy.arm("swallow", "claim")
@@ -31,6 +32,7 @@ async def test_f1_03_a_claim_whose_reply_was_swallowed_goes_back_at_no_cost(worl
     assert world.ledger.runs("a") == 1
 
 
+@pytest.mark.covers("F7", "F45")
 @BOTH
 async def test_f1_07_a_step_whose_record_s_reply_was_swallowed_is_not_run_again(world: World, task: Programs) -> None:
     run = await task.invoke([step("a"), step("b")])
@@ -42,6 +44,7 @@ async def test_f1_07_a_step_whose_record_s_reply_was_swallowed_is_not_run_again(
     assert (world.ledger.runs("a"), world.ledger.runs("b")) == (1, 1)
 
 
+@pytest.mark.covers("F10", "F45")
 @BOTH
 async def test_f1_10_a_transaction_whose_commit_s_reply_was_swallowed_has_one_effect(
     world: World, task: Programs
@@ -71,6 +74,7 @@ async def test_f1_10_a_transaction_whose_connection_breaks_is_done_again_in_plac
     assert (world.ledger.runs("a"), len(world.ledger.of("began", ""))) == (1, 1)
 
 
+@pytest.mark.covers("F12", "F45", "P6")
 async def test_f1_12_a_settle_whose_reply_was_swallowed_is_settled_once(world: World) -> None:
     run = await program.invoke([step("a")])
     swallowed = world.proxy.arm("swallow", "settle")
@@ -83,6 +87,7 @@ async def test_f1_12_a_settle_whose_reply_was_swallowed_is_settled_once(world: W
     assert len(world.ledger.of("began", "")) == 1
 
 
+@pytest.mark.covers("F13", "F45", "P6")
 @BOTH
 async def test_f1_13_a_park_whose_reply_was_swallowed_makes_one_child(world: World, task: Programs) -> None:
     run = await task.invoke([child("c", step("x")), step("a")])
@@ -116,6 +121,7 @@ async def test_f1_15_a_sleep_whose_registration_s_reply_was_swallowed_is_slept_o
     assert (world.facts(run.id), world.moves(run.id, "waiting")) == (UNHARMED, 1)
 
 
+@pytest.mark.covers("F45")
 async def test_f4_45_an_enqueue_whose_reply_was_swallowed_makes_one_execution(world: World) -> None:
     swallowed = world.proxy.arm("swallow", "enqueue")
     with app.bound_to(world.proxied_dsn, Engine("pgconductor")):
@@ -128,6 +134,7 @@ async def test_f4_45_an_enqueue_whose_reply_was_swallowed_makes_one_execution(wo
     assert world.ledger.runs("a") == 1
 
 
+@pytest.mark.covers("F45")
 async def test_f4_45_a_beat_whose_reply_was_swallowed_loses_no_request_to_cancel(world: World) -> None:
     run = await program.invoke([step("a"), gate("never")])
     await world.worker(through=True).up()
@@ -138,6 +145,7 @@ async def test_f4_45_a_beat_whose_reply_was_swallowed_loses_no_request_to_cancel
     await world.reaches(run.id, "cancelled")
 
 
+@pytest.mark.covers("F45")
 @pytest.mark.parametrize("call", ["claim", "settle", "save", "commit", "beat", "sweep"])
 async def test_f4_45_every_third_reply_swallowed_under_load(world: World, call: str) -> None:
     work = [step("a"), transaction("t"), sleep("nap", 0.05), children("c", [step("x")], [step("y")]), step("b")]

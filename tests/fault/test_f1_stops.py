@@ -13,6 +13,7 @@ from tests.waiting import until
 UNHARMED = ("completed", 1, 0)
 
 
+@pytest.mark.covers("F16", "P7")
 async def test_f1_16_a_graceful_stop_gives_unfinished_work_back_at_no_cost(world: World) -> None:
     run = await program.invoke([step("a"), gate("g"), step("b")])
     worker = world.worker()
@@ -30,6 +31,7 @@ async def test_f1_16_a_graceful_stop_gives_unfinished_work_back_at_no_cost(world
     assert (world.ledger.runs("a"), world.ledger.runs("b")) == (1, 1)
 
 
+@pytest.mark.covers("F16")
 async def test_f1_16_killed_during_its_graceful_stop_costs_one_crash(world: World) -> None:
     run = await program.invoke([step("a"), gate("g"), step("b")])
     worker = world.worker()
@@ -43,6 +45,7 @@ async def test_f1_16_killed_during_its_graceful_stop_costs_one_crash(world: Worl
     assert world.facts(run.id) == ("completed", 1, 1)
 
 
+@pytest.mark.covers("F18")
 async def test_f1_18_all_workers_killed_at_once_and_started_again_resume_everything(world: World) -> None:
     work = [step("a"), transaction("t"), sleep("nap", 0.2), child("c", step("x")), gate("g"), step("b")]
     runs = await app.invoke_many([program.bind(work) for _ in range(20)])
@@ -59,6 +62,7 @@ async def test_f1_18_all_workers_killed_at_once_and_started_again_resume_everyth
     assert sum(fact[2] for fact in facts) >= 10
 
 
+@pytest.mark.covers("F20")
 @pytest.mark.parametrize("point", ["before_settle", "after_settle_reply", "before_save", "after_save_reply"])
 async def test_f1_20_killed_in_the_middle_of_a_batch_keeps_what_is_stored(world: World, point: str) -> None:
     runs = await app.invoke_many([program.bind([step("a"), step("b")]) for _ in range(40)])
@@ -72,6 +76,7 @@ async def test_f1_20_killed_in_the_middle_of_a_batch_keeps_what_is_stored(world:
     assert all(world.facts(run.id)[:2] == ("completed", 1) for run in runs)
 
 
+@pytest.mark.covers("F64", "P4")
 async def test_f7_64_a_handler_that_ends_its_process_uses_up_its_crashes_and_spares_its_neighbours(
     world: World,
 ) -> None:

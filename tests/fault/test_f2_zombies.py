@@ -26,6 +26,7 @@ def everything(world: World) -> list[str]:
     return [row["row"] for table in tables for row in world.rows(_ROWS.format(table))]
 
 
+@pytest.mark.covers("F23", "P2")
 @BOTH
 @pytest.mark.parametrize(
     "point", ["inside_step", "before_save", "inside_transaction", "handler_returned", "before_settle"]
@@ -47,6 +48,7 @@ async def test_f2_23_a_zombie_whose_work_is_done_is_refused_whatever_it_writes(
     assert world.one("select count(*) from effect") == 1
 
 
+@pytest.mark.covers("F23", "P3")
 async def test_f2_23_a_zombie_begins_nothing_once_it_goes_on(world: World) -> None:
     run = await program.invoke([step("a"), gate("g"), step("b")])
     zombie = await world.worker().up()
@@ -63,6 +65,7 @@ async def test_f2_23_a_zombie_begins_nothing_once_it_goes_on(world: World) -> No
     assert world.facts(run.id) == LOST_ONCE
 
 
+@pytest.mark.covers("F24", "P2")
 @BOTH
 async def test_f2_24_a_zombie_is_refused_while_its_successor_still_runs(world: World, task: Programs) -> None:
     run = await task.invoke([step("a"), step("b")])
@@ -83,6 +86,7 @@ async def test_f2_24_a_zombie_is_refused_while_its_successor_still_runs(world: W
     assert world.facts(run.id) == LOST_ONCE
 
 
+@pytest.mark.covers("F25")
 async def test_f2_25_a_zombie_that_nobody_replaced_gives_its_work_back_at_no_cost(world: World) -> None:
     runs = await app.invoke_many([program.bind([step("a"), gate(name), step("b")]) for name in ("g", "h")])
     zombie = await world.worker().up()
@@ -102,6 +106,7 @@ async def test_f2_25_a_zombie_that_nobody_replaced_gives_its_work_back_at_no_cos
     assert world.ledger.runs("a") == world.ledger.runs("b") == 2
 
 
+@pytest.mark.covers("F26")
 async def test_f2_26_a_handler_that_blocks_the_loop_for_longer_than_its_lease_keeps_it(world: World) -> None:
     run = await program.invoke([step("a"), block("long", 4.0), step("b")])
     worker = await world.worker().up()
@@ -112,6 +117,7 @@ async def test_f2_26_a_handler_that_blocks_the_loop_for_longer_than_its_lease_ke
     assert "the event loop has been blocked" in worker.log or "blocked" in world.workers[1].log
 
 
+@pytest.mark.covers("F28")
 async def test_f2_28_a_process_that_cannot_beat_gives_its_work_back_and_takes_none(world: World) -> None:
     run = await program.invoke([step("a"), gate("g"), step("b")])
     mute = await world.worker(through=True).up()
@@ -128,6 +134,7 @@ async def test_f2_28_a_process_that_cannot_beat_gives_its_work_back_and_takes_no
     await mute.rejoined(old_id)
 
 
+@pytest.mark.covers("F28", "F44")
 async def test_f2_28_a_half_open_work_connection_is_given_up_in_time(world: World) -> None:
     await world.worker(through=True).up()
     for link in world.proxy.chosen("claim"):

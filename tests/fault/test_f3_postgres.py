@@ -4,6 +4,8 @@ import asyncio
 import random
 from functools import partial
 
+import pytest
+
 from pgconductor.membership import Timing
 from tests.fault.programs import Program, app, children, gate, program, sleep, step, transaction
 from tests.fault.supervisor import World
@@ -14,6 +16,7 @@ SLOWER = Timing(beat=0.5, expiry=6.0, sweep=0.5)  # a lease is to outlast the pa
 SESSIONS = ("claim", "settle", "save", "worker", "notify", "listener", "heartbeat", "transaction")
 
 
+@pytest.mark.covers("F30")
 async def test_f3_30_postgres_killed_again_and_again_under_load_loses_nothing(world: World) -> None:
     for worker in [world.worker(timing=SLOWER), world.worker(timing=SLOWER)]:
         await worker.up()
@@ -29,6 +32,7 @@ async def test_f3_30_postgres_killed_again_and_again_under_load_loses_nothing(wo
     assert world.one("select count(*) from effect") == 60
 
 
+@pytest.mark.covers("F30")
 async def test_f3_30_a_transaction_begun_while_postgres_is_away_waits_for_it(world: World) -> None:
     run = await program.invoke([step("a"), gate("g"), transaction("t")])
     await world.worker().up()
@@ -41,6 +45,7 @@ async def test_f3_30_a_transaction_begun_while_postgres_is_away_waits_for_it(wor
     assert world.one("select count(*) from effect") == 1
 
 
+@pytest.mark.covers("F31")
 async def test_f3_31_sessions_terminated_at_random_under_load_lose_nothing(world: World) -> None:
     choose = random.Random(31)  # noqa: S311
     for worker in [world.worker(), world.worker()]:

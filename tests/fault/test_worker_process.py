@@ -23,6 +23,7 @@ def orchestrators(db: Db) -> set[str]:
     return {str(row["id"]) for row in db.execute("select id from orchestrator")}
 
 
+@pytest.mark.covers("P1")
 async def test_a_killed_worker_is_replaced_without_using_up_an_attempt(
     workload: Conductor[None], spawn: Spawn, ledger: Ledger, db: Db
 ) -> None:
@@ -39,6 +40,7 @@ async def test_a_killed_worker_is_replaced_without_using_up_an_attempt(
     await workload.close()
 
 
+@pytest.mark.covers("F19", "P24")
 async def test_f1_19_a_killed_worker_gives_back_the_only_permit_of_its_task(
     workload: Conductor[None], spawn: Spawn, ledger: Ledger, db: Db
 ) -> None:
@@ -119,6 +121,7 @@ async def test_a_claim_whose_reply_was_lost_goes_back_at_no_cost(
     await workload.close()
 
 
+@pytest.mark.covers("F23")
 async def test_a_stopped_process_that_wakes_after_its_lease_changes_nothing(
     workload: Conductor[None], spawn: Spawn, ledger: Ledger, db: Db
 ) -> None:

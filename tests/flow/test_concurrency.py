@@ -2,6 +2,8 @@
 
 from uuid import UUID
 
+import pytest
+
 from tests.flow.support import concurrency, let_limits_be_lowered, limited, set_limit
 from tests.sql.support import (
     Background,
@@ -177,6 +179,7 @@ def test_waiting_work_can_be_cancelled(db: Db) -> None:
     assert claim_one(db, token=2) == third
 
 
+@pytest.mark.covers("F19", "P24")
 def test_p24_a_crashed_workers_permits_come_back_with_the_sweep(db: Db) -> None:
     limited(db, concurrency(1))
     enqueue_many(db, *blank(2))
@@ -188,6 +191,7 @@ def test_p24_a_crashed_workers_permits_come_back_with_the_sweep(db: Db) -> None:
     assert count(db, "permit") == 1
 
 
+@pytest.mark.covers("P24")
 def test_p24_a_permit_without_a_lease_is_swept(db: Db) -> None:
     limited(db, concurrency(1))
     enqueue(db)
@@ -198,6 +202,7 @@ def test_p24_a_permit_without_a_lease_is_swept(db: Db) -> None:
     assert len(claim(db, token=2, now=1)) == 1
 
 
+@pytest.mark.covers("F24", "P25")
 def test_p25_a_zombie_frees_no_permit(db: Db) -> None:
     limited(db, concurrency(1))
     enqueue_many(db, *blank(2))
@@ -210,6 +215,7 @@ def test_p25_a_zombie_frees_no_permit(db: Db) -> None:
     assert claim(db, worker=OTHER, token=8, now=100) == []
 
 
+@pytest.mark.covers("P25")
 def test_p25_a_limit_lowered_and_raised_counts_what_runs(db: Db) -> None:
     limited(db, concurrency(3))
     let_limits_be_lowered(db)
@@ -221,6 +227,7 @@ def test_p25_a_limit_lowered_and_raised_counts_what_runs(db: Db) -> None:
     assert len(claim(db, token=2)) == 1
 
 
+@pytest.mark.covers("P26")
 def test_p26_the_database_holds_the_limit_whatever_a_worker_knows_of_it(db: Db) -> None:
     limited(db, concurrency(1))
     register(db, worker=OTHER)
@@ -230,6 +237,7 @@ def test_p26_the_database_holds_the_limit_whatever_a_worker_knows_of_it(db: Db) 
     assert claim(db, worker=OTHER, token=2) == []
 
 
+@pytest.mark.covers("F74")
 def test_a_parked_parent_holds_no_permit_and_a_child_of_the_same_limit_runs(db: Db) -> None:
     limited(db, concurrency(1))
     enqueue(db)
@@ -385,6 +393,7 @@ def test_a_thousand_keyed_executions_are_admitted_by_few_claims(db: Db) -> None:
     assert sum(claims) == 500
 
 
+@pytest.mark.covers("F74")
 def test_74_parent_and_children_of_one_limit_make_progress(db: Db) -> None:
     limited(db, concurrency(1))
     enqueue(db)
@@ -399,6 +408,7 @@ def test_74_parent_and_children_of_one_limit_make_progress(db: Db) -> None:
     assert states(db, chain) == ["waiting"] * 4 + ["running"]
 
 
+@pytest.mark.covers("P29")
 def test_p29_a_worker_takes_no_task_that_it_does_not_know(db: Db) -> None:
     limited(db, concurrency(1))
     ids = enqueue_many(db, {}, {"task": "unheard of"})
@@ -408,6 +418,7 @@ def test_p29_a_worker_takes_no_task_that_it_does_not_know(db: Db) -> None:
     assert claim_one(db, tasks=["work"]) == ids[0]
 
 
+@pytest.mark.covers("P31")
 def test_p31_a_higher_priority_runs_first(db: Db) -> None:
     limited(db, concurrency(1))
     low, high, middle = enqueue_many(db, {"priority": -1}, {"priority": 2}, {"priority": 1})
@@ -419,6 +430,7 @@ def test_p31_a_higher_priority_runs_first(db: Db) -> None:
     assert served == [high, middle, low]
 
 
+@pytest.mark.covers("F68")
 def test_68_a_task_that_this_code_no_longer_has_keeps_its_limit_for_others(db: Db) -> None:
     limited(db, concurrency(1))
     register(db, "another")
@@ -427,6 +439,7 @@ def test_68_a_task_that_this_code_no_longer_has_keeps_its_limit_for_others(db: D
     assert len(claim(db)) == 1
 
 
+@pytest.mark.covers("F75")
 def test_75_a_paused_queue_starts_nothing_and_lets_limited_work_end(db: Db) -> None:
     limited(db, concurrency(1))
     first, second = enqueue_many(db, *blank(2))

@@ -41,6 +41,7 @@ def test_the_first_call_of_a_period_wins_and_the_others_get_its_handle(db: Db) -
     assert count(db, "execution") == 1
 
 
+@pytest.mark.covers("P37")
 def test_p37_a_throttle_counts_from_the_accepted_call_whatever_has_ended_meanwhile(db: Db) -> None:
     register(db, "work")
     first = enqueue(db, throttle=10, now=0)
@@ -52,6 +53,7 @@ def test_p37_a_throttle_counts_from_the_accepted_call_whatever_has_ended_meanwhi
     assert enqueue(db, throttle=10, now=19) == second
 
 
+@pytest.mark.covers("P37")
 def test_p37_a_throttle_with_a_key_goes_on_in_the_next_period(db: Db) -> None:
     first = enqueue(db, throttle=10, dedupe_key="k", now=0)
     other = enqueue(db, throttle=10, dedupe_key="l", now=0)
@@ -60,6 +62,7 @@ def test_p37_a_throttle_with_a_key_goes_on_in_the_next_period(db: Db) -> None:
     assert len({first, other, again}) == 3
 
 
+@pytest.mark.covers("P37")
 def test_p37_calls_of_one_batch_are_throttled_together(db: Db) -> None:
     ids = enqueue_many(db, *[{"throttle": 10, "payload": {"n": n}} for n in range(3)], {"throttle": 10, "task": "t"})
 
@@ -139,6 +142,7 @@ def test_fifty_callers_racing_on_one_key_make_one_execution(database: str, db: D
     assert count(db, "execution") == 1
 
 
+@pytest.mark.covers("P36")
 def test_p36_a_key_of_a_completed_execution_keeps_its_result(db: Db) -> None:
     register(db, "work")
     first = enqueue(db, dedupe_key="k", payload={"n": 1})
@@ -149,6 +153,7 @@ def test_p36_a_key_of_a_completed_execution_keeps_its_result(db: Db) -> None:
     assert row(db, first)["result"] == "done"
 
 
+@pytest.mark.covers("P36")
 def test_p36_a_key_of_a_running_execution_leaves_it_alone(db: Db) -> None:
     register(db, "work")
     first = enqueue(db, dedupe_key="k", payload={"n": 1})

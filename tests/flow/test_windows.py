@@ -39,6 +39,7 @@ def closes_in(db: Db, window: Json, instant: str) -> float | None:
     return None if found["seconds"] is None else float(found["seconds"])
 
 
+@pytest.mark.covers("P30")
 @pytest.mark.parametrize(
     ("instant", "hours"),
     [
@@ -78,6 +79,7 @@ def test_a_closed_task_is_not_claimed_and_others_are(db: Db) -> None:
     assert [each["task_id"] for each in claim(db, now=evening, token=2)] == [1, 2]
 
 
+@pytest.mark.covers("P30")
 def test_p30_two_closed_tasks_stay_closed(db: Db) -> None:
     register(db, "work", **NIGHT)
     register(db, "second", **NIGHT)

@@ -72,6 +72,7 @@ async def test_each_tenant_has_its_share_and_they_take_turns(app: App, working: 
     assert crowd.order[:4] == ["a", "b", "a", "b"]
 
 
+@pytest.mark.covers("F74")
 async def test_74_parent_and_child_of_one_limit_do_not_deadlock(app: App, working: Working) -> None:
     @app.task(concurrency=1)
     async def countdown(ctx: Context, n: int) -> int:
@@ -310,6 +311,7 @@ async def test_one_bad_payload_or_result_of_a_batch_fails_alone(app: App, db: Db
                 await run.result(30)
 
 
+@pytest.mark.covers("P27")
 async def test_p27_a_batch_of_cancelled_and_live_executions_settles_all(app: App, db: Db, working: Working) -> None:
     inside, go = asyncio.Event(), asyncio.Event()
     given: list[int] = []
@@ -373,6 +375,7 @@ async def test_a_batch_is_bound_by_the_tasks_timeout(app: App, working: Working)
                 await run.result(30)
 
 
+@pytest.mark.covers("P28")
 async def test_p28_a_long_handler_does_not_stop_new_starts(app: App, working: Working) -> None:
     go = asyncio.Event()
 

@@ -84,6 +84,7 @@ async def test_a_running_coroutine_gets_cancelled_error_where_it_waits(app: App,
     ]
 
 
+@pytest.mark.covers("F65", "F70", "P11")
 async def test_a_handler_that_does_not_heed_it_meets_it_again_and_its_value_is_refused(
     app: App, db: Db, working: Working
 ) -> None:
@@ -182,6 +183,7 @@ async def test_a_failure_after_the_request_ends_cancelled(app: App, db: Db, work
             await run.result(20)
 
 
+@pytest.mark.covers("F70", "P23")
 async def test_cancelling_while_a_handler_parks_is_not_lost(app: App, db: Db, working: Working) -> None:
     parking, go_on = asyncio.Event(), asyncio.Event()
 
@@ -205,6 +207,7 @@ async def test_cancelling_while_a_handler_parks_is_not_lost(app: App, db: Db, wo
 # ---------------------------------------------------------------- what cancel answers
 
 
+@pytest.mark.covers("F70")
 async def test_cancel_is_idempotent_and_false_once_it_has_ended(app: App, db: Db, working: Working) -> None:
     waiting = asyncio.Event()
 
@@ -313,6 +316,7 @@ async def test_a_child_started_by_a_cancelled_parent_never_runs(app: App, db: Db
 # ---------------------------------------------------------------- tasks that nobody knows
 
 
+@pytest.mark.covers("F68", "P29")
 async def test_a_task_that_no_worker_knows_stays_at_no_cost(app: App, db: Db, database: str, working: Working) -> None:
     @app.task
     async def known(ctx: Context) -> int:

@@ -83,6 +83,7 @@ async def test_c2_the_value_comes_back_at_the_same_line_and_finished_steps_do_no
     assert bodies == ["before"]
 
 
+@pytest.mark.covers("P20")
 async def test_c3_a_failure_that_was_observed_is_observed_again_after_every_resume(app: App, working: Working) -> None:
     seen: list[str] = []
 
@@ -106,6 +107,7 @@ async def test_c3_a_failure_that_was_observed_is_observed_again_after_every_resu
     assert set(seen) == {"Child execution failed: no"}
 
 
+@pytest.mark.covers("P20")
 async def test_c4_a_failed_child_raises_with_its_facts(app: App, working: Working) -> None:
     @app.task(max_attempts=1)
     async def broken(ctx: Context) -> int:
@@ -125,6 +127,7 @@ async def test_c4_a_failed_child_raises_with_its_facts(app: App, working: Workin
     assert 'raise ValueError("boom")' in trace
 
 
+@pytest.mark.covers("P15")
 async def test_c4_an_uncaught_failure_fails_every_ancestor_at_once(app: App, db: Db, working: Working) -> None:
     @app.task(max_attempts=1)
     async def leaf(ctx: Context) -> int:
@@ -146,6 +149,7 @@ async def test_c4_an_uncaught_failure_fails_every_ancestor_at_once(app: App, db:
     assert failed[1]["message"] == "Child execution failed: boom"
 
 
+@pytest.mark.covers("P22")
 async def test_c5_a_child_that_is_too_late_raises_and_is_cancelled_with_its_subtree(
     app: App, db: Db, working: Working
 ) -> None:
@@ -210,6 +214,7 @@ async def test_c5_an_uncaught_timeout_fails_the_attempt_and_the_retry_invokes_af
     assert [row["state"] for row in children] == ["cancelled", "completed"]
 
 
+@pytest.mark.covers("P16")
 async def test_c6_a_cancelled_child_raises_in_its_parent(app: App, db: Db, working: Working) -> None:
     @app.task
     async def child(ctx: Context) -> None:
@@ -231,6 +236,7 @@ async def test_c6_a_cancelled_child_raises_in_its_parent(app: App, db: Db, worki
         assert await run.result(20) == "not needed"
 
 
+@pytest.mark.covers("F70", "P17")
 async def test_c6_cancelling_a_parent_cancels_its_attached_descendants_and_not_the_detached(
     app: App, db: Db, working: Working
 ) -> None:
@@ -368,6 +374,7 @@ async def test_c8_a_child_on_another_queue_and_one_by_reference(app: App, workin
         assert await (await parent.invoke()).result(20) == ["elsewhere 1", "elsewhere 2"]
 
 
+@pytest.mark.covers("F73")
 async def test_c8_recursion_ends_at_depth_100_with_an_error_that_says_so(app: App, db: Db, working: Working) -> None:
     @app.task
     async def dive(ctx: Context, depth: int) -> int:
@@ -402,6 +409,7 @@ async def test_c9_the_child_of_a_step_is_the_same_on_every_run(app: App, db: Db,
     assert rows(db, "select count(*) as count from executions where task = 'child'") == [{"count": 2}]
 
 
+@pytest.mark.covers("P21")
 async def test_c10_fifty_sequential_children_cost_no_attempt(app: App, working: Working) -> None:
     @app.task
     async def child(ctx: Context, n: int) -> int:

@@ -216,6 +216,7 @@ async def test_replace_updates_what_has_not_started(app: Conductor, db: Db) -> N
     assert [(row["payload"], row["priority"]) for row in executions(db)] == [({"a": 2}, 3)]
 
 
+@pytest.mark.covers("P36")
 async def test_racing_callers_of_a_key_get_one_execution(app: Conductor, db: Db) -> None:
     task = app.create_task(add).with_options(dedupe_key="k")
 
@@ -307,6 +308,7 @@ class _Cutter:
         return ask
 
 
+@pytest.mark.covers("F45")
 @pytest.mark.fault
 async def test_a_lost_reply_makes_no_second_execution(app: Conductor, db: Db, monkeypatch: pytest.MonkeyPatch) -> None:
     cutter = _Cutter(monkeypatch, cuts=2)

@@ -103,6 +103,7 @@ async def test_many_waiters_share_a_listener_and_the_queries(app: Conductor, db:
     assert client_of(app).pool.query_count - before <= 3
 
 
+@pytest.mark.covers("F47")
 async def test_an_end_is_found_without_any_hint(app: Conductor, db: Db, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(results, "POLL_SECONDS_FIRST", 0.01)
     run = await app.create_task(charge).invoke(1)
@@ -115,6 +116,7 @@ async def test_an_end_is_found_without_any_hint(app: Conductor, db: Db, monkeypa
     assert await waiter == Receipt("ch_1")
 
 
+@pytest.mark.covers("F47")
 @pytest.mark.fault
 @pytest.mark.usefixtures("no_clock")
 async def test_an_end_while_the_listener_was_cut_off_is_found(app: Conductor, db: Db) -> None:
@@ -213,6 +215,7 @@ async def test_a_value_that_does_not_fit_is_refused(app: Conductor, db: Db) -> N
     assert await (await app.run(run.id)).result() == {"charge": 1}
 
 
+@pytest.mark.covers("F58", "P14")
 @pytest.mark.parametrize("value", [0, "", False, [], None])
 async def test_empty_values_come_back_equal(app: Conductor, db: Db, value: object) -> None:
     run = await app.define_task("charge", dict, object).invoke({})

@@ -283,6 +283,7 @@ async def test_calls_with_two_connections_are_not_one_statement(app: Conductor, 
     assert payloads(db) == []
 
 
+@pytest.mark.covers("F61", "P40")
 @pytest.mark.parametrize("schema", ['we"ird', "100%", "%s", "a:b", "$1"])
 async def test_a_schema_of_any_name_works(database: str, schema: str) -> None:
     openers: list[AsyncOpener] = [psycopg_async, asyncpg_connection, sqlalchemy_async_connection]

@@ -18,6 +18,7 @@ Db = psycopg.Connection[DictRow]
 tenant: ContextVar[str] = ContextVar("tenant", default="nobody")
 
 
+@pytest.mark.covers("F66")
 async def test_a_context_used_inside_a_step_is_refused_and_named(app: App, working: Working) -> None:
     @app.task(max_attempts=1)
     async def work(ctx: Context) -> None:
@@ -48,6 +49,7 @@ async def test_a_task_that_a_step_left_behind_is_still_inside_it(app: App, worki
         assert "step 'outer' uses its context" in await (await work.invoke()).result(20)
 
 
+@pytest.mark.covers("F66")
 async def test_a_context_used_after_its_handler_returned_is_refused(app: App, db: Db, working: Working) -> None:
     kept: list[Context] = []
 
@@ -63,6 +65,7 @@ async def test_a_context_used_after_its_handler_returned_is_refused(app: App, db
     assert db.execute("select from steps").rowcount == 0
 
 
+@pytest.mark.covers("F66", "F69")
 async def test_a_context_used_by_a_task_that_outlives_its_handler_is_refused(app: App, working: Working) -> None:
     returned = asyncio.Event()
     left: list[asyncio.Task[int]] = []
@@ -98,6 +101,7 @@ async def test_a_wait_that_outlives_its_handler_ends(app: App, db: Db, working: 
     assert db.execute("select from timer").rowcount == 0
 
 
+@pytest.mark.covers("F66")
 async def test_a_plain_context_used_from_another_thread_is_refused(app: App, working: Working) -> None:
     @app.task
     def work(ctx: SyncContext) -> str:
@@ -148,6 +152,7 @@ async def test_a_plain_context_used_after_its_handler_returned_is_refused(app: A
         assert "the handler of task 'keep' has returned" in await (await use.invoke()).result(20)
 
 
+@pytest.mark.covers("F69")
 async def test_context_variables_of_plain_handlers_do_not_leak(app: App, working: Working) -> None:
     @app.task
     def work(ctx: SyncContext, name: str) -> str:
@@ -160,6 +165,7 @@ async def test_context_variables_of_plain_handlers_do_not_leak(app: App, working
         assert [await run.result(20) for run in runs] == ["nobody"] * 5
 
 
+@pytest.mark.covers("F69")
 async def test_context_variables_of_coroutines_do_not_leak(app: App, db: Db) -> None:
     @app.task
     async def work(ctx: Context, name: str) -> str:
@@ -175,6 +181,7 @@ async def test_context_variables_of_coroutines_do_not_leak(app: App, db: Db) -> 
 # ---------------------------------------------------------------- what a handler may raise
 
 
+@pytest.mark.covers("F60", "F64")
 @pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt, BaseException, RecursionError, asyncio.CancelledError])
 async def test_whatever_a_handler_raises_is_its_own_failure(
     app: App, working: Working, kind: type[BaseException]
@@ -252,6 +259,7 @@ async def test_a_handler_that_cancels_its_own_task_fails(app: App, working: Work
     assert caught.value.error_type == "asyncio.exceptions.CancelledError"
 
 
+@pytest.mark.covers("F69")
 async def test_tasks_left_behind_do_not_keep_others_from_stopping(app: App, working: Working) -> None:
     left: list[asyncio.Task[bool]] = []
 

@@ -31,6 +31,7 @@ async def test_a_coroutine_runs_on_the_loop_of_its_process(working: Conductor[No
     assert await (await isolated_app.on_its_loop.invoke(4)).result(30) == 8
 
 
+@pytest.mark.covers("F64", "P4")
 async def test_a_handler_that_kills_its_process_uses_up_the_crash_budget_alone(
     working: Conductor[None], db: psycopg.Connection[dict[str, Any]]
 ) -> None:
@@ -41,6 +42,7 @@ async def test_a_handler_that_kills_its_process_uses_up_the_crash_budget_alone(
     assert row == {"crashes": 3, "attempt": 1}
 
 
+@pytest.mark.covers("F27")
 async def test_a_handler_that_outlives_its_timeout_is_replaced_with_its_process(working: Conductor[None]) -> None:
     with pytest.raises(ExecutionFailed) as caught:
         await (await isolated_app.endless.invoke()).result(30)

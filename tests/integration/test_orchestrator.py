@@ -80,6 +80,7 @@ async def test_stop_releases_what_has_not_ended_at_no_cost(app: App, db: Db) -> 
     await until(lambda: connections(db) == [])
 
 
+@pytest.mark.covers("F16", "P7")
 async def test_stop_lets_a_handler_end_within_the_grace_time(app: App, db: Db) -> None:
     started, release = asyncio.Event(), asyncio.Event()
 
@@ -100,6 +101,7 @@ async def test_stop_lets_a_handler_end_within_the_grace_time(app: App, db: Db) -
     assert await run.result() == 7
 
 
+@pytest.mark.covers("F16", "P7")
 async def test_a_handler_that_outlasts_the_grace_time_is_cut_short_at_no_cost(app: App, db: Db) -> None:
     started = asyncio.Event()
 
@@ -131,6 +133,7 @@ async def test_sigterm_stops_and_the_handlers_before_it_are_put_back(app: App) -
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
+@pytest.mark.covers("F17")
 async def test_a_second_signal_stops_now(app: App, db: Db) -> None:
     started = asyncio.Event()
 
@@ -186,6 +189,7 @@ async def test_a_queue_given_twice_is_refused(app: App) -> None:
         Orchestrator(app, queues=["a"], workers=[app.create_worker("a")])
 
 
+@pytest.mark.covers("F26")
 async def test_a_handler_that_blocks_the_loop_keeps_its_lease_and_is_reported(
     app: App, db: Db, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -209,6 +213,7 @@ async def test_a_handler_that_blocks_the_loop_keeps_its_lease_and_is_reported(
     assert "in block" in reports[0]
 
 
+@pytest.mark.covers("P49")
 async def test_a_cancel_reaches_a_running_handler_by_signal(app: App, db: Db) -> None:
     started = asyncio.Event()
 
@@ -236,6 +241,7 @@ async def test_plain_functions_run_beside_each_other_up_to_the_concurrency(app: 
         assert sorted([await run.result(timeout=60) for run in runs]) == [0, 1, 2, 3]
 
 
+@pytest.mark.covers("F64")
 async def test_an_execution_on_its_last_life_runs_alone(app: App, db: Db) -> None:
     running: set[str] = set()
     beside: list[set[str]] = []

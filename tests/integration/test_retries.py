@@ -89,6 +89,7 @@ async def test_retry_after_replaces_the_delay_and_counts_as_an_attempt(app: App,
     assert 7200 - 5 < delay <= 7200
 
 
+@pytest.mark.covers("P10")
 async def test_retry_on_the_last_attempt_fails(app: App, working: Working) -> None:
     @app.task(max_attempts=1)
     async def work(ctx: Context) -> None:
@@ -99,6 +100,7 @@ async def test_retry_on_the_last_attempt_fails(app: App, working: Working) -> No
             await (await work.invoke()).result(20)
 
 
+@pytest.mark.covers("P10")
 async def test_attempts_are_numbered_and_end_at_the_maximum(app: App, db: Db, working: Working) -> None:
     numbers: list[int] = []
 
@@ -136,6 +138,7 @@ async def test_fail_and_what_the_policy_gives_up_on_leave_no_further_attempt(
     assert rows(db, "select attempt from executions") == [{"attempt": 1}]
 
 
+@pytest.mark.covers("P21")
 async def test_resumes_cost_no_attempt(app: App, working: Working) -> None:
     numbers: list[int] = []
 
@@ -233,6 +236,7 @@ class Hostile(Exception):
     __repr__ = __str__
 
 
+@pytest.mark.covers("F56", "F60")
 @pytest.mark.parametrize("name", ["nul", "surrogate", "hostile", "endless", "circle"])
 async def test_storing_an_error_never_fails(app: App, db: Db, working: Working, name: str) -> None:
     circle = ValueError("circle")

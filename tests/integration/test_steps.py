@@ -160,6 +160,7 @@ async def test_a_timeout_of_the_function_itself_is_its_own(app: App, working: Wo
     assert (failure.error_type, failure.message) == ("TimeoutError", "mine")
 
 
+@pytest.mark.covers("F66")
 async def test_one_name_for_two_operations_of_any_kind_raises_duplicate_step(app: App, working: Working) -> None:
     @app.task
     async def child(ctx: Context) -> int:
@@ -207,6 +208,7 @@ async def test_an_uncaught_duplicate_step_fails_at_once(app: App, db: Db, workin
     assert rows(db, "select attempt from executions") == [{"attempt": 1}]
 
 
+@pytest.mark.covers("F66")
 async def test_concurrent_steps_run_together_and_each_keeps_its_own_value(app: App, working: Working) -> None:
     running: set[int] = set()
     together = asyncio.Event()
@@ -285,6 +287,7 @@ async def test_the_ten_thousandth_operation_is_the_last(app: App, working: Worki
         assert await (await work.invoke()).result(60) == [10_000, "steps"]
 
 
+@pytest.mark.covers("F67")
 async def test_a_recorded_step_that_the_code_no_longer_asks_for_is_reported(
     app: App, working: Working, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -155,6 +155,7 @@ async def test_parking_runs_finally_blocks_and_passes_except_exception(app: App,
     assert events == ["finally", "finally"]
 
 
+@pytest.mark.covers("F65")
 async def test_a_handler_that_swallows_the_parking_is_named(
     app: App, working: Working, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -230,6 +231,7 @@ async def test_an_attempt_ends_by_retry_and_the_execution_by_fail(app: App, db: 
     assert rows(db, "select attempt from executions") == [{"attempt": 2}]
 
 
+@pytest.mark.covers("F67")
 async def test_a_changed_kind_stops_with_a_mismatch(app: App, working: Working) -> None:
     found: list[str] = []
 

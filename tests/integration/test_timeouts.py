@@ -28,6 +28,7 @@ def rows(db: Db, query: str) -> list[DictRow]:
     return db.execute(query.encode()).fetchall()
 
 
+@pytest.mark.covers("F27")
 async def test_a_run_that_takes_too_long_fails_its_attempt(app: App, db: Db, working: Working) -> None:
     cleaned: list[int] = []
 
@@ -56,6 +57,7 @@ async def test_waiting_does_not_count(app: App, working: Working) -> None:
         assert await (await work.invoke()).result(20) == 1
 
 
+@pytest.mark.covers("F27")
 async def test_a_plain_handler_that_outlives_its_run_is_refused_everything(app: App, db: Db, working: Working) -> None:
     timed_out, ended = threading.Event(), threading.Event()
     refused: list[str] = []

@@ -91,6 +91,7 @@ REFUSED: dict[str, Any] = {
 }
 
 
+@pytest.mark.covers("F57")
 async def test_a_step_gives_an_equal_value_on_the_first_run_and_on_replay(app: App, working: Working) -> None:
     seen: list[list[Any]] = []
 
@@ -133,6 +134,7 @@ async def test_a_value_is_decoded_on_the_first_run_so_that_it_is_a_copy(app: App
         assert await (await work.invoke()).result(20) is False
 
 
+@pytest.mark.covers("F58", "P13", "P14")
 @pytest.mark.parametrize("value", [0, "", False, [], None, {}])
 async def test_an_empty_result_comes_back_equal(app: App, working: Working, value: Any) -> None:
     @app.task
@@ -145,6 +147,7 @@ async def test_an_empty_result_comes_back_equal(app: App, working: Working, valu
     assert type(result) is type(value)
 
 
+@pytest.mark.covers("F56", "F57", "P9")
 async def test_what_cannot_be_stored_fails_its_execution_alone_and_names_the_step(
     app: App, db: Db, working: Working
 ) -> None:
@@ -189,6 +192,7 @@ async def test_an_encode_error_tells_the_path(app: App, working: Working) -> Non
             await (await work.invoke()).result(20)
 
 
+@pytest.mark.covers("P9")
 async def test_outcomes_that_the_database_refuses_fail_alone_in_their_batch(app: App, db: Db, working: Working) -> None:
     db.execute("alter table execution add constraint no_seven check (result is null or result::text <> '7')")
 

@@ -120,6 +120,7 @@ async def test_parking_runs_finally_blocks_and_passes_except_exception(app: App,
     assert events == ["finally", "finally"]
 
 
+@pytest.mark.covers("F65")
 async def test_a_handler_that_swallows_the_parking_is_named_and_its_value_dropped(
     app: App, working: Working, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -143,6 +144,7 @@ async def test_a_handler_that_swallows_the_parking_is_named_and_its_value_droppe
     assert str(run.id) in warning
 
 
+@pytest.mark.covers("F65")
 async def test_a_handler_that_goes_on_after_parking_can_do_nothing_more(app: App, db: Db, working: Working) -> None:
     refused: list[str] = []
 
@@ -473,6 +475,7 @@ async def test_a_late_result_that_was_caught_stays_late(app: App, working: Worki
 # ---------------------------------------------------------------- changed code
 
 
+@pytest.mark.covers("F67")
 @pytest.mark.parametrize("change", ["kind", "child task", "count", "task of a fan-out"])
 async def test_changed_code_stops_with_a_mismatch_and_resumes_when_it_is_put_back(
     app: App, db: Db, working: Working, change: str

@@ -51,6 +51,7 @@ async def test_what_gathers_during_a_flush_goes_with_the_next_one() -> None:
     assert [item for batch in sink.batches for item in batch] == list(range(150))
 
 
+@pytest.mark.covers("P9")
 async def test_one_refused_item_fails_alone() -> None:
     sink = Sink()
     sink.open.set()
@@ -90,6 +91,7 @@ def test_threads_are_reused_and_never_more_than_the_limit() -> None:
     threads.close()
 
 
+@pytest.mark.covers("F36")
 async def test_work_runs_whatever_the_isolation_that_the_role_has_by_default(database: str, db: Db) -> None:
     name = db.info.dbname
     db.execute(f'alter database "{name}" set default_transaction_isolation = serializable'.encode())

@@ -4,6 +4,7 @@ import asyncio
 from collections import Counter
 
 import psycopg
+import pytest
 from psycopg.rows import DictRow
 
 from pgconductor import Conductor, Context, Orchestrator
@@ -87,6 +88,7 @@ async def test_nothing_is_hoarded_behind_long_handlers(app: App, db: Db) -> None
     assert states(db) == {"completed": 30}
 
 
+@pytest.mark.covers("P28")
 async def test_what_was_fetched_behind_handlers_that_turn_long_goes_back(app: App, db: Db) -> None:
     release = asyncio.Event()
 
@@ -117,6 +119,7 @@ async def test_a_paused_queue_is_left_alone_until_it_is_resumed(app: App, db: Db
     assert states(db) == {"completed": 1}
 
 
+@pytest.mark.covers("P29")
 async def test_a_task_that_the_worker_does_not_know_stays_and_costs_nothing(app: App, db: Db) -> None:
     @app.task
     async def known(ctx: Context) -> None: ...
@@ -142,6 +145,7 @@ async def test_higher_priority_is_claimed_first(app: App) -> None:
     assert order == [3, 2, 1]
 
 
+@pytest.mark.covers("F47")
 async def test_polling_alone_finds_work(app: App) -> None:
     @app.task
     async def work(ctx: Context) -> str:

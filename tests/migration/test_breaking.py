@@ -27,6 +27,7 @@ def test_it_is_applied_at_once_where_nobody_works(database: str, db: Db, breakin
     assert schema.migrate(database, wait_seconds=0) == [breaking.title]
 
 
+@pytest.mark.covers("F80", "P46")
 def test_the_dead_and_those_of_the_same_release_do_not_hold_it_up(database: str, db: Db, breaking: schema.Step) -> None:
     db.execute(OLD.encode())
     db.execute("update orchestrator set beat_at = now() - interval '21 seconds'")
@@ -34,6 +35,7 @@ def test_the_dead_and_those_of_the_same_release_do_not_hold_it_up(database: str,
     assert schema.migrate(database, wait_seconds=0) == [breaking.title]
 
 
+@pytest.mark.covers("P45")
 def test_who_does_not_stop_in_time_is_left_to_work_and_it_is_refused(
     database: str, db: Db, breaking: schema.Step
 ) -> None:

@@ -17,6 +17,7 @@ def cuts(script: str, every: int) -> list[str]:
     return [script[:end] for end in ends[::every]]
 
 
+@pytest.mark.covers("F78", "P44")
 @pytest.mark.fault
 def test_an_installer_may_be_killed_at_each_statement(empty: str, monkeypatch: pytest.MonkeyPatch) -> None:
     execute = schema._execute

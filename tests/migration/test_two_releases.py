@@ -81,6 +81,7 @@ async def run(release: Release, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.covers("F79")
 @pytest.mark.parametrize("later", [EXPAND], indirect=True, ids=["expand"])
 async def test_an_expand_migration_up_and_down_under_load(database: str, now: Release, later: Release) -> None:
     old = await now.worker().up()
@@ -100,6 +101,7 @@ async def test_an_expand_migration_up_and_down_under_load(database: str, now: Re
     assert troubles(database) == []
 
 
+@pytest.mark.covers("F78")
 @pytest.mark.parametrize("later", [EXPAND], indirect=True, ids=["expand"])
 async def test_a_migration_gives_way_to_a_call_that_holds_one_table_and_needs_another(
     database: str, later: Release
@@ -114,6 +116,7 @@ async def test_a_migration_gives_way_to_a_call_that_holds_one_table_and_needs_an
     assert (await migrating).returncode == 0
 
 
+@pytest.mark.covers("F79", "P45")
 @pytest.mark.parametrize("later", [BREAK], indirect=True, ids=["break"])
 async def test_a_breaking_migration_stops_the_old_workers_and_goes_on(
     database: str, now: Release, later: Release
@@ -131,6 +134,7 @@ async def test_a_breaking_migration_stops_the_old_workers_and_goes_on(
     assert troubles(database) == []
 
 
+@pytest.mark.covers("F80", "P46")
 @pytest.mark.parametrize("later", [BREAK], indirect=True, ids=["break"])
 async def test_an_old_process_refuses_a_schema_that_it_would_break_on(
     database: str, now: Release, later: Release
@@ -142,6 +146,7 @@ async def test_an_old_process_refuses_a_schema_that_it_would_break_on(
     assert "upgrade pgconductor" in now.command("migrate").stderr
 
 
+@pytest.mark.covers("F80")
 @pytest.mark.parametrize("later", [EXPAND], indirect=True, ids=["expand"])
 async def test_new_commands_work_on_the_old_schema_and_a_new_worker_migrates_it(database: str, later: Release) -> None:
     enqueue(database, 3)

@@ -106,6 +106,7 @@ def _stored_or_refused(codec: Codec[Any], value: Any) -> tuple[str | None, Encod
         return None, error
 
 
+@pytest.mark.covers("F57")
 @pytest.mark.parametrize("annotation", [Any, list[Any], Record | None, float, dict[str, int], Model | None])
 @settings(max_examples=50)
 @given(value=anything | records | models | finite)

@@ -119,6 +119,7 @@ def test_a_child_goes_with_its_root_and_not_before(db: Db) -> None:
     assert exists(db, parent, *children) == [False] * 4
 
 
+@pytest.mark.covers("F76")
 def test_a_waiting_parent_keeps_its_ended_children(db: Db) -> None:
     keep(db)
     parent = ready(db)
@@ -130,6 +131,7 @@ def test_a_waiting_parent_keeps_its_ended_children(db: Db) -> None:
     assert states(db, [parent, child]) == ["ready", "completed"]
 
 
+@pytest.mark.covers("F76")
 def test_a_redriven_child_keeps_its_whole_tree(db: Db) -> None:
     keep(db)
     parent = ready(db)
@@ -268,6 +270,7 @@ def test_who_redrives_what_is_being_pruned_is_told_that_it_is_gone(db: Db, datab
     assert exists(db, parent, child) == [False, False]
 
 
+@pytest.mark.covers("F76")
 def test_a_prune_that_is_killed_leaves_every_tree_whole_or_gone(db: Db, database: str) -> None:
     keep(db)
     parent, children = completed_tree(db, 3)

@@ -43,6 +43,7 @@ async def pruning(dsn: str) -> AsyncGenerator[None]:
     await asyncio.wait([running])
 
 
+@pytest.mark.covers("F76")
 @pytest.mark.fault
 async def test_no_part_of_a_live_tree_is_removed(database: str, app: App, db: Db, working: Working) -> None:
     @app.task(keep_completed=False)

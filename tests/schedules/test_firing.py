@@ -84,6 +84,7 @@ def test_the_next_tick_is_known_to_claims(db: Db) -> None:
     assert call(db, "claim", worker, 3, [], array([]), False, at(10))["schedules"] is None
 
 
+@pytest.mark.covers("F50", "P32")
 def test_p32_the_ticks_are_those_of_the_clock_that_the_database_hands_out(db: Db) -> None:
     declare(db, {})
     look(db, 0)
@@ -95,6 +96,7 @@ def test_p32_the_ticks_are_those_of_the_clock_that_the_database_hands_out(db: Db
     assert row(db)["next_at"] == at(20)
 
 
+@pytest.mark.covers("F53")
 def test_53_of_two_who_fire_a_tick_one_does(db: Db) -> None:
     declare(db, {})
     look(db, 0)
@@ -104,6 +106,7 @@ def test_53_of_two_who_fire_a_tick_one_does(db: Db) -> None:
     assert ticks(db) == [10]
 
 
+@pytest.mark.covers("F53")
 def test_53_of_many_at_the_same_time_one_does(db: Db, database: str) -> None:
     declare(db, {}, {"name": "others"})
     look(db, 0)
@@ -123,6 +126,7 @@ def test_53_of_many_at_the_same_time_one_does(db: Db, database: str) -> None:
     assert ticks(db) == [10, 10]
 
 
+@pytest.mark.covers("F53")
 def test_the_key_of_a_tick_holds_by_itself(db: Db) -> None:
     declare(db, {})
     look(db, 0)
@@ -133,6 +137,7 @@ def test_the_key_of_a_tick_holds_by_itself(db: Db) -> None:
     assert db.execute("select from tick").rowcount == 1
 
 
+@pytest.mark.covers("F41")
 def test_41_a_clock_that_is_put_back_an_hour_fires_nothing_twice(db: Db) -> None:
     declare(db, {})
     for now in (0, 10, 20):
@@ -153,6 +158,7 @@ def test_the_ticks_of_earlier_days_are_forgotten(db: Db) -> None:
     assert row(db, "select min(slot_at) as oldest from tick")["oldest"] > at(2 * 86_400)
 
 
+@pytest.mark.covers("F52")
 def test_52_all_ticks_of_an_outage_run_in_order(db: Db) -> None:
     declare(db, {"catch_up": "all", "expr": "*/10 * * * *"})
     look(db, 0)
@@ -167,6 +173,7 @@ def test_52_all_ticks_of_an_outage_run_in_order(db: Db) -> None:
 # ---------------------------------------------------------------- changed while firing
 
 
+@pytest.mark.covers("F54", "P34")
 @pytest.mark.parametrize("change", [{"expr": "*/7 * * * * *"}, {"zone": "Asia/Tokyo"}])
 def test_54_p34_a_changed_expression_or_zone_leaves_no_old_chain(db: Db, change: Json) -> None:
     declare(db, {})
@@ -180,6 +187,7 @@ def test_54_p34_a_changed_expression_or_zone_leaves_no_old_chain(db: Db, change:
     assert row(db)["next_at"] > at(11)
 
 
+@pytest.mark.covers("F54", "P35")
 def test_54_p35_a_changed_payload_is_that_of_the_next_tick(db: Db) -> None:
     declare(db, {"payload": {"n": 1}})
     look(db, 0)
@@ -192,6 +200,7 @@ def test_54_p35_a_changed_payload_is_that_of_the_next_tick(db: Db) -> None:
     assert (ticks(db), payloads) == ([10, 20], [{"n": 2}, {"n": 2}])
 
 
+@pytest.mark.covers("F54")
 def test_54_a_schedule_paused_while_firing_does_not_fire(db: Db) -> None:
     declare(db, {})
     look(db, 0)
@@ -203,6 +212,7 @@ def test_54_a_schedule_paused_while_firing_does_not_fire(db: Db) -> None:
     assert row(db)["paused_at"] == at(10)
 
 
+@pytest.mark.covers("F54")
 def test_54_a_schedule_removed_while_firing_does_not_fire(db: Db) -> None:
     declare(db, {})
     look(db, 0)
@@ -241,6 +251,7 @@ def test_an_unchanged_schedule_goes_on_over_a_start(db: Db) -> None:
     assert ticks(db) == [10]
 
 
+@pytest.mark.covers("P35")
 def test_the_end_of_its_executions_does_not_end_a_schedule(db: Db) -> None:
     declare(db, {})
     look(db, 0)
@@ -254,6 +265,7 @@ def test_the_end_of_its_executions_does_not_end_a_schedule(db: Db) -> None:
 # ---------------------------------------------------------------- whose schedules
 
 
+@pytest.mark.covers("F68", "P33", "P41")
 def test_p33_p41_a_start_replaces_only_what_its_own_deployment_declared(db: Db) -> None:
     declare(db, {}, {"name": "mine"}, deployment="one")
     declare(db, {}, deployment="two")

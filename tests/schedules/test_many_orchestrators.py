@@ -67,6 +67,7 @@ def span(found: list[datetime]) -> int:
     return int((found[-1] - found[0]).total_seconds()) + 1 if found else 0
 
 
+@pytest.mark.covers("F21", "F53")
 @pytest.mark.slow
 @pytest.mark.timeout(150)
 async def test_sixty_ticks_are_sixty_executions_whoever_dies(spawn: Spawn, db: Db) -> None:
@@ -80,6 +81,7 @@ async def test_sixty_ticks_are_sixty_executions_whoever_dies(spawn: Spawn, db: D
     await until(lambda: set(sixty) <= set(ticks(db, "completed")), 30)
 
 
+@pytest.mark.covers("F21")
 @pytest.mark.parametrize("point", ["before_fire", "after_fire"])
 async def test_a_tick_outlives_the_only_process_that_fires_it(spawn: Spawn, db: Db, point: str) -> None:
     first = spawn(f"{point}:kill:2")

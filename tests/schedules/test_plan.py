@@ -34,6 +34,7 @@ def test_each_tick_runs_however_few_seconds_late(catch_up: CatchUp) -> None:
     assert slots(due("* * * * *", 60, catch_up)) == [60]
 
 
+@pytest.mark.covers("F52")
 @pytest.mark.parametrize(
     ("catch_up", "expected"), [("skip", []), ("latest", [3600.0]), ("all", [600.0 * n for n in range(1, 7)])]
 )
@@ -41,12 +42,14 @@ def test_ticks_of_an_outage_of_an_hour(catch_up: CatchUp, expected: list[float])
     assert slots(due("*/10 * * * *", 3700, catch_up)) == expected
 
 
+@pytest.mark.covers("F52")
 @pytest.mark.parametrize(("catch_up", "count"), [("skip", 1), ("latest", 1), ("all", TICKS_MAX)])
 def test_ticks_of_an_outage_of_a_day_are_bounded(catch_up: CatchUp, count: int) -> None:
     found = slots(due("* * * * *", 86_461.5, catch_up, decided=1))
     assert found == [60.0 * n for n in range(1442)][-count:]
 
 
+@pytest.mark.covers("F52")
 def test_skip_runs_a_tick_that_comes_at_the_end_of_an_outage() -> None:
     assert slots(due("0 * * * *", 2 * 3600 + 5, "skip")) == [7200]
 
@@ -62,18 +65,21 @@ def test_the_answer_names_the_state_that_it_is_an_answer_to() -> None:
     assert (fired.id, fired.revision, fired.until, fired.next_at) == (1, 7, after(601), after(1200))
 
 
+@pytest.mark.covers("F41")
 def test_a_clock_that_is_put_back_fires_nothing_twice() -> None:
     back = plan(due("*/10 * * * *", 0, decided=3600))
     assert back.slots == []
     assert back.next_at == after(4200)
 
 
+@pytest.mark.covers("F50", "P32")
 def test_50_no_clock_but_the_database_s_is_read() -> None:
     for module in (ticks, schedules, scheduler):
         source = inspect.getsource(module)
         assert [word for word in ("datetime.now", "utcnow", "import time", "today(") if word in source] == []
 
 
+@pytest.mark.covers("F51")
 def test_a_zone_that_this_process_lacks_is_told_not_raised() -> None:
     gone = plan(replace(due("* * * * *", 60), zone="Mars/Olympus"))
     assert gone.slots == []

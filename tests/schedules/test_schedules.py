@@ -57,6 +57,7 @@ async def test_an_invocation_finds_the_default_of_the_tick(app: App, working: Wo
         assert await (await report.invoke()).result(20) == "None invoke"
 
 
+@pytest.mark.covers("F63", "P42")
 async def test_63_a_payload_that_looks_like_a_tick_is_plain_data(app: App, working: Working) -> None:
     @app.task(on=[cron("@yearly"), invocable()])
     async def report(ctx: Context, name: str = "", scheduled_at: str = "", tick: Tick | None = None) -> str:
@@ -101,6 +102,7 @@ async def lambda_free(ctx: Context) -> None:
     """A handler that is registered under a name of the test's choice."""
 
 
+@pytest.mark.covers("P41")
 async def test_41_deployments_leave_each_other_their_schedules(app: App, working: Working, db: Db) -> None:
     app.create_task(lambda_free, on=cron("@daily"))
     async with working(), Conductor[None](app.dsn, name="another") as another:
@@ -216,6 +218,7 @@ async def test_what_cannot_be_scheduled_is_refused_at_the_line(
     assert rows(db, "select * from schedules") == []
 
 
+@pytest.mark.covers("P33")
 async def test_dynamic_schedules_outlive_every_start(app: App, working: Working, db: Db) -> None:
     db.execute("select schedule('work', 'made', '@daily')")
     app.create_task(lambda_free, name="work", on=[cron("@daily"), invocable()])

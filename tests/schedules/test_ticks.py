@@ -111,6 +111,7 @@ def test_ticks_are_what_a_scan_of_the_clock_finds(
         assert shown(found, zone) == shown(expected, zone)
 
 
+@pytest.mark.covers("F51")
 @pytest.mark.parametrize("first", range(0, 600, 100))
 def test_a_daily_tick_comes_once_a_day_in_every_zone(first: int) -> None:
     for zone in sorted(available_timezones())[first : first + 100]:
@@ -122,6 +123,7 @@ def test_a_daily_tick_comes_once_a_day_in_every_zone(first: int) -> None:
             assert days == [days[0] + n * DAY for n in range(len(days))], zone
 
 
+@pytest.mark.covers("F51")
 @pytest.mark.parametrize("zone", ZONES)
 def test_a_daily_tick_comes_on_every_day_of_ten_years(zone: str) -> None:
     start, end = datetime(YEARS[0], 1, 1, tzinfo=ZoneInfo(zone)), datetime(YEARS[-1] + 1, 1, 1, tzinfo=ZoneInfo(zone))
@@ -136,6 +138,7 @@ def short(ticks: list[str]) -> list[str]:
     return [datetime.fromisoformat(tick).strftime("%m-%d %H:%M:%S%z") for tick in ticks]
 
 
+@pytest.mark.covers("F51", "P35")
 @pytest.mark.parametrize(
     ("expr", "zone", "after", "expected"),
     [
@@ -165,6 +168,7 @@ def test_days_on_which_the_clock_is_changed(expr: str, zone: str, after: str, ex
     assert short(some(expr, zone, after, len(expected))) == expected
 
 
+@pytest.mark.covers("F55")
 @pytest.mark.parametrize(
     ("expr", "after", "expected"),
     [
@@ -184,6 +188,7 @@ def test_days_that_some_months_and_years_lack(expr: str, after: str, expected: s
     assert some(expr, "UTC", after, 1) == [expected]
 
 
+@pytest.mark.covers("F55")
 @pytest.mark.parametrize("zone", ["UTC", "America/New_York", "Pacific/Kiritimati"])
 def test_there_is_no_tick_after_the_last_year(zone: str) -> None:
     assert Recurrence("0 0 1 12 *", zone).next_after(instant("9999-12-30T00:00Z")) is None
@@ -196,6 +201,7 @@ def test_names_stand_for_fields() -> None:
     assert some("@Daily", "Europe/Berlin", "2026-01-01T00:00Z", 1) == ["2026-01-02T00:00:00+01:00"]
 
 
+@pytest.mark.covers("F55")
 @pytest.mark.parametrize(
     ("expr", "reason"),
     [
@@ -227,6 +233,7 @@ def test_what_cannot_be_read_or_never_fires_is_refused(expr: str, reason: str) -
     assert refusal.value.remedy
 
 
+@pytest.mark.covers("F51")
 def test_an_unknown_zone_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="Mars/Olympus"):
         Recurrence("* * * * *", "Mars/Olympus")

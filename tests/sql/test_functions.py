@@ -35,6 +35,7 @@ def test_plpgsql_check_finds_no_fault(checker: psycopg.Connection) -> None:
     assert faults == []
 
 
+@pytest.mark.covers("F42")
 def test_the_engine_installs_on_the_oldest_postgres(checker: psycopg.Connection) -> None:
     assert schema.is_current(checker)
     assert checker.execute("select invoke from pgconductor.invoke('work')").rowcount == 1

@@ -138,6 +138,7 @@ REFUSALS: list[tuple[Any, Any, str, str]] = [
 ]
 
 
+@pytest.mark.covers("F56", "F57", "F60")
 @pytest.mark.parametrize(("annotation", "value", "path", "reason"), REFUSALS, ids=range(len(REFUSALS)))
 def test_refusal_names_path_and_remedy(annotation: Any, value: Any, path: str, reason: str) -> None:
     with pytest.raises(EncodeError) as caught:
@@ -148,6 +149,7 @@ def test_refusal_names_path_and_remedy(annotation: Any, value: Any, path: str, r
     assert is_permanent(caught.value)
 
 
+@pytest.mark.covers("F60")
 @pytest.mark.parametrize("levels", [101, 300, 100_000])
 @pytest.mark.parametrize("annotation", [Any, Model | Any])
 def test_deep_nesting_is_refused_and_not_a_recursion_error(annotation: Any, levels: int) -> None:
@@ -159,12 +161,14 @@ def test_one_hundred_levels_are_stored() -> None:
     assert codec_for(Any).decode(codec_for(Any).encode(_nested(100))) == _nested(100)
 
 
+@pytest.mark.covers("F59")
 @pytest.mark.parametrize("annotation", [str, Any, str | Model])
 def test_one_byte_over_the_limit_is_refused(annotation: Any) -> None:
     with pytest.raises(EncodeError, match=f"{VALUE_BYTES_MAX + 1} bytes of JSON, at most {VALUE_BYTES_MAX}"):
         codec_for(annotation).encode("a" * (VALUE_BYTES_MAX - 1))
 
 
+@pytest.mark.covers("F59")
 def test_size_is_looked_at_before_anything_else() -> None:
     with pytest.raises(EncodeError, match="bytes of JSON") as caught:
         codec_for(Any).encode(["\0" * VALUE_BYTES_MAX])
@@ -227,6 +231,7 @@ def test_printable_name_is_accepted_unchanged(name: str) -> None:
     assert check_name("step", name) is name
 
 
+@pytest.mark.covers("F61")
 @pytest.mark.parametrize(
     "name", ["", "a\0b", "a\nb", "\ud800", "\u202e", "x" * (NAME_BYTES_MAX + 1), "ü" * 101, 7, None]
 )

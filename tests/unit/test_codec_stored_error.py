@@ -104,6 +104,7 @@ def test_group_keeps_each_member_and_its_notes() -> None:
     assert "  KeyError: 'b'" in stored.render()
 
 
+@pytest.mark.covers("F60")
 @pytest.mark.parametrize(
     "error", [Rude(), ValueError(), ValueError(RudeText("x")), Base("x"), KeyboardInterrupt(), ValueError("a\0\ud800")]
 )
@@ -115,6 +116,7 @@ def test_any_error_can_be_stored(error: BaseException) -> None:
     assert error_from_json(text).type.endswith(type(error).__qualname__)
 
 
+@pytest.mark.covers("F56")
 def test_what_postgres_refuses_is_escaped() -> None:
     assert _stored(ValueError("a\0b\ud800")).message == r"a\x00b\ud800"
 

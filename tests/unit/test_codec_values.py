@@ -127,6 +127,7 @@ VALUES: list[tuple[Any, Any]] = [
 ]
 
 
+@pytest.mark.covers("F57")
 @pytest.mark.parametrize(
     ("annotation", "value"), VALUES, ids=[f"{kind}-{number}" for number, (kind, _) in enumerate(VALUES)]
 )
@@ -180,6 +181,7 @@ def test_every_form_of_text_that_a_driver_returns_is_read(annotation: Any, raw: 
     assert codec_for(annotation).decode(raw) == [1]
 
 
+@pytest.mark.covers("F59")
 def test_value_of_exactly_the_size_limit_is_stored() -> None:
     text = "a" * (VALUE_BYTES_MAX - 2)
 

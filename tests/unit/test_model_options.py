@@ -59,6 +59,7 @@ def test_window_without_zone_is_in_utc() -> None:
     assert config.window == Window(time(8, 30), time(17), "UTC")
 
 
+@pytest.mark.covers("F62")
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -123,6 +124,7 @@ def test_options_of_the_call_win_and_the_rest_is_filled_in() -> None:
     assert NO_OPTIONS.over(many) == many
 
 
+@pytest.mark.covers("F62")
 @pytest.mark.parametrize(
     ("options", "message"),
     [

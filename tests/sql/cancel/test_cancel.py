@@ -46,6 +46,7 @@ def in_state(db: Db, name: str) -> str:
     return id
 
 
+@pytest.mark.covers("F70")
 @pytest.mark.parametrize("name", ["scheduled", "ready", "backing off", "waiting"])
 def test_what_does_not_run_ends_at_once(db: Db, name: str) -> None:
     id = in_state(db, name)
@@ -69,6 +70,7 @@ def test_a_cancel_says_whom_to_notify(db: Db) -> None:
     assert call(db, "cancel", UUID(id), "x")["watchers"] == [str(WORKER)]
 
 
+@pytest.mark.covers("F70")
 @pytest.mark.parametrize("name", ["ready", "running"])
 def test_a_second_cancel_changes_nothing(db: Db, name: str) -> None:
     id = in_state(db, name)
@@ -78,6 +80,7 @@ def test_a_second_cancel_changes_nothing(db: Db, name: str) -> None:
     assert count(db, "signal") == (name == "running")
 
 
+@pytest.mark.covers("F70")
 def test_what_has_ended_stays_as_it_is(db: Db) -> None:
     id = in_state(db, "running")
     complete(db, id, 1)
@@ -89,6 +92,7 @@ def test_an_unknown_id_is_unknown(db: Db) -> None:
     assert cancel(db, str(uuid4())) == "unknown"
 
 
+@pytest.mark.covers("F70", "P17")
 def test_the_whole_tree_is_cancelled(db: Db) -> None:
     ids = chain(db, 3)
     finish(db, ids[3])
@@ -96,6 +100,7 @@ def test_the_whole_tree_is_cancelled(db: Db) -> None:
     assert states(db, ids) == ["cancelled"] * 3 + ["completed"]
 
 
+@pytest.mark.covers("F70", "P16")
 def test_the_middle_of_a_tree_answers_upwards_and_cancels_downwards(db: Db) -> None:
     ids = chain(db, 3)
     cancel(db, ids[1])
@@ -134,6 +139,7 @@ def test_all_children_cancelled_one_by_one_answer_the_fan_out(db: Db) -> None:
     assert (state(db, parent), step(db, parent, "all")["status"]) == ("ready", "completed")
 
 
+@pytest.mark.covers("P18")
 def test_a_running_parent_keeps_running_while_its_children_end(db: Db) -> None:
     id = in_state(db, "running")
     start = op(id, "s", "start", {})

@@ -57,6 +57,7 @@ def test_no_more_than_the_limit_is_claimed(db: Db, limit: int) -> None:
     assert len(claim(db, limit=limit)) == min(limit, 3)
 
 
+@pytest.mark.covers("P31")
 def test_higher_priority_goes_first_and_equals_in_the_order_of_their_call(db: Db) -> None:
     priorities = [0, 5, -1, 5, 32_767, 0]
     ids = enqueue_many(db, *[{"priority": priority} for priority in priorities])
@@ -81,6 +82,7 @@ def test_woken_goes_before_fresh_of_its_priority(db: Db) -> None:
     assert got == [urgent, first, fresh]
 
 
+@pytest.mark.covers("F72")
 def test_future_work_is_not_claimed(db: Db) -> None:
     enqueue(db, delay=60)
     assert claim(db, now=59, fire=True) == []
@@ -93,6 +95,7 @@ def test_a_claim_says_when_the_next_timer_is_due(db: Db) -> None:
     assert answer["next_due"] == 40
 
 
+@pytest.mark.covers("F68", "P29")
 def test_an_unknown_task_is_not_claimed_and_costs_nothing(db: Db) -> None:
     foreign, ours = enqueue(db, "foreign"), enqueue(db)
     assert claim_one(db, tasks=["work"]) == ours

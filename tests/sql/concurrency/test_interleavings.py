@@ -92,6 +92,7 @@ def only(db: Db) -> str:
     return str(found["id"])
 
 
+@pytest.mark.covers("F70", "P23")
 @pytest.mark.parametrize("move", MOVES)
 @pytest.mark.parametrize("cancel_first", [True, False])
 def test_a_cancel_never_misses_what_moves(db: Db, pair: tuple[Db, Db], move: str, cancel_first: bool) -> None:
@@ -255,6 +256,7 @@ def acts_on(tree: dict[str, str]) -> dict[str, Act]:
 NAMES = list(acts_on({"root": "", "parent": "", "a": "", "c": "", "running": ""}))
 
 
+@pytest.mark.covers("F35", "F70")
 @pytest.mark.parametrize(("one", "two"), list(permutations(NAMES, 2)))
 def test_no_pair_deadlocks_or_loses_anything(db: Db, pair: tuple[Db, Db], one: str, two: str) -> None:
     tree = grow(db)
@@ -264,6 +266,7 @@ def test_no_pair_deadlocks_or_loses_anything(db: Db, pair: tuple[Db, Db], one: s
     assert "nowhere" not in states(db, live)
 
 
+@pytest.mark.covers("F35")
 def test_three_sessions_at_once_do_not_deadlock(db: Db, database: str) -> None:
     trees = [grow_small(db, n) for n in range(12)]
 

@@ -60,6 +60,7 @@ def test_nothing_to_enqueue_is_no_error(db: Db) -> None:
     assert enqueue_many(db) == []
 
 
+@pytest.mark.covers("F45")
 def test_a_repetition_after_a_lost_reply_makes_no_second_execution(db: Db) -> None:
     calls = [{"id": str(uuid4())}, {"id": str(uuid4()), "dedupe_key": "k"}]
     first = enqueue_many(db, *calls)
@@ -92,6 +93,7 @@ def test_a_call_may_name_another_queue(db: Db) -> None:
     assert found == {"queue": "mail"}
 
 
+@pytest.mark.covers("F62")
 @pytest.mark.parametrize("priority", [32_768, -32_769, 10**12])
 def test_a_priority_out_of_range_is_refused(db: Db, priority: int) -> None:
     with pytest.raises(errors.NumericValueOutOfRange):
@@ -99,6 +101,7 @@ def test_a_priority_out_of_range_is_refused(db: Db, priority: int) -> None:
     assert count(db, "execution") == 0
 
 
+@pytest.mark.covers("F61")
 @pytest.mark.parametrize("task", [None, "", "x" * 201])
 def test_a_task_needs_a_name_of_at_most_200_bytes(db: Db, task: str | None) -> None:
     with pytest.raises(psycopg.IntegrityError):
@@ -114,6 +117,7 @@ def test_a_key_is_one_execution(db: Db) -> None:
     assert count(db, "execution") == 1
 
 
+@pytest.mark.covers("P36")
 def test_a_key_holds_for_what_runs_and_for_what_has_ended(db: Db) -> None:
     register(db, "work")
     id = enqueue(db, dedupe_key="k")
@@ -234,6 +238,7 @@ def test_invoke_refuses_an_unknown_word(db: Db) -> None:
         db.execute("select invoke('work', on_duplicate => 'drop')")
 
 
+@pytest.mark.covers("F62")
 def test_invoke_refuses_a_time_that_never_comes(db: Db) -> None:
     with pytest.raises(psycopg.Error, match="finite"):
         db.execute("select invoke('work', run_at => 'infinity')")

@@ -32,6 +32,7 @@ def test_a_value_goes_up_one_level_at_a_time(db: Db, depth: int) -> None:
     assert [row(db, id)["depth"] for id in ids] == list(range(depth + 1))
 
 
+@pytest.mark.covers("P15")
 @pytest.mark.parametrize("depth", [1, 2, 3])
 def test_a_failure_goes_up_one_level_at_a_time(db: Db, depth: int) -> None:
     ids = chain(db, depth)
@@ -42,6 +43,7 @@ def test_a_failure_goes_up_one_level_at_a_time(db: Db, depth: int) -> None:
         claim(db, token=100 + level - 1)
 
 
+@pytest.mark.covers("P16")
 def test_a_cancelled_child_answers_its_parent(db: Db) -> None:
     parent, child = parent_and_child(db)
     assert cancel(db, child, reason="because") == "cancelled"
@@ -91,6 +93,7 @@ def test_a_child_and_its_parent_may_end_in_one_batch(db: Db) -> None:
     assert count(db, "lease") <= 1
 
 
+@pytest.mark.covers("P17")
 def test_the_children_of_a_failed_parent_are_cancelled_to_any_depth(db: Db) -> None:
     ids = chain(db, 3)
     assert cancel(db, ids[0]) == "cancelled"

@@ -65,6 +65,7 @@ def test_one_session_fires_at_a_time(db: Db, database: str) -> None:
         assert fire(db, 5) == 0
 
 
+@pytest.mark.covers("P22")
 def test_a_timeout_cancels_the_child_and_its_subtree(db: Db) -> None:
     timeout = {"type": "ChildTimeout", "message": "timed out after 30s"}
     parent, child = parent_and_child(db, due_in=30, timeout_error=timeout)
@@ -76,6 +77,7 @@ def test_a_timeout_cancels_the_child_and_its_subtree(db: Db) -> None:
     assert (answered["status"], answered["error"]) == ("timed_out", timeout)
 
 
+@pytest.mark.covers("P18", "P22")
 def test_a_timeout_tells_a_child_that_runs_and_wakes_the_parent_at_once(db: Db) -> None:
     parent, child = parent_and_child(db, due_in=30)
     claim(db)
@@ -126,6 +128,7 @@ def test_the_first_answer_wins_over_a_deadline(db: Db) -> None:
     assert step(db, parent, "call")["status"] == "completed"
 
 
+@pytest.mark.covers("P19")
 def test_one_of_two_calls_times_out_and_the_other_goes_on(db: Db) -> None:
     register(db, "work", "child")
     id = enqueue(db)

@@ -59,6 +59,7 @@ def test_parking_is_free_of_charge(db: Db, running: str) -> None:
     assert (row(db, running)["failures"], row(db, running)["crashes"]) == (0, 0)
 
 
+@pytest.mark.covers("P6")
 def test_a_park_that_is_repeated_makes_one_child(db: Db, running: str) -> None:
     operation = op(running, "call", "invoke", {})
     park(db, running, operation)

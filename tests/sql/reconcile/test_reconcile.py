@@ -32,6 +32,7 @@ def reconcile(db: Db, *known: int) -> object:
     return call(db, "reconcile", WORKER, array(known), at(0))
 
 
+@pytest.mark.covers("P5")
 def test_a_claim_whose_reply_was_lost_is_given_back(db: Db) -> None:
     register(db, "work")
     ids = enqueue_many(db, *blank(2))

@@ -71,6 +71,7 @@ def test_a_task_that_moves_leaves_its_old_work_where_it_is(db: Db) -> None:
     assert (claim_one(db), claim_one(db, queue="mail", token=2)) == (old, new)
 
 
+@pytest.mark.covers("F77")
 def test_ten_processes_register_at_once(db: Db, database: str) -> None:
     def start(n: int) -> None:
         with session(database) as mine:
@@ -125,6 +126,7 @@ def test_a_beat_says_since_when_its_process_is_stopping(db: Db) -> None:
 # ---------------------------------------------------------------- pause
 
 
+@pytest.mark.covers("F75")
 def test_a_paused_queue_is_not_claimed_and_loses_nothing(db: Db) -> None:
     register(db, "work")
     id = enqueue(db)
@@ -134,6 +136,7 @@ def test_a_paused_queue_is_not_claimed_and_loses_nothing(db: Db) -> None:
     assert claim_one(db) == id
 
 
+@pytest.mark.covers("F75")
 def test_what_runs_in_a_paused_queue_goes_on(db: Db) -> None:
     register(db, "work")
     id = enqueue(db)

@@ -36,6 +36,7 @@ def test_a_step_is_recorded_with_its_value(db: Db, running: str) -> None:
     assert (step(db, running, "a")["value"], step(db, running, "b")["status"]) == ("a", "completed")
 
 
+@pytest.mark.covers("F58", "P13")
 @pytest.mark.parametrize("value", [0, "", False, [], None, {}])
 def test_empty_values_come_back_equal(db: Db, running: str, value: object) -> None:
     steps = [{"id": running, "token": 1, "name": "a", "round": 0, "kind": "step", "value": value}]
@@ -55,6 +56,7 @@ def test_a_name_repeated_in_one_batch_is_recorded_once(db: Db, running: str) -> 
     assert count(db, "step") == 1
 
 
+@pytest.mark.covers("F24", "P2")
 def test_a_stale_token_records_nothing(db: Db, running: str) -> None:
     assert save(db, running, "a", token=2, ops=[op(running, "s", "start", {})])["lost"] == [running]
     assert count(db, "step") == 0

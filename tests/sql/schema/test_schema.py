@@ -75,6 +75,7 @@ async def test_migrating_does_not_block_the_loop(empty: str) -> None:
     assert await schema.migrate_async(empty) == []
 
 
+@pytest.mark.covers("F77", "P44")
 def test_ten_installers_at_once_install_once(empty: str, conn: Connection) -> None:
     installers = [Background(lambda: schema.migrate(empty)) for _ in range(10)]
     done = [title for each in installers for title in each.result()]
@@ -82,6 +83,7 @@ def test_ten_installers_at_once_install_once(empty: str, conn: Connection) -> No
     assert schema.is_current(conn)
 
 
+@pytest.mark.covers("F78", "P44")
 @pytest.mark.parametrize("steps", [0, 1, 2])
 def test_an_installation_that_was_killed_goes_on_where_it_was(empty: str, conn: Connection, steps: int) -> None:
     for step in range(steps):
@@ -164,6 +166,7 @@ def test_an_upgrade_drops_nothing_that_old_workers_call(conn: Connection) -> Non
     assert run(conn, "select pgconductor.gone()") == [(1,)]
 
 
+@pytest.mark.covers("F80", "P46")
 def test_an_unknown_additive_migration_is_accepted_and_a_breaking_one_refused(conn: Connection) -> None:
     schema.migrate(conn)
     run(conn, "insert into pgconductor.migration values (900, 'later', 'x', '999.0.0', false)")
@@ -192,6 +195,7 @@ def test_a_schema_that_an_administrator_made_is_taken(conn: Connection) -> None:
     assert schema.migrate(conn) == TITLES
 
 
+@pytest.mark.covers("F42")
 def test_a_role_that_may_not_create_schemas_can_use_its_own(conn: Connection, empty: str) -> None:
     role = f"plain_{uuid4().hex[:8]}"
     run(conn, f"create role {role}; create schema pgconductor authorization {role}; set role {role}")
@@ -199,6 +203,7 @@ def test_a_role_that_may_not_create_schemas_can_use_its_own(conn: Connection, em
     run(conn, f"reset role; drop owned by {role} cascade; drop role {role}")
 
 
+@pytest.mark.covers("F78")
 def test_a_lock_that_is_held_is_waited_for_without_queueing(conn: Connection, empty: str) -> None:
     schema.migrate(conn)
     run(conn, "update pgconductor.migration set checksum = 'older' where version = 0")
@@ -211,6 +216,7 @@ def test_a_lock_that_is_held_is_waited_for_without_queueing(conn: Connection, em
         assert len(installer.result()) == 1
 
 
+@pytest.mark.covers("F78")
 def test_a_lock_that_is_never_released_is_reported(
     conn: Connection, empty: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -235,11 +241,13 @@ def test_asking_whether_it_is_current_spoils_no_transaction(empty: str) -> None:
         conn.execute("select from mine")
 
 
+@pytest.mark.covers("F36")
 def test_strict_sessions_can_install_too(empty: str) -> None:
     with psycopg.connect(empty, options="-c default_transaction_isolation=serializable", autocommit=True) as conn:
         assert schema.migrate(conn) == TITLES
 
 
+@pytest.mark.covers("F42")
 def test_an_encoding_without_characters_is_refused(server: str, conn: Connection) -> None:
     name = f"pgconductor_ascii_{uuid4().hex[:8]}"
     run(conn, f"create database {name} encoding 'SQL_ASCII' locale 'C' template template0")

@@ -92,6 +92,7 @@ def test_what_each_outcome_costs(db: Db, running: str, how: str, failures: int, 
     assert (row(db, running)["failures"], row(db, running)["crashes"]) == (failures, crashes)
 
 
+@pytest.mark.covers("P14")
 @pytest.mark.parametrize("value", [0, "", False, [], None, {"a": [1.5]}])
 def test_a_result_comes_back_equal(db: Db, running: str, value: object) -> None:
     complete(db, running, value)
@@ -129,6 +130,7 @@ def test_settle_tells_when_the_next_timer_is_due(db: Db, running: str) -> None:
 # ---------------------------------------------------------------- the fence
 
 
+@pytest.mark.covers("P2")
 @pytest.mark.parametrize("how", WAYS)
 def test_a_stale_token_moves_nothing(db: Db, running: str, how: str) -> None:
     assert end(db, running, how, token=2)["lost"] == [running]
@@ -136,6 +138,7 @@ def test_a_stale_token_moves_nothing(db: Db, running: str, how: str) -> None:
     assert (count(db, "timer"), count(db, "step")) == (0, 0)
 
 
+@pytest.mark.covers("F12", "P6")
 @pytest.mark.parametrize("how", WAYS)
 @pytest.mark.parametrize("again", WAYS)
 def test_a_repetition_after_a_lost_reply_moves_nothing(db: Db, running: str, how: str, again: str) -> None:
@@ -145,6 +148,7 @@ def test_a_repetition_after_a_lost_reply_moves_nothing(db: Db, running: str, how
     assert (state(db, running), row(db, running), count(db, "timer")) == before
 
 
+@pytest.mark.covers("F23", "P2", "P12")
 @pytest.mark.parametrize("how", WAYS)
 def test_a_late_settle_of_an_execution_that_was_claimed_again_is_refused(db: Db, running: str, how: str) -> None:
     release(db, running)
@@ -153,6 +157,7 @@ def test_a_late_settle_of_an_execution_that_was_claimed_again_is_refused(db: Db,
     assert state(db, running) == "running"
 
 
+@pytest.mark.covers("F29")
 @pytest.mark.parametrize("how", WAYS)
 def test_another_process_with_the_same_token_is_refused(db: Db, running: str, how: str) -> None:
     register(db, worker=UUID(int=2))
@@ -202,6 +207,7 @@ def test_the_lost_of_a_batch_cost_the_others_nothing(db: Db, running: str) -> No
     assert state(db, running) == "completed"
 
 
+@pytest.mark.covers("P12")
 def test_several_outcomes_of_one_execution_count_once(db: Db, running: str) -> None:
     settle(db, *[{"id": running, "outcome": "retried", "delay": 1}] * 2)
     assert (state(db, running), row(db, running)["failures"], count(db, "timer")) == ("scheduled", 1, 1)
@@ -246,6 +252,7 @@ def test_a_child_that_runs_is_told_when_its_parent_fails(db: Db, running: str) -
     assert state(db, child) == "cancelled"
 
 
+@pytest.mark.covers("F70", "P11")
 @pytest.mark.parametrize("how", WAYS)
 def test_a_cancel_request_wins_over_every_outcome(db: Db, running: str, how: str) -> None:
     assert cancel(db, running) == "requested"
@@ -254,6 +261,7 @@ def test_a_cancel_request_wins_over_every_outcome(db: Db, running: str, how: str
     assert (found["outcome"], found["result"]) == ("cancelled", None)
 
 
+@pytest.mark.covers("P27")
 def test_a_batch_of_cancelled_and_live_settles_both(db: Db) -> None:
     register(db, "work")
     ids = enqueue_many(db, *blank(2))

@@ -56,6 +56,7 @@ def lose(db: Db, id: str, times: int) -> None:
         sweep(db, 100 * n + 30)
 
 
+@pytest.mark.covers("P1")
 def test_the_work_of_a_silent_process_is_ready_again(db: Db) -> None:
     register(db, "work")
     id = enqueue(db)
@@ -75,6 +76,7 @@ def test_a_beat_keeps_the_work(db: Db) -> None:
     assert state(db, id) == "running"
 
 
+@pytest.mark.covers("P3")
 def test_a_swept_process_is_told_at_its_next_beat_and_settles_nothing(db: Db) -> None:
     register(db, "work")
     id = enqueue(db)
@@ -96,6 +98,7 @@ def test_recorded_steps_survive_the_process(db: Db) -> None:
     assert ([s[0] for s in claimed["steps"]], claimed["crashes"]) == (["a"], 1)
 
 
+@pytest.mark.covers("P4")
 def test_the_crash_budget_ends_in_worker_lost(db: Db) -> None:
     register(db, "work", now=1000)
     id = enqueue(db)
@@ -108,6 +111,7 @@ def test_the_crash_budget_ends_in_worker_lost(db: Db) -> None:
     assert (state(db, id), row(db, id)["error"]["type"]) == ("failed", "pgconductor.errors.WorkerLost")
 
 
+@pytest.mark.covers("P16")
 def test_worker_lost_answers_the_parent_and_cancels_the_children(db: Db) -> None:
     ids = chain(db, 1)
     start = op(ids[1], "s", "start", {})
@@ -118,6 +122,7 @@ def test_worker_lost_answers_the_parent_and_cancels_the_children(db: Db) -> None
     assert step(db, ids[0], "call")["error"]["type"] == "pgconductor.errors.WorkerLost"
 
 
+@pytest.mark.covers("F70")
 def test_a_cancelled_execution_ends_when_its_process_is_swept(db: Db) -> None:
     parent, child = parent_and_child(db)
     claim(db)
