@@ -24,7 +24,7 @@ NAMES = [workload.name for workload in ALL]
 def main(rounds: int, only: tuple[str, ...], output: Path, statements: bool) -> None:
     """Measure the engine on a Postgres of its own. Leaves with 1 when a round was not correct."""
     console = Console(width=None if sys.stdout.isatty() else 160)
-    chosen = [each for each in ALL if not only or any(each.name.startswith(name) for name in only)]
+    chosen = _choose(only)
     with running_server(nested=statements) as server:
         report = Report(machine.describe(), server.describe())
         for workload in chosen:
@@ -35,6 +35,14 @@ def main(rounds: int, only: tuple[str, ...], output: Path, statements: bool) -> 
     report.write(output)
     console.print(f"written to {output}")
     sys.exit(bool(report.faults))
+
+
+def _choose(only: tuple[str, ...]) -> list[Workload]:
+    """Return the workloads of these names or beginnings of names; all without one."""
+    for name in only:
+        if not any(each.startswith(name) for each in NAMES):
+            raise click.BadParameter(f"no workload is called {name!r}: {', '.join(NAMES)}", param_hint="--only")
+    return [each for each in ALL if not only or each.name.startswith(only)]
 
 
 def _measure(console: Console, server: Server, workload: Workload, number: int) -> Sample:

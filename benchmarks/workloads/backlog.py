@@ -5,14 +5,11 @@ measurement. `--backlog` sets how many of each kind.
 """
 
 import os
-import time
 
-from benchmarks.measure import CONCURRENCY, Bench, Sample, Workload, bench
+from benchmarks.claims import claim_ms, register_task
+from benchmarks.measure import Sample, Workload, bench
 from benchmarks.server import Server
-from benchmarks.tasks import QUEUE
 
-CLAIMS = 200
-BATCH = 100
 QUEUES = 1_000
 ROWS = int(os.environ.get("BENCH_BACKLOG", "200000"))
 
@@ -39,35 +36,15 @@ insert into pgconductor.execution (id, created_at, lane_id, payload, outcome, fi
 async def run(server: Server) -> Sample:
     """Return what a claim costs beside a backlog, as a multiple of what it costs without."""
     async with bench(server) as it:
-        empty = await claim_ms(it)
+        empty = await claim_ms(it, priority=1)
     async with bench(server) as it:
+        await register_task(it, "noop")
         await it.tasks.noop.invoke(0)
         for statement in FILL.format(rows=ROWS, queues=QUEUES).split(";\n"):
             if statement.strip():
                 await it.database.execute(statement)
-        full = await claim_ms(it)
-    details = {"empty_ms": empty, "full_ms": full, "rows_of_each_kind": float(ROWS), "concurrency": CONCURRENCY}
-    return Sample(full / empty, details)
-
-
-async def claim_ms(it: Bench) -> float:
-    """Claim in batches of 100 what was enqueued before all else; return the milliseconds of one claim."""
-    first = [it.tasks.noop.with_options(priority=1).bind(number) for number in range(CLAIMS * BATCH)]
-    await it.app.invoke_many(first)
-    await it.app.resume(QUEUE)
-    await it.database.settle_down()
-    queue = await it.database.value("select id from pgconductor.queue where name = %s", QUEUE)
-    task = await it.database.value("select id from pgconductor.task where name = 'noop'")
-    me = await it.database.value("select gen_random_uuid()")
-    await it.database.value(
-        "select cast(pgconductor.register_orchestrator(%s, 'bench', '0', 'bench', 1, '{}') as text)", me
-    )
-    wants = f'[{{"queue": {queue}, "limit": {BATCH}}}]'
-    began_at = time.perf_counter()
-    for token in range(CLAIMS):
-        claim = "select length(cast(pgconductor.claim(%s, %s, %s, %s) as text))"
-        await it.database.value(claim, me, token, wants, [task])
-    return (time.perf_counter() - began_at) * 1000 / CLAIMS
+        full = await claim_ms(it, priority=1)
+    return Sample(full / empty, {"empty_ms": empty, "full_ms": full, "rows_of_each_kind": float(ROWS)})
 
 
 WORKLOADS = [Workload("backlog", "a claim of 100 beside a backlog, against none", "times", run)]

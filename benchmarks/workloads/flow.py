@@ -6,32 +6,20 @@ a paused queue, of a full task, and of a task that the process does not know; as
 `flow-admit`: a thousand executions of as many keys, through their limit.
 """
 
-import json
 import os
-import time
 
+from benchmarks.claims import BATCH, Claims, claim_ms, register_task
 from benchmarks.measure import Bench, Sample, Workload, bench, drain, ran_once
 from benchmarks.server import Server
 from benchmarks.tasks import QUEUE
 
 COUNT = 10_000
-CLAIMS = 200
-BATCH = 100
 HELD = int(os.environ.get("BENCH_HELD", "100000"))
-
-REGISTER = "select cast(pgconductor.register_tasks('bench', cast(%s as json)) as text)"
-CLAIM = "select cast(pgconductor.claim(%s, %s, %s, %s) as text)"
 
 
 async def _fill(it: Bench, count: int) -> None:
     for start in range(1, count, 5_000):
         await it.app.invoke_many([it.tasks.noop.bind(number) for number in range(start, min(count, start + 5_000))])
-
-
-async def _limited_task(it: Bench, name: str, limit: int, key: str | None = None, queue: str = QUEUE) -> int:
-    limits = [{"kind": "concurrency", "key_path": key, "max": limit}]
-    task = {"name": name, "queue": queue, "max_attempts": 3, "max_crashes": 5, "limits": limits}
-    return int(json.loads(await it.database.value(REGISTER, json.dumps([task])))[0]["id"])
 
 
 async def _hold(it: Bench, task: str, count: int, queue: str = QUEUE) -> None:
@@ -50,7 +38,7 @@ async def _seconds(server: Server, *, limited: bool) -> tuple[float, list[str]]:
     async with bench(server) as it:
         await it.tasks.noop.invoke(0)
         if limited:
-            await _limited_task(it, "limited", 1)
+            await register_task(it, "limited", limit=1)
             await it.database.value("select cast(pgconductor.set_limit('limited', 0) as text)")
             await _hold(it, "limited", COUNT)
         await _fill(it, COUNT)
@@ -66,39 +54,12 @@ async def run_drain(server: Server) -> Sample:
     return Sample(alone / beside, {"alone_per_s": COUNT / alone, "beside_per_s": COUNT / beside}, faults + more)
 
 
-async def _claim_ms(it: Bench) -> float:
-    await it.app.invoke_many([it.tasks.noop.bind(number) for number in range(CLAIMS * BATCH)])
-    await it.app.resume(QUEUE)
-    await it.database.settle_down()
-    me = await _join(it)
-    queue = await it.database.value("select id from pgconductor.queue where name = %s", QUEUE)
-    known = await it.database.value(
-        "select array_agg(id) from pgconductor.task where name in ('noop', 'closed', 'full', 'paused')"
-    )
-    paused = await it.database.value("select coalesce((select id from pgconductor.queue where name = 'paused'), 0)")
-    wants = json.dumps([{"queue": queue, "limit": BATCH}, {"queue": paused, "limit": BATCH}])
-    began_at = time.perf_counter()
-    for token in range(CLAIMS):
-        await it.database.value(CLAIM, me, token, wants, known)
-    return (time.perf_counter() - began_at) * 1000 / CLAIMS
-
-
-async def _join(it: Bench) -> object:
-    me = await it.database.value("select gen_random_uuid()")
-    await it.database.value(
-        "select cast(pgconductor.register_orchestrator(%s, 'bench', '0', 'bench', 1, '{}') as text)", me
-    )
-    return me
-
-
 async def run_held(server: Server) -> Sample:
     """Return what a claim costs beside rows that may not run, as a multiple of what it costs without."""
     async with bench(server) as it:
-        await it.tasks.noop.invoke(0)
-        empty = await _claim_ms(it)
+        empty = await claim_ms(it)
     async with bench(server) as it:
-        await it.tasks.noop.invoke(0)
-        await _limited_task(it, "full", 1)
+        await register_task(it, "full", limit=1)
         await it.database.value("select cast(pgconductor.set_limit('full', 0) as text)")
         for name, queue in (("full", QUEUE), ("closed", QUEUE), ("foreign", QUEUE), ("paused", "paused")):
             await _hold(it, name, HELD, queue)
@@ -108,24 +69,20 @@ async def run_held(server: Server) -> Sample:
             "window_start = (now() at time zone 'UTC' + interval '2 h')::time, "
             "window_end = (now() at time zone 'UTC' + interval '3 h')::time where name = 'closed'"
         )
-        held = await _claim_ms(it)
+        claims = Claims(it, (QUEUE, "paused"), ("noop", "closed", "full", "paused"))
+        held = await claim_ms(it, claims)
     return Sample(held / empty, {"empty_ms": empty, "held_ms": held, "rows_of_each_kind": float(HELD)})
 
 
 async def run_admit(server: Server) -> Sample:
     """Return the milliseconds in which a thousand keyed executions pass their limit."""
     async with bench(server) as it:
-        task = await _limited_task(it, "keyed", 1, "key", "keyed")
+        await register_task(it, "keyed", queue="keyed", limit=1, key="key")
         await _hold(it, "keyed", 1_000, "keyed")
         await it.database.settle_down()
-        me = await _join(it)
-        queue = await it.database.value("select id from pgconductor.queue where name = 'keyed'")
-        taken, began_at = 0, time.perf_counter()
-        for token in range(10):
-            wants = json.dumps([{"queue": queue, "limit": BATCH}])
-            taken += len(json.loads(await it.database.value(CLAIM, me, token, wants, [task]))["claimed"] or [])
-        ms = (time.perf_counter() - began_at) * 1000
-    return Sample(ms, {"taken": float(taken)}, [] if taken == 1_000 else [f"{taken} of 1,000 were admitted"])
+        claims = Claims(it, ("keyed",), ("keyed",))
+        await claims.join()
+        return Sample(await claims.milliseconds(1_000 // BATCH) * 1_000 / BATCH)
 
 
 WORKLOADS = [

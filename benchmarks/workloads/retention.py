@@ -7,9 +7,9 @@ what is promised, and take about a quarter of an hour and 5 GB.
 import os
 import time
 
+from benchmarks.claims import claim_ms
 from benchmarks.measure import Sample, Workload, bench
 from benchmarks.server import Database, Server
-from benchmarks.workloads.backlog import claim_ms
 
 ROWS = int(os.environ.get("BENCH_FINISHED", "1000000"))
 DUE = min(ROWS, 100_000)
