@@ -13,7 +13,13 @@ MIGRATIONS := $(wildcard src/pgconductor/sql/migrations/*.sql)
 FIND_PYTHON = for name in $(PYTHON) python3 python3.13 python3.14 python3.12 python3.11 python; do \
   "$$name" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { command -v "$$name"; break; }; done
 
-.PHONY: setup demo test faults check bench clean lock
+# make chaos SEED=7 draws seed 7 again; make chaos SEEDS=200 goes on where CHAOS_RESULTS ends.
+SEED ?= 1
+SEEDS ?= 1
+CHAOS_RESULTS ?= .chaos/results.jsonl
+CHAOS_ARGS ?=
+
+.PHONY: setup demo test faults check bench chaos clean lock
 
 setup: $(STAMP)
 
@@ -57,6 +63,10 @@ endif
 
 bench: setup
 	@$(BENCH)
+
+# Real workers and a real Postgres, killed, stopped and cut off under load: about twelve seconds a seed.
+chaos: setup
+	@$(BIN)/python -m tests.fault.chaos --seed $(SEED) --seeds $(SEEDS) --results $(CHAOS_RESULTS) $(CHAOS_ARGS)
 
 # Needs uv, and the network; commit what it writes.
 lock:

@@ -9,6 +9,8 @@ from typing import Any
 
 from psycopg.rows import DictRow
 
+from tests.fault.programs import digest
+
 Ask = Callable[[str], Sequence[DictRow]]
 
 
@@ -68,7 +70,7 @@ class Ledger:
             if line.event == "saw" and isinstance(line.value, str):
                 seen[line.execution, line.name].add(line.value)
         recorded = {
-            (str(row["execution_id"]), row["name"]): row["value"]
+            (str(row["execution_id"]), row["name"]): digest(row["value"])
             for row in ask("select execution_id, name, value from steps where kind in ('step', 'transaction')")
         }
         for key, value in recorded.items():

@@ -211,6 +211,13 @@ class Proxy:
         for link in self.chosen(application):
             link.is_silent = True
 
+    def unsilence(self, application: str = "") -> None:
+        """Let new links of this name work, and cut those that were silent."""
+        self._silenced.discard(application)
+        for link in self.chosen(application):
+            if link.is_silent:
+                link.reset()
+
     def heal(self) -> None:
         """End everything: silent links are cut, since bytes are missing, and new ones work."""
         self._silenced.clear()

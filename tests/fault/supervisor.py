@@ -25,6 +25,7 @@ from tests import invariants
 from tests.fault import programs
 from tests.fault.ledger import Ledger
 from tests.fault.proxy import Proxy
+from tests.fault.worker_app import UP
 from tests.waiting import until
 
 ROOT = Path(__file__).parents[2]
@@ -35,8 +36,11 @@ _PROXIED = {"sslmode": "disable", "gssencmode": "disable"}
 class Worker:
     """A worker process."""
 
-    def __init__(self, world: "World", process: "subprocess.Popen[bytes]", log: Path, fault_log: Path) -> None:
+    def __init__(
+        self, world: "World", process: "subprocess.Popen[bytes]", log: Path, fault_log: Path, armed: str = ""
+    ) -> None:
         self.process = process
+        self.armed = armed
         self._world = world
         self._log = log
         self._fault_log = fault_log
@@ -49,6 +53,11 @@ class Worker:
     def log(self) -> str:
         """What it has logged so far."""
         return self._log.read_text(errors="replace")
+
+    @property
+    def was_up(self) -> bool:
+        """Whether it has ever started to the end: one that starts while the server is away leaves, as it should."""
+        return UP in self.log
 
     def faults(self) -> list[str]:
         """Return the names of the faults that have struck it."""
@@ -85,23 +94,29 @@ class Worker:
 
     async def halted(self, point: str) -> None:
         """Wait until the armed fault has stopped it, as SIGSTOP does."""
-        await until(lambda: self.faults() == [point] and self._is_halted())
+        await until(lambda: self.faults() == [point] and self.is_halted)
 
     async def halt(self) -> None:
         """Stop it with SIGSTOP, wherever it stands."""
         self.send(signal.SIGSTOP)
-        await until(self._is_halted)
+        await until(lambda: self.is_halted)
 
     def go_on(self) -> None:
         """Let it go on."""
         self.send(signal.SIGCONT)
 
+    def terminate(self) -> None:
+        """Ask it to stop gracefully."""
+        self.send(signal.SIGTERM)
+
     async def stopped(self) -> int:
         """Stop it gracefully; return its exit code."""
-        self.send(signal.SIGTERM)
+        self.terminate()
         return await self.ended()
 
-    def _is_halted(self) -> bool:
+    @property
+    def is_halted(self) -> bool:
+        """Whether it stands where SIGSTOP left it."""
         return _state_of(self.pid) == "T"
 
     @property
@@ -146,8 +161,9 @@ class World:
     # ------------------------------------------------------------ processes
 
     def worker(
-        self, fault: str = "", *, through: bool = False, concurrency: int = 10, timing: Timing = TIMING
-    ) -> Worker:
+        self, fault: str = "", *, through: bool = False, concurrency: int = 10, timing: Timing = TIMING,
+        module: str | None = None, crashes: int | None = None,
+    ) -> Worker:  # fmt: skip
         """Start a worker process.
 
         Args:
@@ -155,6 +171,8 @@ class World:
             through: Whether its connections go through the proxy.
             concurrency: How many executions it runs at once.
             timing: Its heartbeat's.
+            module: Imported in it; may add tasks to those of the programs.
+            crashes: How many of them an execution of a program survives, if not as many as by default.
         """
         number = len(self.workers)
         log, fault_log = self._home / f"worker-{number}.log", self._home / f"faults-{number}.txt"
@@ -164,11 +182,13 @@ class World:
             "PGCONDUCTOR_FAULT_LOG": str(fault_log),
             programs.LEDGER: str(self._home / "ledger"),
         }
+        if crashes is not None:
+            environment[programs.CRASHES] = str(crashes)
         options = {"concurrency": concurrency, "beat": timing.beat, "expiry": timing.expiry, "sweep": timing.sweep}
-        command = [sys.executable, "-m", "tests.fault.worker_app", json.dumps(options)]
+        command = [sys.executable, "-m", "tests.fault.worker_app", json.dumps(options), *([module] if module else [])]
         with log.open("wb") as output:
             process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
-        self.workers.append(Worker(self, process, log, fault_log))
+        self.workers.append(Worker(self, process, log, fault_log, fault))
         return self.workers[-1]
 
     async def restart_postgres(self) -> None:

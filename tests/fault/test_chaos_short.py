@@ -1,165 +1,103 @@
-"""A short random run: drawn programs under drawn faults, then calm; everything must end, and every rule hold.
+"""A short part of `make chaos`: one seed, another each time, and what the harness itself must be able to see.
 
-The seed is printed. `PGCONDUCTOR_CHAOS_SEED=123 pytest tests/fault/test_chaos_short.py` draws the same programs and the
-same faults again; how they fall against each other is the machine's.
+`PGCONDUCTOR_CHAOS_SEED=123 pytest tests/fault/test_chaos_short.py` draws the same programs and faults again; how they
+fall against each other is the machine's. `make chaos SEED=123` does the same and keeps the logs.
 """
 
-import asyncio
 import os
 import random
-import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from pgconductor import ExecutionFailed
-from pgconductor.run import Run
-from tests.fault.programs import (
-    Operation,
-    Program,
-    child,
-    children,
-    fail,
-    plain_program,
-    program,
-    sleep,
-    step,
-    transaction,
-)
-from tests.fault.supervisor import Worker, World
+import pytest
+from psycopg.rows import DictRow
 
-SECONDS = 8.0
-ROOTS = 60
-PAUSE_SECONDS = (0.05, 0.6)
-SESSIONS = ("claim", "settle", "save", "worker", "heartbeat", "transaction", "listener")
-CALLS = ("claim", "settle", "save", "save_transaction", "commit", "beat", "sweep", "retire", "reconcile")
-Fault = Callable[[World, random.Random], Coroutine[Any, Any, None]]
+from pgconductor.embedded import EmbeddedServer
+from tests.fault.chaos import model, strikes
+from tests.fault.chaos.plan import KINDS, Offer, draw
+from tests.fault.chaos.run import run_seed
+from tests.fault.programs import Program, caught, child, detached, fail, started, step, tag, transaction
 
 
-async def test_chaos_random_programs_under_random_faults_converge(world: World) -> None:
+@pytest.mark.covers("F30", "F31", "F44", "F45")
+async def test_chaos_a_drawn_seed_keeps_every_promise(mortal_server: EmbeddedServer, tmp_path: Path) -> None:
     seed = int(os.environ.get("PGCONDUCTOR_CHAOS_SEED") or random.SystemRandom().randrange(10**9))
     print(f"PGCONDUCTOR_CHAOS_SEED={seed}")  # noqa: T201 (pytest shows it when the test fails)
-    chance = random.Random(seed)  # noqa: S311
-    await settle_in(world)
-    runs = await invoke_all(chance)
-    deadline = time.monotonic() + SECONDS
-    while time.monotonic() < deadline:
-        fault = chance.choice(FAULTS)
-        print(f"{deadline - time.monotonic():.2f} s left: {fault.__name__}")  # noqa: T201
-        await fault(world, chance)
-        await asyncio.sleep(chance.uniform(*PAUSE_SECONDS))  # the schedule's pace; nothing is synchronised by it
-    calm(world)
-    outcomes = await asyncio.gather(*(run.result(60) for run in runs), return_exceptions=True)
-    assert [each for each in outcomes if not isinstance(each, list) and not is_worker_lost(each)] == []
+    result = await run_seed(mortal_server, seed, tmp_path)
+    assert result.problems == []
+    assert (result.lost, result.settled_twice, result.effects_doubled, result.never_fired) == (0, 0, 0, [])
+    assert result.executions > 0
 
 
-# ---------------------------------------------------------------- programs
+def test_a_seed_draws_the_same_plan_again_and_every_fault_there_is() -> None:
+    assert draw(7) == draw(7)
+    assert draw(7) != draw(8)
+    assert {strike.kind for seed in range(50) for strike in draw(seed).strikes} == set(KINDS)
+    assert all(callable(getattr(strikes, kind)) for kind in KINDS)
 
 
-def draw_program(chance: random.Random, depth: int = 0) -> Program:
-    """Draw a program that completes if no process dies under it too often."""
-    return [draw_operation(chance, f"{depth}.{number}", depth) for number in range(chance.randint(1, 5))]
+# ---------------------------------------------------------------- what the model expects
 
 
-def draw_operation(chance: random.Random, name: str, depth: int) -> Operation:
-    verbs = ["step", "step", "transaction", "sleep", "fail"] + ["child", "children"] * (depth < 2)
-    verb = chance.choice(verbs)
-    if verb == "sleep":
-        return sleep(name, chance.uniform(0.01, 1.5))
-    if verb == "fail":
-        return fail(name, chance.randint(0, 2))
-    if verb == "child":
-        return child(name, *draw_program(chance, depth + 1))
-    if verb == "children":
-        return children(name, *(draw_program(chance, depth + 1) for _ in range(chance.randint(1, 4))))
-    return step(name) if verb == "step" else transaction(name)
+def expected(*program: Any) -> list[tuple[str, bool, str, int]]:
+    found = model.expect([tag("p"), *program], is_certain=True)
+    return [(each.tag, each.is_certain, each.outcome, each.attempt) for each in found]
 
 
-async def invoke_all(chance: random.Random) -> list[Run[list[Any]]]:
-    """Enqueue drawn programs, for coroutines and for threads."""
-    runs: list[Run[list[Any]]] = []
-    for _ in range(ROOTS):
-        task = chance.choice([program, plain_program]).with_options(delay=chance.uniform(0, SECONDS / 2))
-        runs.append(await task.invoke(draw_program(chance)))
-    return runs
+def test_the_model_counts_attempts_and_no_more_than_there_are() -> None:
+    assert expected(fail("f", 2)) == [("p", True, "completed", 3)]
+    assert expected(fail("f", 1), fail("g", 3)) == [("p", True, "completed", 4)]
+    assert expected(step("a"), fail("f", 4)) == [("p", True, "failed", 4)]
 
 
-def is_worker_lost(outcome: object) -> bool:
-    """Tell whether an execution ended because its processes were lost too often, itself or one of its children."""
-    return isinstance(outcome, ExecutionFailed) and any(
-        name in f"{outcome.error_type} {outcome.remote_traceback}" for name in ("WorkerLost", "ChildFailed")
-    )
+def test_the_model_fails_a_parent_at_once_with_its_child_unless_it_catches() -> None:
+    failing: Program = [tag("c"), fail("f", 4)]
+    assert expected(child("c", *failing)) == [("p", True, "failed", 1), ("c", True, "failed", 4)]
+    assert expected(caught(child("c", *failing)))[0] == ("p", True, "completed", 1)
+    assert expected(fail("g", 1), child("c", *failing))[0] == ("p", True, "failed", 2)
 
 
-# ---------------------------------------------------------------- faults
+def test_the_model_is_sure_of_what_nobody_may_cancel() -> None:
+    assert expected(detached("d", tag("c"), step("s")))[1] == ("c", True, "completed", 1)
+    assert [each[1] for each in expected(started("s", 1, [tag("c")], [tag("d")]))] == [True, False, False]
 
 
-async def settle_in(world: World) -> None:
-    """Start the two workers, behind the proxy."""
-    for worker in [world.worker(through=True), world.worker(through=True)]:
-        await worker.up()
+# ---------------------------------------------------------------- what it finds
 
 
-def a_worker(world: World, chance: random.Random) -> Worker:
-    """Choose a worker of those that live."""
-    return chance.choice([worker for worker in world.workers if worker.process.poll() is None])
+OFFER = Offer(0, "p", "program", [tag("p"), step("a"), transaction("t")], is_keyed=True, delay=0)
 
 
-async def kill_a_worker(world: World, chance: random.Random) -> None:
-    a_worker(world, chance).kill()
-    world.worker(through=True)
+def judged(*rows: dict[str, Any], recorded: Sequence[str] = ("a", "t"), accepted: str = "1") -> tuple[int, list[str]]:
+    def ask(query: str) -> Sequence[DictRow]:
+        if query == model.RECORDED:
+            return [{"execution_id": "1", "name": name, "count": 1} for name in recorded]
+        return [{"id": "1", "tag": "p", "state": "completed", "attempt": 1} | row for row in rows]
+
+    return model.check([OFFER], {"p": accepted} if accepted else {}, ask)
 
 
-async def stop_a_worker(world: World, chance: random.Random) -> None:
-    worker = a_worker(world, chance)
-    await worker.halt()
-    asyncio.get_running_loop().call_later(chance.choice([0.3, 1.0, 3.0]), worker.go_on)
+def test_the_model_finds_nothing_where_all_is_well() -> None:
+    assert judged({}) == (0, [])
+    assert judged(accepted="", recorded=()) == (0, [])
 
 
-async def terminate_sessions(world: World, chance: random.Random) -> None:
-    world.terminate(f"pgconductor {chance.choice(SESSIONS)}")
-
-
-async def kill_postgres(world: World, chance: random.Random) -> None:
-    await world.restart_postgres()
-
-
-async def swallow_a_reply(world: World, chance: random.Random) -> None:
-    world.proxy.arm("swallow", chance.choice(CALLS), nth=chance.randint(1, 3))
-
-
-async def refuse_a_call(world: World, chance: random.Random) -> None:
-    world.proxy.arm("refuse", chance.choice(CALLS), nth=chance.randint(1, 3))
-
-
-async def reset_links(world: World, chance: random.Random) -> None:
-    world.proxy.reset(chance.choice(SESSIONS))
-
-
-async def cut_off_for_a_while(world: World, chance: random.Random) -> None:
-    world.proxy.silence(chance.choice(SESSIONS))
-    asyncio.get_running_loop().call_later(chance.choice([0.5, 3.0]), world.proxy.heal)
-
-
-async def slow_down(world: World, chance: random.Random) -> None:
-    world.proxy.delay_seconds = chance.choice([0.0, 0.05, 0.2])
-
-
-FAULTS: list[Fault] = [
-    kill_a_worker,
-    stop_a_worker,
-    terminate_sessions,
-    kill_postgres,
-    swallow_a_reply,
-    swallow_a_reply,
-    refuse_a_call,
-    reset_links,
-    cut_off_for_a_while,
-    slow_down,
+FAULTY: list[tuple[list[dict[str, Any]], Sequence[str], int, str]] = [
+    ([], (), 1, "lost"),
+    ([{"state": "running"}], ("a", "t"), 1, "lost"),
+    ([{"state": "failed"}], ("a", "t"), 0, "is failed in attempt 1, expected completed"),
+    ([{"attempt": 2}], ("a", "t"), 0, "in attempt 2, expected completed in 1"),
+    ([{}], ("a",), 0, "recorded ['a'], expected ['a', 't']"),
+    ([{}, {"id": "2"}], ("a", "t"), 0, "was made 2 times"),
+    ([{}, {"id": "2", "tag": "x"}], ("a", "t"), 0, "x was never offered"),
 ]
 
 
-def calm(world: World) -> None:
-    """Lift every fault."""
-    world.proxy.heal()
-    for worker in world.workers:
-        worker.go_on()
+@pytest.mark.parametrize(("rows", "recorded", "lost", "problem"), FAULTY)
+def test_the_model_finds_what_is_wrong(
+    rows: list[dict[str, Any]], recorded: Sequence[str], lost: int, problem: str
+) -> None:
+    found, problems = judged(*rows, recorded=recorded)
+    assert found == lost
+    assert any(problem in each for each in problems)

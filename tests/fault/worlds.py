@@ -1,7 +1,7 @@
 """The fixture `world`: a database of its own for each test, on a server with fsync on, which the test may kill."""
 
-from collections.abc import AsyncIterator, Generator, Iterator
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from pathlib import Path
 from uuid import uuid4
 
@@ -22,15 +22,41 @@ _FAILED = pytest.StashKey[bool]()
 _TEMPLATE = "pgconductor_template"
 
 
-@pytest.fixture(scope="session")
-def mortal_server() -> Iterator[EmbeddedServer]:
-    """A server of this test process alone."""
-    with EmbeddedServer(settings=_SETTINGS) as server:
+@contextmanager
+def running_server(home: Path | None = None) -> Generator[EmbeddedServer]:
+    """Start a server that may be killed, with a migrated database and the audit in it from which others are copied."""
+    server = EmbeddedServer(home, settings=_SETTINGS)
+    with server:
         with psycopg.connect(server.dsn, autocommit=True) as conn:
             conn.execute(f"create database {_TEMPLATE}".encode())
         with psycopg.connect(make_conninfo(server.dsn, dbname=_TEMPLATE), autocommit=True) as conn:
             schema.migrate(conn)
             invariants.attach_audit(conn)
+        yield server
+
+
+@asynccontextmanager
+async def open_world(server: EmbeddedServer, home: Path) -> AsyncGenerator[World]:
+    """Make a world with a database of its own, which the programs lead to; at the end its processes are killed."""
+    name = f"fault_{uuid4().hex[:16]}"
+    with psycopg.connect(server.dsn, autocommit=True) as admin:
+        admin.execute(f"create database {name} template {_TEMPLATE}".encode())
+    async with _listening(server) as proxy:
+        made = World(server, name, home, proxy)
+        try:
+            with programs.app.bound_to(made.dsn, Engine("pgconductor")):
+                yield made
+                await programs.app.close()
+        finally:
+            made.close()
+    with psycopg.connect(server.dsn, autocommit=True) as admin:
+        admin.execute(f"drop database {name} with (force)".encode())
+
+
+@pytest.fixture(scope="session")
+def mortal_server() -> Iterator[EmbeddedServer]:
+    """A server of this test process alone."""
+    with running_server() as server:
         yield server
 
 
@@ -46,22 +72,13 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 @pytest.fixture
 async def world(request: pytest.FixtureRequest, mortal_server: EmbeddedServer, tmp_path: Path) -> AsyncIterator[World]:
     """Everything must have ended when the test returns; then the invariants and the ledger are checked."""
-    name = f"fault_{uuid4().hex[:16]}"
-    with psycopg.connect(mortal_server.dsn, autocommit=True) as admin:
-        admin.execute(f"create database {name} template {_TEMPLATE}".encode())
-    async with _listening(mortal_server) as proxy:
-        made = World(mortal_server, name, tmp_path, proxy)
+    async with open_world(mortal_server, tmp_path) as made:
         try:
-            with programs.app.bound_to(made.dsn, Engine("pgconductor")):
-                yield made
-                if not request.node.stash[_FAILED]:
-                    await made.converges()
-                await programs.app.close()
+            yield made
+            if not request.node.stash[_FAILED]:
+                await made.converges()
         finally:
-            made.close()
             print(made.logs())  # noqa: T201 (pytest shows it when the test fails)
-    with psycopg.connect(mortal_server.dsn, autocommit=True) as admin:
-        admin.execute(f"drop database {name} with (force)".encode())
 
 
 def _listening(server: EmbeddedServer) -> AbstractAsyncContextManager[Proxy]:
