@@ -37,6 +37,7 @@ CONVERGE_SECONDS_MAX = 20.0
 FIRE_SECONDS_MAX = 20.0
 STOP_SECONDS_MAX = 20.0
 BAIT_SECONDS = 0.3
+KEEPALIVE_SECONDS = 3.0
 
 
 @dataclass
@@ -100,6 +101,7 @@ class _Run:
         for worker in [self.field.start_worker() for _ in range(self.plan.workers)]:
             await worker.up()
         app.use_address(self.world.proxied_dsn)
+        self.world.proxy.keepalive_seconds = KEEPALIVE_SECONDS
         with Watcher(self.world.dsn) as watcher:
             tending = asyncio.create_task(self._tend())
             try:
