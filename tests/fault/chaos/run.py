@@ -115,6 +115,8 @@ class _Run:
                 tending.cancel()
                 with suppress(asyncio.CancelledError):
                     await tending
+                if watcher.violation is not None:
+                    self.result.problems.append(f"in a snapshot: {watcher.violation}")
             await self._stop()
         self._judge(watcher)
 
@@ -210,8 +212,6 @@ class _Run:
     def _judge(self, watcher: Watcher) -> None:
         result, ask = self.result, self.world.rows
         result.snapshots = watcher.passes
-        if watcher.violation is not None:
-            result.problems.append(f"in a snapshot: {watcher.violation}")
         result.problems += self.field.problems + [f"never fired: {each}" for each in result.never_fired]
         self._count()
         self._measure(watcher)
