@@ -132,7 +132,7 @@ async def test_a_session_reads_committed_with_start_up_options_and_without(
     db.execute(f'alter database "{name}" set default_transaction_isolation = serializable'.encode())
     async with Conductor(database) as app:
         session = Session(database)
-        session._with_options = with_options
+        session.route._takes_options = with_options
         query = app.engine.register_queues(["a", "b"])
         queues = await session.run(query)
         assert sorted(queue.name for queue in queues or ()) == ["a", "b"]
