@@ -15,6 +15,8 @@ declare
   v_opened uuid[];
   v_new new_execution[];
 begin
+  perform check_sizes(p_ops);
+  perform check_fan_outs(p_ops);
   -- headers of fan-outs, sleeps and waits
   insert into step (execution_id, name, round, index, kind, status, keep_on_timeout, created_at, finished_at, due_at,
                     error, child_task, event_where)
@@ -113,6 +115,7 @@ begin
   if not hold_alive(p_orchestrator) then
     return null;
   end if;
+  perform check_sizes(p_steps);
   select array_agg(g.id) into v_lost
   from (select * from json_to_recordset(p_steps) as s(id uuid, token bigint)
         union select * from json_to_recordset(p_ops) as o(id uuid, token bigint)) g
@@ -186,6 +189,7 @@ begin
   ) then
     return 'lost';
   end if;
+  perform check_size('value of step ' || p_name, p_value);
   insert into step (execution_id, name, round, kind, status, value, created_at, finished_at)
   values (p_id, p_name, p_round, 'transaction', 'completed', p_value, v_now, v_now)
   on conflict do nothing;

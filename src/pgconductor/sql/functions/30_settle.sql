@@ -197,6 +197,8 @@ begin
   if not hold_alive(p_orchestrator) then
     return null;
   end if;
+  perform check_sizes(p_completed);
+  perform check_sizes(p_outcomes);
   if json_array_length(p_completed) > 0 then
     select * into v_plain from settle_plain(p_orchestrator, p_completed, v_now, v_lost);
     v_lost := v_plain.p_lost;

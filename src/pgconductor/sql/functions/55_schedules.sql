@@ -99,6 +99,7 @@ end $$;
 create or replace function put_schedules(p_deployment text, p_schedules json, p_now timestamptz) returns void
 language plpgsql volatile set search_path from current as $$
 begin
+  perform check_sizes(p_schedules);
   perform lanes_of(array_agg(n.task), array_agg(n.queue))
   from (select distinct s.task, s.queue from json_to_recordset(p_schedules) as s(task text, queue text)) n;
   insert into schedule as o (task_id, deployment, name, expr, zone, catch_up, queue, priority, payload, created_at,

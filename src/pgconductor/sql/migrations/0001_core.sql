@@ -16,13 +16,13 @@ create type step_status as enum ('pending', 'completed', 'failed', 'cancelled', 
 -- Names are interned: hot rows carry a lane, a lane is a task in a queue.
 create table queue (
   id int generated always as identity primary key,
-  name text not null unique check (octet_length(name) between 1 and 200),
+  name text not null unique check (octet_length(name) between 1 and 200 and name !~ '[[:cntrl:]]'),
   paused_at timestamptz
 );
 
 create table task (
   id int generated always as identity primary key,
-  name text not null unique check (octet_length(name) between 1 and 200),
+  name text not null unique check (octet_length(name) between 1 and 200 and name !~ '[[:cntrl:]]'),
   queue_id int not null,
   deployment text check (octet_length(deployment) <= 200),
   max_attempts smallint not null default 3 check (max_attempts > 0),

@@ -1,0 +1,57 @@
+-- What a call may bring: values of at most 1 MiB, fan-outs of at most 10,000 children.
+-- Called by whatever stores values, before it stores any. States, locks: none. Returns nothing.
+-- Errors: PC003, and nothing of the call has happened.
+--
+-- Clients refuse the same earlier, with the path of the fault. This is for those who call functions directly. A call
+-- as a whole is nearly always smaller than one value may be, and then nothing need be looked at. Names are bounded by
+-- the tables that intern them, depth by the table of executions.
+
+-- p_items: any array of objects that functions here take; lists of operations and children are looked into.
+create or replace function check_sizes(p_items json) returns void
+language plpgsql volatile set search_path from current as $$
+declare
+  v_found record;
+  v_nested json;
+begin
+  if p_items is null or octet_length(p_items::text) <= 1048576 then
+    return;
+  end if;
+  select f.key, octet_length(f.value::text) as size into v_found
+  from json_array_elements(p_items) i cross join lateral json_each(i) f
+  where f.key not in ('ops', 'children', 'awaits', 'fresh', 'event') and octet_length(f.value::text) > 1048576 limit 1;
+  if found then
+    raise exception 'a % is % bytes of JSON, at most 1048576 are allowed', v_found.key, v_found.size
+    using errcode = 'PC003';
+  end if;
+  for v_nested in
+    select case json_typeof(f.value) when 'object' then json_build_array(f.value) else f.value end
+    from json_array_elements(p_items) i cross join lateral json_each(i) f
+    where f.key in ('ops', 'children', 'event') and json_typeof(f.value) in ('array', 'object')
+  loop
+    perform check_sizes(v_nested);
+  end loop;
+end $$;
+
+-- p_ops: as open_operations takes them. So many children are at least so many bytes.
+create or replace function check_fan_outs(p_ops json) returns void
+language plpgsql volatile set search_path from current as $$
+declare
+  v_count int;
+begin
+  if p_ops is null or octet_length(p_ops::text) <= 500000 then
+    return;
+  end if;
+  select max(json_array_length(o.children)) into v_count from json_to_recordset(p_ops) as o(children json);
+  if v_count > 10000 then
+    raise exception '% children of one operation, at most 10000 are allowed', v_count using errcode = 'PC003';
+  end if;
+end $$;
+
+create or replace function check_size(p_what text, p_value json) returns void
+language plpgsql volatile set search_path from current as $$
+begin
+  if octet_length(p_value::text) > 1048576 then
+    raise exception 'the % is % bytes of JSON, at most 1048576 are allowed', p_what, octet_length(p_value::text)
+    using errcode = 'PC003';
+  end if;
+end $$;
