@@ -1,6 +1,7 @@
 """`pgconductor worker` and `pgconductor dev`: run the executions of an application."""
 
 import asyncio
+import contextlib
 import importlib
 import logging
 import os
@@ -108,16 +109,20 @@ def parse_queues(given: tuple[str, ...], concurrency: int) -> dict[str, int] | N
 async def _work(app: Conductor[Any], queues: dict[str, int] | None, concurrency: int) -> None:
     orchestrator = Orchestrator(app, queues=queues, concurrency=concurrency)
     await orchestrator.start()
-    names = queues or {task.queue: concurrency for task in app.tasks.values()}
-    out = console()
-    out.print(f"[green]●[/] worker {orchestrator.id} on {line(redacted_dsn(app.dsn))}", soft_wrap=True)
-    for name, number in sorted(names.items()):
-        tasks = ", ".join(sorted(task.name for task in app.tasks.values() if task.queue == name))
-        out.print(f"  {line(name)} ({number} at once)  [dim]{line(tasks, 200)}[/]", soft_wrap=True)
+    with contextlib.suppress(BrokenPipeError, SystemExit):  # rich exits where nobody reads: work goes on all the same
+        _greet(app, orchestrator, queues or {task.queue: concurrency for task in app.tasks.values()})
     try:
         await orchestrator.stopped
     finally:
         await app.close()
+
+
+def _greet(app: Conductor[Any], orchestrator: Orchestrator, queues: dict[str, int]) -> None:
+    out = console()
+    out.print(f"[green]●[/] worker {orchestrator.id} on {line(redacted_dsn(app.dsn))}", soft_wrap=True)
+    for name, number in sorted(queues.items()):
+        tasks = ", ".join(sorted(task.name for task in app.tasks.values() if task.queue == name))
+        out.print(f"  {line(name)} ({number} at once)  [dim]{line(tasks, 200)}[/]", soft_wrap=True)
 
 
 def _log(level: str, form: str) -> None:
