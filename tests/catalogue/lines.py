@@ -30,8 +30,8 @@ class Line:
 
 
 _OPEN = (
-    *(f"F{number}" for number in (22, 32, 33, 34, 37, 38, 39, 40, 43, 46, 48, 49, 71, *range(81, 96))),
-    *("P8", "P38", "P39", "P43", "P47", "P48", "P50"),
+    *(f"F{number}" for number in (32, 33, 43, 48, 71, *range(81, 96))),
+    *("P38", "P39", "P47", "P48"),
 )
 
 REASONS: dict[str, str] = dict.fromkeys(_OPEN, "no test yet")

@@ -107,14 +107,8 @@ class Link:
 
     def half_open(self) -> None:
         """Cut the server's end only; the client hears nothing any more."""
-        self.fall_silent()
-        self._to_server.transport.abort()
-
-    def fall_silent(self) -> None:
-        """Let nothing pass any more; the link is cut after as long as it takes until keepalives are missed."""
         self.is_silent = True
-        if self._proxy.keepalive_seconds is not None:
-            asyncio.get_running_loop().call_later(self._proxy.keepalive_seconds, self.reset)
+        self._to_server.transport.abort()
 
     # ------------------------------------------------------------ client to server
 
@@ -122,8 +116,7 @@ class Link:
         with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
             startup = await _read_sized(self._from_client)
             self.application = _application_in(startup)
-            if self._proxy.silences(self.application):
-                self.fall_silent()
+            self.is_silent = self._proxy.silences(self.application)
             self._send(self._to_server, startup)
             while True:
                 kind = await self._from_client.readexactly(1)
@@ -170,13 +163,12 @@ class Link:
 
     def _strike(self, rule: Rule) -> bool:
         """The server has done what it was asked; the client will not hear of it. Tell whether to hang up."""
-        if rule.action == "hold":
-            self.fall_silent()
+        self.is_silent = rule.action == "hold"
         rule.fired.set()
         return rule.action == "swallow"
 
     def _send(self, writer: asyncio.StreamWriter, message: bytes) -> None:
-        if not (self.is_silent or writer.transport.is_closing()):
+        if not self.is_silent:
             writer.write(message)
 
 
@@ -187,8 +179,6 @@ class Proxy:
         self.port = 0
         self.delay_seconds = 0.0
         self.is_refusing = False
-        self.keepalive_seconds: float | None = None
-        """After how long the end of a silent link is told, as by keepalives that nobody answers; never by itself."""
         self.links: set[Link] = set()
         self._silenced: set[str] = set()
         self._rules: list[Rule] = []
@@ -219,7 +209,7 @@ class Proxy:
         """Let nothing pass, on the links there are and on those to come."""
         self._silenced.add(application)
         for link in self.chosen(application):
-            link.fall_silent()
+            link.is_silent = True
 
     def unsilence(self, application: str = "") -> None:
         """Let new links of this name work, and cut those that were silent."""

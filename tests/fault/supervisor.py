@@ -162,7 +162,7 @@ class World:
 
     def worker(
         self, fault: str = "", *, through: bool = False, concurrency: int = 10, timing: Timing = TIMING,
-        module: str | None = None, crashes: int | None = None,
+        module: str | None = None, crashes: int | None = None, dsn: str = "",
     ) -> Worker:  # fmt: skip
         """Start a worker process.
 
@@ -173,11 +173,12 @@ class World:
             timing: Its heartbeat's.
             module: Imported in it; may add tasks to those of the programs.
             crashes: How many of them an execution of a program survives, if not as many as by default.
+            dsn: Another address than that of the world.
         """
         number = len(self.workers)
         log, fault_log = self._home / f"worker-{number}.log", self._home / f"faults-{number}.txt"
         environment = os.environ | {
-            "PGCONDUCTOR_URL": self.proxied_dsn if through else self.dsn,
+            "PGCONDUCTOR_URL": dsn or (self.proxied_dsn if through else self.dsn),
             "PGCONDUCTOR_FAULT": fault,
             "PGCONDUCTOR_FAULT_LOG": str(fault_log),
             programs.LEDGER: str(self._home / "ledger"),
@@ -220,6 +221,12 @@ class World:
                 self.dsn, autocommit=True, row_factory=dict_row, options="-c search_path=pgconductor,public"
             )
         return self._connection.execute(query.encode(), parameters).fetchall()
+
+    def execute(self, script: str) -> None:
+        """Run statements that give no rows, such as those that change the database itself."""
+        with psycopg.connect(self.dsn, autocommit=True, options="-c search_path=pgconductor,public") as conn:
+            for statement in script.split(";"):
+                conn.execute(statement.encode())
 
     def one(self, query: str, *parameters: object) -> Any:
         """Ask for one value."""

@@ -37,7 +37,6 @@ CONVERGE_SECONDS_MAX = 20.0
 FIRE_SECONDS_MAX = 20.0
 STOP_SECONDS_MAX = 20.0
 BAIT_SECONDS = 0.3
-KEEPALIVE_SECONDS = 3.0
 
 
 @dataclass
@@ -101,7 +100,6 @@ class _Run:
         for worker in [self.field.start_worker() for _ in range(self.plan.workers)]:
             await worker.up()
         app.use_address(self.world.proxied_dsn)
-        self.world.proxy.keepalive_seconds = KEEPALIVE_SECONDS
         with Watcher(self.world.dsn) as watcher:
             tending = asyncio.create_task(self._tend())
             try:
@@ -115,8 +113,6 @@ class _Run:
                 tending.cancel()
                 with suppress(asyncio.CancelledError):
                     await tending
-                if watcher.violation is not None:
-                    self.result.problems.append(f"in a snapshot: {watcher.violation}")
             await self._stop()
         self._judge(watcher)
 
@@ -212,6 +208,8 @@ class _Run:
     def _judge(self, watcher: Watcher) -> None:
         result, ask = self.result, self.world.rows
         result.snapshots = watcher.passes
+        if watcher.violation is not None:
+            result.problems.append(f"in a snapshot: {watcher.violation}")
         result.problems += self.field.problems + [f"never fired: {each}" for each in result.never_fired]
         self._count()
         self._measure(watcher)
