@@ -19,7 +19,7 @@ SEEDS ?= 1
 CHAOS_RESULTS ?= .chaos/results.jsonl
 CHAOS_ARGS ?=
 
-.PHONY: setup demo test faults check bench chaos clean lock
+.PHONY: setup demo test faults check bench chaos soak machine clean lock
 
 setup: $(STAMP)
 
@@ -67,6 +67,16 @@ bench: setup
 # Real workers and a real Postgres, killed, stopped and cut off under load: about twelve seconds a seed.
 chaos: setup
 	@$(BIN)/python -m tests.fault.chaos --seed $(SEED) --seeds $(SEEDS) --results $(CHAOS_RESULTS) $(CHAOS_ARGS)
+
+# Load at saturation, constant kills, a snapshot held open: does it slow down?
+MINUTES ?= 40
+soak: setup
+	@$(BIN)/python -m tests.fault.soak --minutes $(MINUTES) $(SOAK_ARGS)
+
+# The engine's SQL functions in any order, drawn by hypothesis: about a life a second.
+EXAMPLES ?= 500
+machine: setup
+	PGCONDUCTOR_MACHINE_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest -q tests/property/test_engine_machine.py
 
 # Needs uv, and the network; commit what it writes.
 lock:

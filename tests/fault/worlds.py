@@ -20,27 +20,31 @@ from tests.fault.supervisor import World
 _SETTINGS = {"max_connections": "200", "shared_buffers": "64MB", "deadlock_timeout": "100ms"}
 _FAILED = pytest.StashKey[bool]()
 _TEMPLATE = "pgconductor_template"
+_AUDITED = "pgconductor_template_audited"
 
 
 @contextmanager
 def running_server(home: Path | None = None) -> Generator[EmbeddedServer]:
-    """Start a server that may be killed, with a migrated database and the audit in it from which others are copied."""
+    """Start a server that may be killed, with migrated databases, one with the audit, from which others are copied."""
     server = EmbeddedServer(home, settings=_SETTINGS)
     with server:
         with psycopg.connect(server.dsn, autocommit=True) as conn:
             conn.execute(f"create database {_TEMPLATE}".encode())
         with psycopg.connect(make_conninfo(server.dsn, dbname=_TEMPLATE), autocommit=True) as conn:
             schema.migrate(conn)
+        with psycopg.connect(server.dsn, autocommit=True) as conn:
+            conn.execute(f"create database {_AUDITED} template {_TEMPLATE}".encode())
+        with psycopg.connect(make_conninfo(server.dsn, dbname=_AUDITED), autocommit=True) as conn:
             invariants.attach_audit(conn)
         yield server
 
 
 @asynccontextmanager
-async def open_world(server: EmbeddedServer, home: Path) -> AsyncGenerator[World]:
+async def open_world(server: EmbeddedServer, home: Path, *, is_audited: bool = True) -> AsyncGenerator[World]:
     """Make a world with a database of its own, which the programs lead to; at the end its processes are killed."""
     name = f"fault_{uuid4().hex[:16]}"
     with psycopg.connect(server.dsn, autocommit=True) as admin:
-        admin.execute(f"create database {name} template {_TEMPLATE}".encode())
+        admin.execute(f"create database {name} template {_AUDITED if is_audited else _TEMPLATE}".encode())
     async with _listening(server) as proxy:
         made = World(server, name, home, proxy)
         try:
