@@ -19,7 +19,7 @@ SEEDS ?= 1
 CHAOS_RESULTS ?= .chaos/results.jsonl
 CHAOS_ARGS ?=
 
-.PHONY: setup demo test faults check bench chaos soak machine clean lock
+.PHONY: setup demo test faults check bench chaos soak machine interleavings clean lock
 
 setup: $(STAMP)
 
@@ -77,6 +77,10 @@ soak: setup
 EXAMPLES ?= 500
 machine: setup
 	PGCONDUCTOR_MACHINE_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest -q tests/property/test_engine_machine.py
+
+# Every two of the engine's functions at once, at every lock at which they can meet.
+interleavings: setup
+	PGCONDUCTOR_INTERLEAVINGS=1000000 $(BIN)/python -m pytest -q $(PYTEST_ARGS) tests/sql/concurrency/test_every_pair.py
 
 # Needs uv, and the network; commit what it writes.
 lock:

@@ -11,6 +11,7 @@ The phases:
 
 import asyncio
 import random
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine
@@ -196,14 +197,23 @@ class _Run:
     async def _converge(self) -> None:
         began = time.monotonic()
         self.world.rows("select pause_schedules(%s, null, true)", tasks.TICKS)
-        left, moved_at = -1, began
-        while (now_left := self.world.one(_UNFINISHED)) > 0:
-            now = time.monotonic()
-            if now_left != left:
-                left, moved_at = now_left, now
-            assert now < max(began + CONVERGE_SECONDS_MAX, moved_at + STALL_SECONDS_MAX), f"{left} never end"
-            await asyncio.sleep(0.05)
+        await until(self._all_ended(began), SEED_SECONDS_MAX)
         self.result.converge_seconds = round(time.monotonic() - began, 3)
+
+    def _all_ended(self, began: float) -> Callable[[], bool]:
+        """Return a question that fails when executions have stopped ending."""
+        least, ended_at = sys.maxsize, began
+
+        def ask() -> bool:
+            nonlocal least, ended_at
+            left: int = self.world.one("select count(*) from execution where outcome is null")
+            if left < least:
+                least, ended_at = left, time.monotonic()
+            late = time.monotonic() - max(began + CONVERGE_SECONDS_MAX, ended_at + STALL_SECONDS_MAX)
+            assert late < 0, f"{left} executions never end"
+            return left == 0
+
+        return ask
 
     async def _stop(self) -> None:
         for worker in self.world.workers:

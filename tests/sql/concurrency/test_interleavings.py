@@ -7,15 +7,14 @@ is met, and the wait is real.
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import permutations
-from uuid import UUID
 
 import psycopg
 import pytest
 
+from tests.sql.concurrency.trees import TREE_ACTS, Act, acts_on, grow
 from tests.sql.support import (
     Background,
     Db,
-    array,
     at,
     call,
     cancel,
@@ -40,10 +39,6 @@ from tests.sql.support import (
     states,
     step,
 )
-
-OTHER = UUID(int=2)
-DEAD = UUID(int=3)
-Act = Callable[[Db], object]
 
 
 @pytest.fixture
@@ -185,79 +180,8 @@ def test_a_deadline_and_an_answer_make_one_outcome(db: Db, pair: tuple[Db, Db], 
 # ---------------------------------------------------------------- every pair of functions over one tree
 
 
-def grow(db: Db) -> dict[str, str]:
-    """Make a tree in which all that follows has something to do at second 30.
-
-    The root waits for a parent, which runs; of its children one runs, one is ready, one is due. A fan-out beside it
-    waits for a child that runs, with a deadline; and another process has died with two executions in its hands.
-    """
-    register(db, "work", "child", "lost", max_attempts=9)
-    register(db, worker=OTHER, now=25)
-    register(db, worker=DEAD)
-    root = enqueue(db)
-    claim(db, worker=OTHER)
-    outer = op(root, "call", "invoke", {}, due_in=40)
-    outcome = {
-        "id": root,
-        "token": 1,
-        "outcome": "parked",
-        "ops": [outer],
-        "awaits": [{"name": "call", "round": 0, "kind": "invoke", "awaited": True}],
-    }
-    settle(db, outcome, worker=OTHER)
-    parent = claim_one(db, worker=OTHER)
-    starts = [
-        op(parent, name, "start", {"task": task} | more)
-        for name, task, more in (("a", "child", {}), ("b", "work", {}), ("c", "work", {"delay": 28}), ("d", "lost", {}))
-    ]
-    save(db, parent, worker=OTHER, ops=starts)
-    claim(db, worker=OTHER, tasks=["child"])
-    claim(db, worker=DEAD, tasks=["lost"])
-    a, b, c, d = (each["children"][0]["id"] for each in starts)
-    inner = {
-        "id": a,
-        "token": 1,
-        "outcome": "parked",
-        "ops": [op(a, "all", "invoke_all", *[{"task": "lost"}] * 3, due_in=29, window=2)],
-        "awaits": [{"name": "all", "round": 0, "kind": "invoke_all", "awaited": True}],
-    }
-    settle(db, inner, worker=OTHER)
-    claim(db, worker=DEAD, tasks=["lost"], token=2, limit=1)
-    running = claim_one(db, worker=OTHER, tasks=["lost"], token=3)
-    return {"root": root, "parent": parent, "a": a, "b": b, "c": c, "d": d, "running": running}
-
-
-def acts_on(tree: dict[str, str]) -> dict[str, Act]:
-    parent, nap = tree["parent"], op(tree["parent"], "nap", "sleep", due_in=60)
-    again = {
-        "id": parent,
-        "token": 1,
-        "outcome": "parked",
-        "ops": [nap, op(parent, "new", "invoke", {})],
-        "awaits": [{"name": "nap", "round": 0, "kind": "sleep", "awaited": True}],
-    }
-    return {
-        "cancel the root": lambda db: cancel(db, tree["root"], now=30),
-        "cancel the parent": lambda db: cancel(db, parent, now=30),
-        "cancel a scheduled child": lambda db: cancel(db, tree["c"], now=30),
-        "cancel a waiting child": lambda db: cancel(db, tree["a"], now=30),
-        "settle a child": lambda db: finish(db, tree["running"], token=3, worker=OTHER, now=30),
-        "park the parent": lambda db: settle(db, again, worker=OTHER, now=30),
-        "fail the parent": lambda db: fail(db, parent, worker=OTHER, now=30),
-        "start a child": lambda db: save(db, parent, worker=OTHER, ops=[op(parent, "late", "start", {})]),
-        "fire the timers": lambda db: call(db, "fire_timers", at(30)),
-        "sweep": lambda db: call(db, "sweep", "20 seconds", at(30)),
-        "claim": lambda db: claim(db, worker=OTHER, token=9, now=30, fire=True),
-        "reconcile": lambda db: call(db, "reconcile", OTHER, array([1, 3]), at(30)),
-        "retire": lambda db: call(db, "retire", DEAD, at(30)),
-    }
-
-
-NAMES = list(acts_on({"root": "", "parent": "", "a": "", "c": "", "running": ""}))
-
-
 @pytest.mark.covers("F35", "F70")
-@pytest.mark.parametrize(("one", "two"), list(permutations(NAMES, 2)))
+@pytest.mark.parametrize(("one", "two"), list(permutations(TREE_ACTS, 2)))
 def test_no_pair_deadlocks_or_loses_anything(db: Db, pair: tuple[Db, Db], one: str, two: str) -> None:
     tree = grow(db)
     acts = acts_on(tree)
