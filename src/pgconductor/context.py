@@ -209,6 +209,8 @@ class Context(RunFacts[D]):
         async with attempt.host.transaction() as conn:
             try:
                 async with conn.transaction():  # the outermost block: it begins here, and commits at its end only
+                    if settings := attempt.host.transaction_settings:
+                        await conn.execute(settings.encode())
                     with marked(name):
                         raw, copied = codec.store(await fn(conn, *args, **kwargs), f"transaction {name!r}")
                     step = attempt.journal.finished(name, "transaction", raw)

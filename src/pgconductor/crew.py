@@ -34,32 +34,49 @@ ALONE_RETRY_SECONDS: Final = 60.0
 
 
 class KeptMemos:
-    """The memos of parked executions, least recently kept first out."""
+    """The memos of parked executions, least recently kept first out.
+
+    They count once the park is known to be stored: a park that is lost has opened nothing, and what its run believed
+    to have opened must not be taken for recorded by the next one.
+    """
 
     def __init__(self, bytes_max: int = KEPT_BYTES_MAX, count_max: int = KEPT_COUNT_MAX) -> None:
         self._bytes_max = bytes_max
         self._count_max = count_max
-        self._kept: OrderedDict[str, tuple[Memos, int]] = OrderedDict()
+        self._kept: OrderedDict[str, tuple[Memos, int, int]] = OrderedDict()
+        self._unconfirmed: set[str] = set()
         self._bytes = 0
 
-    def keep(self, execution_id: str, memos: Memos) -> None:
-        """Keep the memos of an execution that is being parked."""
+    def keep(self, execution_id: str, token: int, memos: Memos) -> None:
+        """Keep the memos of an execution that is being parked under a token."""
         self.take(execution_id)
-        self._kept[execution_id] = (memos, memos.size)
+        self._kept[execution_id] = (memos, memos.size, token)
+        self._unconfirmed.add(execution_id)
         self._bytes += memos.size
         while self._bytes > self._bytes_max or len(self._kept) > self._count_max:
-            _, (_, size) = self._kept.popitem(last=False)
+            oldest, (_, size, _) = self._kept.popitem(last=False)
+            self._unconfirmed.discard(oldest)
             self._bytes -= size
 
+    def confirm(self, execution_id: str, token: int) -> None:
+        """Let what was kept count: its park is stored."""
+        kept = self._kept.get(execution_id)
+        if kept is not None and kept[2] == token:
+            self._unconfirmed.discard(execution_id)
+
     def take(self, execution_id: str) -> Memos | None:
-        """Return and forget what was kept."""
-        memos, size = self._kept.pop(execution_id, (None, 0))
+        """Return what was kept, unless its park may not be stored; forget it either way."""
+        memos, size, _ = self._kept.pop(execution_id, (None, 0, 0))
         self._bytes -= size
+        if execution_id in self._unconfirmed:
+            self._unconfirmed.discard(execution_id)
+            return None
         return memos
 
     def clear(self) -> None:
         """Forget everything."""
         self._kept.clear()
+        self._unconfirmed.clear()
         self._bytes = 0
 
 
@@ -200,9 +217,9 @@ class Crew:
 
     # ------------------------------------------------------------ memos
 
-    def keep(self, execution_id: str, memos: Memos) -> None:
-        """Keep the memos of a parked execution."""
-        self.kept.keep(execution_id, memos)
+    def keep(self, execution_id: str, token: int, memos: Memos) -> None:
+        """Keep the memos of an execution that is being parked."""
+        self.kept.keep(execution_id, token, memos)
 
     def recall(self, claimed: Claimed) -> Memos | None:
         """Return the kept memos with what is new; None when they are gone or out of date."""

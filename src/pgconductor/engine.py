@@ -1,7 +1,7 @@
 """The engine as Python sees it: one method per SQL function, and the values that cross the border.
 
-A method builds a `Query`: the statement, its parameters and how to read the answer. A `Session` (asyncio) or a
-`SyncSession` runs it. Nothing is decided here; what a function does stands in its SQL file. All values travel as one
+A method builds a `Query`: the statement, its parameters and how to read the answer. A `Session` or a
+`Pool` runs it. Nothing is decided here; what a function does stands in its SQL file. All values travel as one
 JSON text a parameter, which costs the least on both sides; payloads and results pass through unread (`msgspec.Raw`).
 
 Instants are the database's. A test that moves the clock gives the engine a `clock`, whose answer goes along as

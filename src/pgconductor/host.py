@@ -15,7 +15,8 @@ from psycopg.pq import TransactionStatus
 from pgconductor.attempt import OutcomeUnknown
 from pgconductor.engine import Operation, SavedStep
 from pgconductor.isolated import Processes
-from pgconductor.session import Session, connection_string
+from pgconductor.route import Route
+from pgconductor.session import Session
 from pgconductor.threads import Threads
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 CONNECTIONS_MAX: Final = 8
 _TRANSACTION_OPTIONS: Final = "-c idle_in_transaction_session_timeout=60s"
+_TRANSACTION_SETTINGS: Final = "set local idle_in_transaction_session_timeout = '60s'"
 
 
 class ProcessHost:
@@ -59,7 +61,7 @@ class ProcessHost:
         self.is_leaving = False
         self.is_fenced: Callable[[], bool] = membership.is_fenced
         self.processes = Processes(dsn, engine.schema)
-        self._dsn = dsn
+        self._route = Route(dsn, "pgconductor transaction", options=_TRANSACTION_OPTIONS)
         self._saver = saver
         self._session = session
         self._threads = threads
@@ -125,9 +127,11 @@ class ProcessHost:
                 return connection
             await connection.close()
         try:
-            return await psycopg.AsyncConnection.connect(self._transaction_dsn(), prepare_threshold=None)
+            connection = await self._route.connect(psycopg.AsyncConnection[Any], autocommit=False)
         except psycopg.OperationalError as error:
             raise OutcomeUnknown from error
+        connection.prepare_threshold = None
+        return connection
 
     def _take_sync(self) -> psycopg.Connection[Any]:
         with contextlib.suppress(IndexError):  # other threads take some too
@@ -137,9 +141,11 @@ class ProcessHost:
                     return connection
                 connection.close()
         try:
-            return psycopg.Connection.connect(self._transaction_dsn(), prepare_threshold=None)
+            connection = self._route.connect_sync(autocommit=False)
         except psycopg.OperationalError as error:
             raise OutcomeUnknown from error
+        connection.prepare_threshold = None
+        return connection
 
     async def close(self) -> None:
         """Close the connections of transactions and let the threads end."""
@@ -150,8 +156,10 @@ class ProcessHost:
         for sync_connection in self._idle_sync:
             sync_connection.close()
 
-    def _transaction_dsn(self) -> str:
-        return connection_string(self._dsn, "pgconductor transaction", options=_TRANSACTION_OPTIONS)
+    @property
+    def transaction_settings(self) -> str | None:
+        """What a transaction must say at its beginning, because its connection could not at its start."""
+        return _TRANSACTION_SETTINGS if self._route.is_pooled else None
 
 
 def has_spoken(descriptor: int) -> bool:

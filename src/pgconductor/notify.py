@@ -2,25 +2,28 @@
 
 The channel is the schema's name. A hint is text: `ready <queue ids>` (these queues have new work) or `told <watcher
 ids>` (a result is there, a signal waits). Hints may be lost, doubled, late or about nothing; whoever gets one looks at
-the tables. Where LISTEN does not work, as behind a pooler in transaction mode, polling alone does.
+the tables. A pooler gives no session to listen on, and a LISTEN would stay behind in one that others are given: where
+one is found, nothing is listened to, and polling alone does.
 """
 
 import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import psycopg
 from psycopg import sql
 
-from pgconductor.session import Session, backoff_seconds, connection_string, refuses_options
+from pgconductor.route import Route
+from pgconductor.session import Session, backoff_seconds
 
 if TYPE_CHECKING:
     from pgconductor.engine import Engine
 
 log = logging.getLogger("pgconductor.notify")
 Kind = Literal["ready", "told"]
+POOLED_SECONDS: Final = 60.0  # until it is looked again whether the pooler is still there
 
 
 class Listener:
@@ -42,16 +45,20 @@ class Listener:
     ) -> None:
         self.is_live = False
         self.error_count = 0
-        self._dsn = dsn
+        self._route = Route(dsn, name)
         self._channel = channel
         self._hear = hear
         self._name = name
-        self._with_options = True
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
         """Begin to listen."""
         self._task = asyncio.get_running_loop().create_task(self._run(), name=self._name)
+
+    @property
+    def is_pooled(self) -> bool:
+        """Whether the last connection found a pooler, through which no hint arrives."""
+        return self._route.is_pooled
 
     async def stop(self) -> None:
         """Stop listening and close the connection."""
@@ -60,27 +67,25 @@ class Listener:
             await asyncio.wait([self._task])
 
     async def _run(self) -> None:
-        failure_count = 0
+        failure_count, was_pooled = 0, False
         while True:
             try:
-                async with await self._connect() as connection:
+                async with await self._route.connect(psycopg.AsyncConnection[Any]) as connection:
                     failure_count = 0
-                    await self._listen(connection)
+                    if not self.is_pooled:
+                        await self._listen(connection)
             except Exception as error:  # noqa: BLE001 (a loop that must outlive every error: logged, backed off)
-                if self._with_options and isinstance(error, psycopg.Error) and refuses_options(error):
-                    self._with_options = False
-                    continue
                 failure_count += 1
                 self.error_count += 1
                 level = logging.WARNING if failure_count == 1 else logging.DEBUG
                 log.log(level, "no hints: %s; polling meanwhile", error)
                 await asyncio.sleep(backoff_seconds(failure_count))
+            else:
+                log.log(logging.DEBUG if was_pooled else logging.INFO, "no hints through a pooler; polling instead")
+                was_pooled = True
+                await asyncio.sleep(POOLED_SECONDS)
             finally:
                 self.is_live = False
-
-    async def _connect(self) -> psycopg.AsyncConnection[Any]:
-        dsn = connection_string(self._dsn, self._name, with_options=self._with_options)
-        return await psycopg.AsyncConnection.connect(dsn, autocommit=True)
 
     async def _listen(self, connection: psycopg.AsyncConnection[Any]) -> None:
         await connection.execute(sql.SQL("listen {}").format(sql.Identifier(self._channel)))

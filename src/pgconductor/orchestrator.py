@@ -279,7 +279,9 @@ class _Process:
 
     def _assemble(self, known: dict[int, Task[..., Any]], deps: Any) -> None:
         engine, membership = self._engine, self._membership
-        self.settler = Settler(self._settle_session, engine, membership, self._on_effects, self.on_declared_dead)
+        self.settler = Settler(
+            self._settle_session, engine, membership, self._on_effects, self.on_declared_dead, self._on_parked
+        )
         self._saver = Saver(self._save_session, engine, membership, self._on_effects, self.on_declared_dead)
         threads = Threads(sum(worker.concurrency for worker in self._workers))
         self._host = ProcessHost(
@@ -314,6 +316,9 @@ class _Process:
         )
         self._heartbeat = Heartbeat(self._conductor.dsn, engine, membership, self, self._pulse)
         self._listener = Listener(self._conductor.dsn, engine.schema, self._hear)
+
+    def _on_parked(self, execution_id: str, token: int) -> None:
+        self.crew.kept.confirm(execution_id, token)
 
     async def _join(self, timeout: float | None = START_SECONDS) -> None:
         """Register under a new boot id."""

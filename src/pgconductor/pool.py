@@ -17,14 +17,8 @@ from psycopg.pq import TransactionStatus
 
 from pgconductor.engine import Query
 from pgconductor.errors import ConductorError, ServerError
-from pgconductor.session import (
-    backoff_seconds,
-    connection_string,
-    is_lost,
-    is_rolled_back,
-    refuses_options,
-    translate,
-)
+from pgconductor.route import STANDBY, STANDBY_REMEDY, Route, ask, finds_standbys_only
+from pgconductor.session import backoff_seconds, is_lost, is_rolled_back, translate
 
 T = TypeVar("T")
 
@@ -63,7 +57,7 @@ class Pool:
         self._name = name
         self._idle: list[Connection] = []
         self._slots = asyncio.Semaphore(SIZE_MAX)
-        self._with_options = True
+        self._route: Route | None = None
         self._was_reached = False
         self.query_count = 0
 
@@ -107,20 +101,16 @@ class Pool:
         for connection in idle:
             connection.pgconn.finish()
 
+    @property
+    def is_pooled(self) -> bool:
+        """Whether a pooler was found between here and the server."""
+        return self._route is not None and self._route.is_pooled
+
     async def _connect(self) -> Connection:
         dsn = await self.address()
-        try:
-            return await self._open(dsn)
-        except psycopg.OperationalError as error:
-            if not (self._with_options and refuses_options(error)):
-                raise
-            self._with_options = False
-            return await self._open(dsn)
-
-    async def _open(self, dsn: str) -> Connection:
-        address = connection_string(dsn, self._name, with_options=self._with_options)
-        threshold = 0 if self._with_options else None
-        connection = await Connection.connect(address, autocommit=True, prepare_threshold=threshold)
+        if self._route is None or self._route.dsn != dsn:
+            self._route = Route(dsn, self._name)
+        connection = await self._route.connect(Connection)
         self._was_reached = True
         return connection
 
@@ -150,23 +140,19 @@ class Pool:
 
     async def _ask(self, connection: Connection, query: Query[T]) -> Any:
         self.query_count += 1
-        if self._with_options:
-            cursor = await connection.execute(query.statement.encode(), query.parameters)
-        else:
-            async with connection.pipeline():
-                await connection.execute("begin isolation level read committed")
-                cursor = await connection.execute(query.statement.encode(), query.parameters)
-                await connection.execute("commit")
-        row = await cursor.fetchone()
-        return row[0] if row else None
+        statement = query.statement.encode()
+        return await ask(connection, statement, query.parameters, is_pooled=self.is_pooled)
 
     def _judge_unreachable(self, error: _Unreachable, *, is_late: bool) -> None:
         """Return if the query is to be tried again; raise what the caller is to see otherwise."""
         message, is_passing = error.args
         if is_late or not (is_passing or self._was_reached):
+            cause = error.__cause__
+            if isinstance(cause, psycopg.Error) and finds_standbys_only(cause):
+                raise ServerError(STANDBY, STANDBY_REMEDY) from cause
             raise ServerError(
                 f"cannot connect to Postgres: {message}", "check the address, PGCONDUCTOR_URL and DATABASE_URL"
-            ) from error.__cause__
+            ) from cause
 
     def _judge(self, error: psycopg.Error, *, is_late: bool, is_repeatable: bool) -> None:
         """Return if the query is to be repeated; raise what the caller is to see otherwise."""

@@ -18,6 +18,9 @@ Migrations are append-only and recorded with a checksum. Functions are recorded 
 they came from: an older process leaves a newer release's functions alone. While the release stays the same, as in
 development, functions that are gone from the files are dropped, and those whose shape changed are made anew; between
 releases nothing is dropped, because workers of the release before still call it.
+
+It works through a pooler in transaction mode too: the lock and every setting are of their transaction, and nothing is
+prepared.
 """
 
 import asyncio
@@ -40,6 +43,7 @@ from psycopg.pq import TransactionStatus
 from psycopg.rows import tuple_row
 
 from pgconductor.errors import ConfigurationError, ServerError
+from pgconductor.route import STANDBY, STANDBY_REMEDY, connection_string, finds_standbys_only
 
 DEFAULT_SCHEMA = "pgconductor"
 STOP_SECONDS_MAX = 60.0  # how long workers get to stop before a migration that breaks them
@@ -270,7 +274,7 @@ def check_server(conn: Connection) -> None:
         reason = "the database's encoding is SQL_ASCII, which stores bytes without knowing their characters"
         raise ServerError(reason, "create the database with encoding 'UTF8'")
     if _row(conn, "select pg_is_in_recovery()")[0]:
-        raise ServerError("the server is a read-only standby", "connect to the primary")
+        raise ServerError(STANDBY, STANDBY_REMEDY)
 
 
 # ---------------------------------------------------------------- one step
@@ -371,7 +375,7 @@ def _routines(conn: Connection, schema: str) -> list[tuple[Any, ...]]:
     query = """
         select p.oid::regprocedure::text, p.xmin::text
         from pg_proc p join pg_namespace n on n.oid = p.pronamespace where n.nspname = %s"""
-    return conn.cursor(row_factory=tuple_row).execute(query, (schema,)).fetchall()
+    return conn.cursor(row_factory=tuple_row).execute(query, (schema,), prepare=False).fetchall()
 
 
 def _drop_routines(conn: Connection, routines: list[tuple[Any, ...]]) -> None:
@@ -392,7 +396,7 @@ def _validate_routines(conn: Connection, schema: str) -> None:
         select case l.lanname when 'sql' then fmgr_sql_validator(p.oid)::text else plpgsql_validator(p.oid)::text end
         from pg_proc p join pg_namespace n on n.oid = p.pronamespace join pg_language l on l.oid = p.prolang
         where n.nspname = %s and l.lanname in ('sql', 'plpgsql')"""
-    conn.execute(query, (schema,))
+    conn.execute(query, (schema,), prepare=False)
 
 
 def _record_script(step: Step) -> str:
@@ -414,7 +418,7 @@ def _recorded(conn: Connection, schema: str) -> Records | None:
     query = f"select version, checksum, release, breaking from {_quoted(schema)}.migration"  # noqa: S608 - quoted
     try:
         with conn.transaction():
-            rows = conn.cursor(row_factory=tuple_row).execute(_encoded(conn, query)).fetchall()
+            rows = conn.cursor(row_factory=tuple_row).execute(_encoded(conn, query), prepare=False).fetchall()
     except (errors.UndefinedTable, errors.InvalidSchemaName):
         return None
     return {row[0]: Record(*row) for row in rows}
@@ -483,7 +487,7 @@ def _numbers(release: str) -> list[int]:
 def _session(target: str | Connection, schema: str) -> Generator[Connection]:
     check_schema_name(schema)
     if isinstance(target, str):
-        with psycopg.connect(target, autocommit=True) as conn:
+        with _connect(target) as conn:
             check_server(conn)
             yield conn
     elif target.info.transaction_status != TransactionStatus.IDLE:
@@ -494,12 +498,23 @@ def _session(target: str | Connection, schema: str) -> Generator[Connection]:
         yield target
 
 
+def _connect(dsn: str) -> Connection:
+    """Connect to that server of the address which takes writes. Each transaction says what it needs."""
+    try:
+        return psycopg.connect(connection_string(dsn, "pgconductor migrate", with_options=False), autocommit=True)
+    except psycopg.OperationalError as error:
+        if finds_standbys_only(error):
+            raise ServerError(STANDBY, STANDBY_REMEDY) from error
+        raise
+
+
 def _execute(conn: Connection, script: str) -> None:
     conn.execute(_encoded(conn, script), prepare=False)
 
 
 def _row(conn: Connection, query: str, *values: object) -> tuple[Any, ...]:
-    row = conn.cursor(row_factory=tuple_row).execute(_encoded(conn, query), values or None).fetchone()
+    cursor = conn.cursor(row_factory=tuple_row).execute(_encoded(conn, query), values or None, prepare=False)
+    row = cursor.fetchone()
     return cast("tuple[Any, ...]", row)
 
 

@@ -9,23 +9,19 @@ between two statements holds no locks. What a failure means is decided here, onc
   other, the caller learns by `ConnectionLost` and must look.
 - Everything else is the caller's: SQLSTATE class PC arrives as the class of `errors` that belongs to it.
 
-The functions assume read committed, whatever the role's default: it is asked for when the connection starts. A pooler
-that refuses start-up options gets explicit transactions instead, in one pipelined message.
+The functions assume read committed, whatever the role's default, and no state in the session: see `route`.
 """
 
 import asyncio
 import contextlib
 import logging
 import random
-import threading
-import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import psycopg
-from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from pgconductor.errors import ConductorError, engine_error
+from pgconductor.route import Route, Timeline, ask
 
 if TYPE_CHECKING:
     from pgconductor.engine import Query
@@ -35,16 +31,6 @@ log = logging.getLogger("pgconductor.session")
 
 BACKOFF_SECONDS_FIRST: Final = 0.05
 BACKOFF_SECONDS_MAX: Final = 2.0
-_OPTIONS: Final = "-c default_transaction_isolation=read\\ committed -c default_transaction_read_only=off"
-_DEFAULTS: Final[dict[str, str]] = {
-    "connect_timeout": "5",
-    "keepalives": "1",
-    "keepalives_idle": "5",
-    "keepalives_interval": "2",
-    "keepalives_count": "3",
-    "tcp_user_timeout": "10000",
-    "target_session_attrs": "read-write",
-}
 # The server rolled back and said so: the call did not happen.
 _ROLLED_BACK: Final = {"40001", "40P01", "55P03", "57014", "25006", "57P03"}
 # A statement timeout may be too short for what is asked; after so many the caller had better ask for less.
@@ -58,25 +44,6 @@ class ConnectionLost(ConductorError):
     """The connection broke during a call: whether the call took effect is not known."""
 
 
-def connection_string(dsn: str, name: str, *, with_options: bool = True, options: str = "") -> str:
-    """Complete a DSN: application name, timeouts, isolation; what the user gave stays.
-
-    Args:
-        dsn: The user's.
-        name: Shown in `pg_stat_activity` unless the DSN names the application itself.
-        with_options: False for poolers that refuse start-up options.
-        options: More of them, such as `-c idle_in_transaction_session_timeout=60s`.
-
-    Returns:
-        A DSN for psycopg.
-    """
-    given = {key: str(value) for key, value in conninfo_to_dict(dsn).items() if value is not None}
-    settings = {**_DEFAULTS, "application_name": name, **given}
-    if with_options:
-        settings["options"] = " ".join(filter(None, (given.get("options"), _OPTIONS, options)))
-    return make_conninfo("", **settings)
-
-
 def is_rolled_back(error: psycopg.Error) -> bool:
     """Tell whether the server refused a call and did nothing of it, so that it may simply be repeated."""
     return error.sqlstate is not None and (error.sqlstate in _ROLLED_BACK or error.sqlstate.startswith("53"))
@@ -87,11 +54,6 @@ def is_lost(error: psycopg.Error) -> bool:
     if error.sqlstate is None:
         return isinstance(error, psycopg.OperationalError | psycopg.InterfaceError)
     return error.sqlstate in _UNKNOWN or error.sqlstate.startswith("08")
-
-
-def refuses_options(error: psycopg.Error) -> bool:
-    """Tell whether a pooler refused start-up options."""
-    return "unsupported startup parameter" in str(error)
 
 
 def translate(error: psycopg.Error) -> Exception:
@@ -108,7 +70,7 @@ def backoff_seconds(failure_count: int) -> float:
 
 
 class _Judge:
-    """Decides, for both kinds of session, what a failed try means."""
+    """Decides what a failed try means."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -142,12 +104,12 @@ class Session:
     Args:
         dsn: Where to.
         name: For `pg_stat_activity` and the log.
+        timeline: Told of the timeline that each connection finds.
     """
 
-    def __init__(self, dsn: str, name: str = "pgconductor") -> None:
+    def __init__(self, dsn: str, name: str = "pgconductor", timeline: Timeline | None = None) -> None:
         self.name = name
-        self._dsn = dsn
-        self._with_options = True
+        self.route = Route(dsn, name, timeline=timeline)
         self._connection: psycopg.AsyncConnection[Any] | None = None
         self._lock = asyncio.Lock()
         self._judge = _Judge(name)
@@ -191,7 +153,9 @@ class Session:
             try:
                 connection = self._connection or await self._connect()
                 is_connecting = False
-                answer = await self._execute(connection, query)
+                answer = await ask(
+                    connection, query.statement.encode(), query.parameters, is_pooled=self.route.is_pooled
+                )
             except psycopg.Error as error:
                 await self._recover(error, is_connecting, query.harmless)
             except BaseException:
@@ -203,9 +167,6 @@ class Session:
                 return query.read(answer)
 
     async def _recover(self, error: psycopg.Error, is_connecting: bool, is_harmless: bool) -> None:
-        if is_connecting and self._with_options and refuses_options(error):
-            self._with_options = False
-            return
         if self._closed:
             raise ConnectionLost(f"{self.name} was closed") from error
         if is_lost(error) or error.sqlstate == "25006":
@@ -217,106 +178,11 @@ class Session:
     async def _connect(self) -> psycopg.AsyncConnection[Any]:
         if self._closed:
             raise ConnectionLost(f"{self.name} is closed")
-        self._connection = await psycopg.AsyncConnection.connect(
-            connection_string(self._dsn, self.name, with_options=self._with_options),
-            autocommit=True,
-            prepare_threshold=0 if self._with_options else None,
-        )
+        self._connection = await self.route.connect(psycopg.AsyncConnection)
         return self._connection
-
-    async def _execute(self, connection: psycopg.AsyncConnection[Any], query: "Query[Any]") -> Any:
-        statement = query.statement.encode()
-        if self._with_options:
-            cursor = await connection.execute(statement, query.parameters)
-        else:
-            async with connection.pipeline():
-                await connection.execute("begin isolation level read committed")
-                cursor = await connection.execute(statement, query.parameters)
-                await connection.execute("commit")
-        row = await cursor.fetchone()
-        return row[0] if row else None
 
     async def _drop(self) -> None:
         connection, self._connection = self._connection, None
         if connection is not None:
             with contextlib.suppress(Exception):
                 await connection.close()
-
-
-class SyncSession:
-    """The same for threads; calls queue up."""
-
-    def __init__(self, dsn: str, name: str = "pgconductor", sleep: Callable[[float], None] = time.sleep) -> None:
-        self.name = name
-        self._dsn = dsn
-        self._sleep = sleep
-        self._with_options = True
-        self._connection: psycopg.Connection[Any] | None = None
-        self._lock = threading.Lock()
-        self._judge = _Judge(name)
-        self._closed = False
-
-    def run(self, query: "Query[T]", *, timeout: float | None = None) -> T:
-        """Run one engine call; as `Session.run`, but that `timeout` is looked at between tries only."""
-        deadline = None if timeout is None else time.monotonic() + timeout
-        with self._lock:
-            while True:
-                is_connecting = True
-                try:
-                    connection = self._connection or self._connect()
-                    is_connecting = False
-                    answer = self._execute(connection, query)
-                except psycopg.Error as error:
-                    self._recover(error, is_connecting, query.harmless, deadline)
-                except BaseException:
-                    self._drop()
-                    raise
-                else:
-                    self._judge.succeeded()
-                    return query.read(answer)
-
-    def close(self) -> None:
-        """Close the connection."""
-        self._closed = True
-        self._drop()
-
-    def _recover(self, error: psycopg.Error, is_connecting: bool, is_harmless: bool, deadline: float | None) -> None:
-        if is_connecting and self._with_options and refuses_options(error):
-            self._with_options = False
-            return
-        if self._closed:
-            raise ConnectionLost(f"{self.name} was closed") from error
-        if is_lost(error) or error.sqlstate == "25006":
-            self._drop()
-        pause = self._judge.after(error, is_connecting=is_connecting, is_harmless=is_harmless)
-        if deadline is not None and time.monotonic() + pause > deadline:
-            raise TimeoutError(f"{self.name}: no answer from Postgres in time: {error}") from error
-        self._sleep(pause)
-
-    def _connect(self) -> psycopg.Connection[Any]:
-        if self._closed:
-            raise ConnectionLost(f"{self.name} is closed")
-        self._connection = psycopg.Connection.connect(
-            connection_string(self._dsn, self.name, with_options=self._with_options),
-            autocommit=True,
-            prepare_threshold=0 if self._with_options else None,
-        )
-        return self._connection
-
-    def _execute(self, connection: psycopg.Connection[Any], query: "Query[Any]") -> Any:
-        statement = query.statement.encode()
-        if self._with_options:
-            row = connection.execute(statement, query.parameters).fetchone()
-        else:
-            with connection.pipeline():
-                connection.execute("begin isolation level read committed")
-                cursor = connection.execute(statement, query.parameters)
-                connection.execute("commit")
-            row = cursor.fetchone()
-        return row[0] if row else None
-
-    def _drop(self) -> None:
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            with contextlib.suppress(Exception):
-                connection.close()

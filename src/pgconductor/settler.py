@@ -43,6 +43,7 @@ class Settler:
         membership: The boot id under which the leases are held.
         on_effects: Told what a settle set in motion.
         on_declared_dead: Told that the engine no longer knows the boot id.
+        on_parked: Told the id and the token of what is parked now.
 
     Attributes:
         batcher: What is not stored yet.
@@ -56,12 +57,14 @@ class Settler:
         membership: Membership,
         on_effects: Callable[[Effects], None],
         on_declared_dead: Callable[[str], None],
+        on_parked: Callable[[str, int], None] | None = None,
     ) -> None:
         self._session = session
         self._engine = engine
         self._membership = membership
         self._on_effects = on_effects
         self._on_declared_dead = on_declared_dead
+        self._on_parked = on_parked
         self.settled_count = 0
         self.lost_count = 0
         self.batch_count = 0
@@ -88,6 +91,10 @@ class Settler:
                 len(settled.lost),
                 ", ".join(settled.lost[:5]),
             )
+        if self._on_parked is not None:
+            for each in outcomes:
+                if each.cached and each.id not in settled.lost:
+                    self._on_parked(each.id, each.token)
         self._on_effects(Effects(settled.queues, settled.watchers, settled.next_due))
 
     def _reject(self, refused: Settlement, error: Exception) -> None:

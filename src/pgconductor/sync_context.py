@@ -162,6 +162,8 @@ class SyncContext(RunFacts[D]):
         with attempt.host.sync_transaction() as conn:
             try:
                 with conn.transaction():  # the outermost block: it begins here, and commits at its end only
+                    if settings := attempt.host.transaction_settings:
+                        conn.execute(settings.encode())
                     with marked(name):
                         raw, copied = codec.store(fn(conn, *args, **kwargs), f"transaction {name!r}")
                     step = attempt.journal.finished(name, "transaction", raw)

@@ -29,6 +29,7 @@ log = logging.getLogger("pgconductor.worker")
 FETCH_SIZE: Final = 500
 PREFETCH_SECONDS: Final = 0.1
 RATE_WINDOW_SECONDS: Final = 0.02
+_PUT_OFF_SECONDS: Final = 1.0
 Settlement = Completion | Outcome
 
 
@@ -67,8 +68,8 @@ class Floor(Protocol):
         """Load the memos of an execution whose kept ones are gone."""
         ...
 
-    def keep(self, execution_id: str, memos: Memos, /) -> None:
-        """Keep the memos of a parked execution."""
+    def keep(self, execution_id: str, token: int, memos: Memos, /) -> None:
+        """Keep the memos of an execution that is being parked."""
         ...
 
 
@@ -206,6 +207,9 @@ class Worker:
     def start(self, claimed: Claimed, token: int) -> None:
         """Start one execution."""
         floor = self._owner()
+        if claimed.id in self.running:
+            self._put_off(claimed, token)
+            return
         if claimed.task_id in self._batch_sizes:
             self._gather(claimed, token)
             return
@@ -217,6 +221,16 @@ class Worker:
                 self.running[claimed.id] = (self._attempt(claimed, token, Memos()), task)
                 return
         self._run_as_task(self._attempt(claimed, token, memos))
+
+    def _put_off(self, claimed: Claimed, token: int) -> None:
+        """Give back an execution that this process still runs under an earlier claim, and leave that run.
+
+        It happens when a crash of the server undoes a claim, whose commit is asynchronous: the old run's writes are
+        refused already, and there is one place here for a run of an execution.
+        """
+        log.warning("execution %s was claimed again while it runs here: the server lost the first claim", claimed.id)
+        self.running[claimed.id][0].abandon()
+        self._owner().settle(Outcome(claimed.id, token, "released", delay=_PUT_OFF_SECONDS))
 
     def _attempt(self, claimed: Claimed, token: int, memos: Memos | None) -> Attempt:
         floor = self._owner()
@@ -283,7 +297,7 @@ class Worker:
         self._finished_count += 1
         if settlement is not None:
             if type(settlement) is Outcome and settlement.cached:
-                floor.keep(settlement.id, attempt.memos)
+                floor.keep(settlement.id, settlement.token, attempt.memos)
             floor.settle(settlement)
         buffer = self.buffer
         if buffer and not floor.is_held() and (not self._batch_sizes or self._has_slot(buffer[0][0])):

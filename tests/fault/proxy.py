@@ -107,8 +107,14 @@ class Link:
 
     def half_open(self) -> None:
         """Cut the server's end only; the client hears nothing any more."""
-        self.is_silent = True
+        self.fall_silent()
         self._to_server.transport.abort()
+
+    def fall_silent(self) -> None:
+        """Let nothing pass any more; the link is cut after as long as it takes until keepalives are missed."""
+        self.is_silent = True
+        if self._proxy.keepalive_seconds is not None:
+            asyncio.get_running_loop().call_later(self._proxy.keepalive_seconds, self.reset)
 
     # ------------------------------------------------------------ client to server
 
@@ -116,7 +122,8 @@ class Link:
         with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
             startup = await _read_sized(self._from_client)
             self.application = _application_in(startup)
-            self.is_silent = self._proxy.silences(self.application)
+            if self._proxy.silences(self.application):
+                self.fall_silent()
             self._send(self._to_server, startup)
             while True:
                 kind = await self._from_client.readexactly(1)
@@ -163,12 +170,13 @@ class Link:
 
     def _strike(self, rule: Rule) -> bool:
         """The server has done what it was asked; the client will not hear of it. Tell whether to hang up."""
-        self.is_silent = rule.action == "hold"
+        if rule.action == "hold":
+            self.fall_silent()
         rule.fired.set()
         return rule.action == "swallow"
 
     def _send(self, writer: asyncio.StreamWriter, message: bytes) -> None:
-        if not self.is_silent:
+        if not (self.is_silent or writer.transport.is_closing()):
             writer.write(message)
 
 
@@ -179,6 +187,8 @@ class Proxy:
         self.port = 0
         self.delay_seconds = 0.0
         self.is_refusing = False
+        self.keepalive_seconds: float | None = None
+        """After how long the end of a silent link is told, as by keepalives that nobody answers; never by itself."""
         self.links: set[Link] = set()
         self._silenced: set[str] = set()
         self._rules: list[Rule] = []
@@ -209,7 +219,7 @@ class Proxy:
         """Let nothing pass, on the links there are and on those to come."""
         self._silenced.add(application)
         for link in self.chosen(application):
-            link.is_silent = True
+            link.fall_silent()
 
     def unsilence(self, application: str = "") -> None:
         """Let new links of this name work, and cut those that were silent."""

@@ -3,11 +3,12 @@
 import asyncio
 import random
 from functools import partial
+from uuid import UUID
 
 import pytest
 
 from pgconductor.membership import Timing
-from tests.fault.programs import Program, app, children, gate, program, sleep, step, transaction
+from tests.fault.programs import Program, app, child, children, gate, program, sleep, step, transaction
 from tests.fault.supervisor import World
 from tests.waiting import until
 
@@ -59,6 +60,51 @@ async def test_f3_31_sessions_terminated_at_random_under_load_lose_nothing(world
     await asyncio.gather(*(run.result(60) for run in runs))
     assert {world.facts(run.id) for run in runs} == {("completed", 1, 0)}
     assert world.one("select count(*) from effect") == 60
+
+
+@pytest.mark.covers("F30")
+async def test_f3_30_a_claim_that_a_crash_undoes_is_made_again_while_its_run_goes_on(world: World) -> None:
+    run = await program.invoke([step("a"), gate("g"), step("b")])
+    await world.worker().up()
+    await until(lambda: bool(world.ledger.of("saw", "a")))
+    undo_claim(world, run.id)
+    await until(lambda: world.one("select count(*) from audit.history where token is not null") == 2)
+    world.open_gate("g")
+    await run.result(30)
+    assert world.facts(run.id) == ("completed", 1, 0)
+    assert (world.ledger.runs("a"), world.ledger.runs("b")) == (1, 1)
+
+
+@pytest.mark.covers("F30")
+async def test_f3_30_a_park_of_a_claim_that_a_crash_undid_leaves_nothing_in_memory(world: World) -> None:
+    """Claims commit asynchronously: a crash may bring back the row that a run was claimed from, and lose its park."""
+    run = await program.invoke([child("c", gate("h")), gate("g"), child("d", step("x"))])
+    await world.worker(through=True).up()
+    await until(lambda: bool(world.rows("select from wait")))
+    (kept,) = world.rows("select cached_by, cached_seq from wait")
+    world.open_gate("h")
+    await until(lambda: len(world.ledger.of("saw", "c")) == 1)
+    refused = world.proxy.arm("refuse", "settle", again=True)
+    world.open_gate("g")
+    await refused.fired.wait()
+    undo_claim(world, run.id, kept["cached_by"], kept["cached_seq"])
+    await until(lambda: len(world.ledger.of("saw", "g")) == 2)
+    world.proxy.heal()
+    await run.result(30)
+    assert len(world.children_of(run.id)) == 2
+
+
+def undo_claim(world: World, id: UUID, cached_by: UUID | None = None, cached_seq: int | None = None) -> None:
+    """Do as a crash of the server does that comes before an asynchronous commit of a claim is on disk."""
+    world.rows(
+        """
+        with undone as (delete from lease where execution_id = %s returning execution_id)
+        insert into ready (lane_id, priority, ord, execution_id, cached_by, cached_seq)
+        select e.lane_id, e.priority, e.ord - 4611686018427387904, e.id, %s, %s
+        from undone u join execution e on e.id = u.execution_id returning 1
+        """,
+        id, cached_by, cached_seq,
+    )  # fmt: skip
 
 
 def unfinished(world: World) -> int:

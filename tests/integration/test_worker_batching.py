@@ -69,15 +69,32 @@ def memos_of(size: int) -> Memos:
 
 def test_kept_memos_are_bounded_by_bytes_and_count() -> None:
     kept = KeptMemos(bytes_max=5_000, count_max=3)
-    kept.keep("large", memos_of(4_500))
-    kept.keep("a", memos_of(10))
-    kept.keep("b", memos_of(1_000))
+
+    def keep(id: str, size: int) -> None:
+        kept.keep(id, 1, memos_of(size))
+        kept.confirm(id, 1)
+
+    keep("large", 4_500)
+    keep("a", 10)
+    keep("b", 1_000)
     assert kept.take("large") is None
-    kept.keep("c", memos_of(10))
-    kept.keep("d", memos_of(10))
+    keep("c", 10)
+    keep("d", 10)
     assert kept.take("a") is None
     assert kept.take("d") is not None
     assert kept.take("d") is None
+
+
+def test_kept_memos_count_only_once_their_own_park_is_stored() -> None:
+    kept = KeptMemos()
+    kept.keep("a", 1, memos_of(10))
+    assert kept.take("a") is None
+    kept.keep("a", 2, memos_of(10))
+    kept.confirm("a", 1)
+    assert kept.take("a") is None
+    kept.keep("a", 3, memos_of(10))
+    kept.confirm("a", 3)
+    assert kept.take("a") is not None
 
 
 def test_threads_are_reused_and_never_more_than_the_limit() -> None:
@@ -115,7 +132,7 @@ async def test_a_session_reads_committed_with_start_up_options_and_without(
     db.execute(f'alter database "{name}" set default_transaction_isolation = serializable'.encode())
     async with Conductor(database) as app:
         session = Session(database)
-        session._with_options = with_options
+        session.route._takes_options = with_options
         query = app.engine.register_queues(["a", "b"])
         queues = await session.run(query)
         assert sorted(queue.name for queue in queues or ()) == ["a", "b"]

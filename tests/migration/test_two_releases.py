@@ -34,8 +34,10 @@ def later(request: pytest.FixtureRequest, database: str, tmp_path: Path) -> Iter
 async def load(dsn: str) -> AsyncGenerator[None]:
     """Keep work waiting, then let it run dry."""
 
+    is_over = asyncio.Event()
+
     async def feed() -> None:
-        while True:
+        while not is_over.is_set():
             if await asyncio.to_thread(left, dsn) < AHEAD:
                 await asyncio.to_thread(enqueue, dsn, AHEAD)
             await asyncio.sleep(0.01)
@@ -43,8 +45,8 @@ async def load(dsn: str) -> AsyncGenerator[None]:
     enqueue(dsn, AHEAD)
     feeding = asyncio.create_task(feed())
     yield
-    feeding.cancel()
-    await asyncio.wait([feeding])
+    is_over.set()
+    await feeding
     await until(lambda: not left(dsn))
 
 

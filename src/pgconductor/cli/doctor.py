@@ -21,6 +21,7 @@ VERSION_LOWEST: Final = 15
 VERSION_HIGHEST: Final = 18
 CONNECTIONS_LEFT_MIN: Final = 10
 HINT_SECONDS_MAX: Final = 3.0
+POOLER_REMEDY: Final = "work starts within the poll interval of a second; connect workers directly to be faster"
 
 
 class Check(NamedTuple):
@@ -104,7 +105,10 @@ async def _examine_engine(client: LoopClient, engine: Engine) -> list[Check]:
 
 
 async def _examine_hints(client: LoopClient, engine: Engine) -> Check:
-    """Send a hint and wait for it; through a pooler in transaction mode it never comes."""
+    """Send a hint and wait for it. Through a pooler there is nothing to wait for."""
+    if client.pool.is_pooled:
+        found = "a pooler stands in front: there is no LISTEN, so workers and waiting clients poll"
+        return Check("hints", "warning", found, POOLER_REMEDY)
     heard = asyncio.Event()
     listener = Listener(await client.pool.address(), engine.schema, lambda kind, _: _hear(kind, heard))
     listener.start()
@@ -114,8 +118,8 @@ async def _examine_hints(client: LoopClient, engine: Engine) -> Check:
                 await client.run(engine.notify("doctor"))
                 await asyncio.wait([asyncio.ensure_future(heard.wait())], timeout=0.2)
     except TimeoutError:
-        found = "no hint came back: LISTEN does not work here, as behind a pooler in transaction mode"
-        return Check("hints", "warning", found, "work starts within the poll interval; connect directly to be faster")
+        found = "no hint came back: LISTEN does not work here"
+        return Check("hints", "warning", found, POOLER_REMEDY)
     finally:
         await listener.stop()
     return Check("hints", "ok", "LISTEN and NOTIFY work")

@@ -42,6 +42,7 @@ SEED_SECONDS_MAX = 240.0
 FIRE_SECONDS_MAX = 20.0
 STOP_SECONDS_MAX = 20.0
 BAIT_SECONDS = 0.3
+KEEPALIVE_SECONDS = 3.0
 
 
 @dataclass
@@ -106,6 +107,7 @@ class _Run:
         for worker in [self.field.start_worker() for _ in range(self.plan.workers)]:
             await worker.up()
         app.use_address(self.world.proxied_dsn)
+        self.world.proxy.keepalive_seconds = KEEPALIVE_SECONDS
         with Watcher(self.world.dsn) as watcher:
             tending = asyncio.create_task(self._tend())
             try:
@@ -119,6 +121,8 @@ class _Run:
                 tending.cancel()
                 with suppress(asyncio.CancelledError):
                     await tending
+                if watcher.violation is not None:
+                    self.result.problems.append(f"in a snapshot: {watcher.violation}")
             await self._stop()
         self._judge(watcher)
 
@@ -227,8 +231,6 @@ class _Run:
     def _judge(self, watcher: Watcher) -> None:
         result, ask = self.result, self.world.rows
         result.snapshots = watcher.passes
-        if watcher.violation is not None:
-            result.problems.append(f"in a snapshot: {watcher.violation}")
         result.problems += self.field.problems + [f"never fired: {each}" for each in result.never_fired]
         self._count()
         self._measure(watcher)

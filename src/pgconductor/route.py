@@ -1,0 +1,214 @@
+"""The way to a server: what a connection asks for when it starts, and what it finds standing between.
+
+**Poolers.** A pooler in transaction mode gives each transaction whatever session is free. Nothing may be left in a
+session there: no setting, no prepared statement, no LISTEN. Whether one stands between is found out when a connection
+starts, not configured: some refuse start-up options and some drop them in silence, but the process id that a pooler
+names at the start is of its own making, and that of the session which answers the first question is another. In a mode
+that keeps sessions this is stricter than need be, and right.
+
+What the engine's functions need of a session is read committed, and leave to write. A direct connection asks for it by
+start-up options. Through a pooler each call says so itself: it travels as begin, call and commit, in one message.
+
+**Failover.** A standby that was promoted continues on another timeline of the database, and an asynchronous one may
+lack the last commits, which the processes have been told of. So the timeline is part of what is asked at the start; who
+keeps anything in memory hears by `Timeline` that it may never have been.
+"""
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any, Final, TypeVar
+
+import psycopg
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg.pq import TransactionStatus
+
+Kind = TypeVar("Kind", bound=psycopg.AsyncConnection[Any])
+
+_OPTIONS: Final = "-c default_transaction_isolation=read\\ committed -c default_transaction_read_only=off"
+_DEFAULTS: Final[dict[str, str]] = {
+    "client_encoding": "UTF8",
+    "connect_timeout": "5",
+    "keepalives": "1",
+    "keepalives_idle": "5",
+    "keepalives_interval": "2",
+    "keepalives_count": "3",
+    "tcp_user_timeout": "10000",
+    "target_session_attrs": "read-write",
+}
+STANDBY: Final = "the server is a read-only standby"
+STANDBY_REMEDY: Final = "connect to the primary, or name all servers in the address: host=a,b"
+_REFUSALS: Final = ("unsupported startup parameter", "command-line options")  # PgBouncer; RDS Proxy
+_WHO: Final = b"select pg_backend_pid(), current_setting('default_transaction_isolation')"
+_TIMELINE: Final = b"select left(pg_walfile_name(pg_current_wal_lsn()), 8)"
+_BEGIN: Final = "begin isolation level read committed read write"
+
+
+class Timeline:
+    """The timeline that a process' connections were last seen on.
+
+    Args:
+        on_change: Called when a connection finds another one, before anything is asked of it.
+    """
+
+    def __init__(self, on_change: Callable[[], None]) -> None:
+        self._on_change = on_change
+        self._last: str | None = None
+
+    def note(self, found: str | None) -> None:
+        """Take what a new connection found; None is a server that does not say."""
+        if found is None:
+            return
+        is_other = self._last is not None and found != self._last
+        self._last = found
+        if is_other:
+            self._on_change()
+
+
+class Route:
+    """The way from here to a server.
+
+    Args:
+        dsn: The user's.
+        name: Shown in `pg_stat_activity` unless the DSN names the application itself.
+        options: Start-up options beside the engine's own, such as `-c idle_in_transaction_session_timeout=60s`.
+        timeline: Told of the timeline that each connection finds.
+
+    Attributes:
+        dsn: As given.
+        is_pooled: Whether the last connection found a pooler between.
+    """
+
+    def __init__(self, dsn: str, name: str, *, options: str = "", timeline: Timeline | None = None) -> None:
+        self.is_pooled = False
+        self.dsn = dsn
+        self._name = name
+        self._options = options
+        self._timeline = timeline
+        self._takes_options = True
+
+    async def connect(self, kind: type[Kind], *, autocommit: bool = True) -> Kind:
+        """Open a connection on which `ask` works.
+
+        Raises:
+            psycopg.Error: It could not be opened. Nothing is left open.
+        """
+        connection = await self._open(kind)
+        try:
+            row = await (await connection.execute(_WHO)).fetchone()
+            self._learn(connection, row)
+            if self.is_pooled:
+                await connection.set_isolation_level(psycopg.IsolationLevel.READ_COMMITTED)
+                await connection.set_read_only(False)
+            await connection.set_autocommit(autocommit)
+            if self._timeline is not None:
+                self._timeline.note(await _timeline_of(connection))
+        except BaseException:
+            connection.pgconn.finish()
+            raise
+        return connection
+
+    def connect_sync(self, *, autocommit: bool = True) -> psycopg.Connection[Any]:
+        """Do as `connect`, for threads. It looks at no timeline."""
+        connection = self._open_sync()
+        try:
+            self._learn(connection, connection.execute(_WHO).fetchone())
+            if self.is_pooled:
+                connection.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
+                connection.read_only = False
+            connection.autocommit = autocommit
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    @property
+    def address(self) -> str:
+        """The DSN with everything that a connection asks for at its start."""
+        return connection_string(self.dsn, self._name, with_options=self._takes_options, options=self._options)
+
+    async def _open(self, kind: type[Kind]) -> Kind:
+        while True:
+            try:
+                return await kind.connect(self.address, autocommit=True, prepare_threshold=None)
+            except psycopg.OperationalError as error:
+                self._judge(error)
+
+    def _open_sync(self) -> psycopg.Connection[Any]:
+        while True:
+            try:
+                return psycopg.Connection[Any].connect(self.address, autocommit=True, prepare_threshold=None)
+            except psycopg.OperationalError as error:
+                self._judge(error)
+
+    def _judge(self, error: psycopg.OperationalError) -> None:
+        """Return if it is worth another try at once."""
+        if not (self._takes_options and refuses_options(error)):
+            raise error
+        self._takes_options = False
+
+    def _learn(self, connection: psycopg.AsyncConnection[Any] | psycopg.Connection[Any], row: Any) -> None:
+        pid, isolation = row
+        self.is_pooled = pid != connection.info.backend_pid or isolation != "read committed"
+        if not self.is_pooled:
+            connection.prepare_threshold = 0
+
+
+async def ask(
+    connection: psycopg.AsyncConnection[Any], statement: bytes, parameters: Sequence[object], *, is_pooled: bool
+) -> Any:
+    """Send a call as one message, and return the one value of its answer. An error leaves no transaction open."""
+    if not is_pooled:
+        cursor = await connection.execute(statement, parameters)
+    else:
+        try:
+            async with connection.pipeline():
+                await connection.execute(_BEGIN)
+                cursor = await connection.execute(statement, parameters)
+                await connection.execute("commit")
+        except psycopg.Error:
+            if connection.pgconn.transaction_status == TransactionStatus.INERROR:
+                with contextlib.suppress(psycopg.Error):  # broken, then; the error under way says more
+                    await connection.execute("rollback")
+            raise
+    row = await cursor.fetchone()
+    return row[0] if row else None
+
+
+def connection_string(dsn: str, name: str, *, with_options: bool = True, options: str = "") -> str:
+    """Complete a DSN: application name, timeouts, isolation; what the user gave stays.
+
+    Args:
+        dsn: The user's.
+        name: Shown in `pg_stat_activity` unless the DSN names the application itself.
+        with_options: False for poolers that refuse start-up options.
+        options: More of them, such as `-c idle_in_transaction_session_timeout=60s`.
+
+    Returns:
+        A DSN for psycopg.
+    """
+    given = {key: str(value) for key, value in conninfo_to_dict(dsn).items() if value is not None}
+    settings = {**_DEFAULTS, "application_name": name, **given}
+    if with_options:
+        settings["options"] = " ".join(filter(None, (given.get("options"), _OPTIONS, options)))
+    return make_conninfo("", **settings)
+
+
+def refuses_options(error: psycopg.Error) -> bool:
+    """Tell whether a pooler refused start-up options."""
+    return any(words in str(error) for words in _REFUSALS)
+
+
+def finds_standbys_only(error: psycopg.Error) -> bool:
+    """Tell whether a connection failed because no server of the address takes writes."""
+    return "session is read-only" in str(error) or "hot standby" in str(error)
+
+
+async def _timeline_of(connection: psycopg.AsyncConnection[Any]) -> str | None:
+    """Ask on which timeline the server writes; some services that speak Postgres' protocol have none."""
+    try:
+        row = await (await connection.execute(_TIMELINE)).fetchone()
+    except psycopg.Error:
+        if connection.closed:
+            raise
+        return None
+    return row[0] if row else None
