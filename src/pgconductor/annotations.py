@@ -86,7 +86,7 @@ def hints_of(fn: Callable[..., Any], place: str) -> dict[str, Any]:
         fn: A function or method; wrappers made with `functools.wraps` are seen through.
         place: What the function is, such as `task 'charge'`, for a later error.
     """
-    target = inspect.unwrap(fn)
+    target = inspect.unwrap(written_function(fn))
     try:
         return typing.get_type_hints(target, localns=_closure(target), include_extras=True)
     except Exception:  # noqa: BLE001  (an annotation may be any expression)
@@ -112,6 +112,15 @@ class Unresolved:
         ) from self._error
 
 
+def written_function(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function whose annotations hold for a callable: that inside a partial, `__call__` of an object."""
+    while hasattr(fn, "func") and hasattr(fn, "keywords"):
+        fn = cast("Any", fn).func
+    if not hasattr(fn, "__annotations__") and hasattr(type(fn).__call__, "__annotations__"):
+        return type(fn).__call__
+    return fn
+
+
 def return_type(fn: Callable[..., Any]) -> Any:
     """Return the resolved type of what a callable returns, `inspect.Parameter.empty` where it does not say.
 
@@ -121,12 +130,9 @@ def return_type(fn: Callable[..., Any]) -> Any:
     Raises:
         ConfigurationError: The annotation cannot be resolved.
     """
-    while hasattr(fn, "func") and hasattr(fn, "keywords"):
-        fn = cast("Any", fn).func
+    fn = written_function(fn)
     if isinstance(fn, type):
         return fn if fn.__module__ != "builtins" else inspect.Parameter.empty
-    if not hasattr(fn, "__annotations__") and hasattr(type(fn).__call__, "__annotations__"):
-        fn = type(fn).__call__
     written = getattr(fn, "__annotations__", {}).get("return", inspect.Parameter.empty)
     if isinstance(written, str):
         name = getattr(fn, "__qualname__", "callable")

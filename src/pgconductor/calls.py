@@ -10,7 +10,7 @@ from pgconductor.engine import NewExecution
 from pgconductor.errors import ConfigurationError, EncodeError, NotInvocable
 from pgconductor.ids import new_id, new_ids
 from pgconductor.options import NO_OPTIONS, CallOptions
-from pgconductor.task import Call, Task
+from pgconductor.task import Call, Task, check_call, check_calls
 
 BYTES_MAX: Final = 256 * 1024 * 1024
 
@@ -37,7 +37,9 @@ class CallPlan:
 
         Raises:
             NotInvocable: `invocable()` is not among the task's triggers.
+            ConfigurationError: It is not a call.
         """
+        check_call(call, "invoke")
         self._check_task(call.task)
         options = self._merged(call.options)
         self.conn = options.conn
@@ -48,9 +50,10 @@ class CallPlan:
 
         Raises:
             NotInvocable: As for `row`.
-            ConfigurationError: The calls name different connections.
+            ConfigurationError: They are not a sequence of calls, or name different connections.
             EncodeError: The payloads are too large together.
         """
+        check_calls(calls, "invoke_many")
         for name in {call.task for call in calls}:
             self._check_task(name)
         merged = {id(call.options): call.options for call in calls}

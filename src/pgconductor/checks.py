@@ -1,9 +1,11 @@
 """Checks of what users write: each returns the value it accepts, or refuses it with the place and the remedy."""
 
+import inspect
 import re
 from collections.abc import Container, Mapping, Sequence
 from datetime import datetime, time, timedelta
 from typing import Any, TypeVar, cast, get_args
+from uuid import UUID
 from zoneinfo import ZoneInfo
 
 from pgconductor.durations import Duration, parse_duration
@@ -131,6 +133,41 @@ def check_instant(value: object, place: str) -> datetime:
     if value.utcoffset() is None:
         raise ConfigurationError(place, f"{value!r} has no time zone", "give an aware one: datetime.now(UTC)")
     return value
+
+
+def check_execution_id(value: object, place: str) -> str:
+    """Accept the id of an execution, also as text."""
+    try:
+        return str(value if isinstance(value, UUID) else UUID(cast("str", value)))
+    except (ValueError, AttributeError, TypeError):
+        raise ConfigurationError(place, f"{_shown(value)} is not an execution's id", "give a UUID: run.id") from None
+
+
+def check_function(value: object, place: str, *, is_plain: bool = False) -> None:
+    """Accept something to call; a coroutine is what a call has made already.
+
+    Args:
+        value: What is to be called.
+        place: Opens the message.
+        is_plain: Whether nothing is there to await it, so that an `async def` is refused too.
+    """
+    if not callable(value):
+        if inspect.iscoroutine(value):
+            value.close()
+        raise ConfigurationError(
+            place, f"{_shown(value)} is not a function", "give the function, and its arguments after it"
+        )
+    if is_plain and inspect.iscoroutinefunction(value):
+        raise ConfigurationError(
+            place, "an async def cannot be awaited in a plain def handler", "give a plain function, or make both async"
+        )
+
+
+def check_sequence(value: object, place: str, what: str) -> Sequence[object]:
+    """Accept a list or a tuple of things; a text is none."""
+    if isinstance(value, str | bytes) or not isinstance(value, Sequence):
+        raise ConfigurationError(place, f"{_shown(value)} is not a sequence of {what}", "give a list")
+    return cast(Sequence[object], value)
 
 
 def check_known(given: Mapping[str, object], known: Container[str], place: str) -> None:

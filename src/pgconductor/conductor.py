@@ -12,10 +12,10 @@ from typing_extensions import ParamSpec, TypeVar, Unpack
 
 from pgconductor import embedded, schema
 from pgconductor.calls import CallPlan
-from pgconductor.checks import check_name, check_text
+from pgconductor.checks import check_execution_id, check_function, check_name, check_text
 from pgconductor.client import Clients, LoopClient, ids_of
 from pgconductor.codec import UNTYPED, codec_for
-from pgconductor.connections import send_async, send_sync
+from pgconductor.connections import check_address, send_async, send_sync
 from pgconductor.durations import Duration, format_duration, seconds
 from pgconductor.engine import Ended, Engine, NewExecution
 from pgconductor.errors import ConfigurationError, ExecutionNotFound
@@ -24,6 +24,7 @@ from pgconductor.model import EventDef, State
 from pgconductor.options import Options, TaskOptions, parse_options
 from pgconductor.registration import make_reference, make_task
 from pgconductor.run import Run
+from pgconductor.schema import check_schema_name
 from pgconductor.task import Call, Task
 
 if TYPE_CHECKING:
@@ -77,7 +78,8 @@ class Conductor(Generic[D]):
         name: As given.
 
     Raises:
-        ConfigurationError: The schema or the name cannot be used, or both `lifespan` and `context` are given.
+        ConfigurationError: The address, the schema, the name or the lifespan cannot be used, or both `lifespan` and
+            `context` are given.
     """
 
     @overload
@@ -108,8 +110,12 @@ class Conductor(Generic[D]):
     ) -> None:
         if lifespan is not None and context is not _UNSET:
             raise ConfigurationError("Conductor", "lifespan= and context= both say what ctx.deps is", "give one")
+        if lifespan is not None:
+            check_function(lifespan, "Conductor: lifespan")
+        if dsn is not None:
+            check_address(dsn, "Conductor: dsn")
         self.name = check_name(name, "Conductor: name")
-        self.schema = _check_schema(schema)
+        self.schema = check_schema_name(schema)
         self.tasks: dict[str, Task[..., Any]] = {}
         self.engine = Engine(schema)
         self._given_dsn = dsn
@@ -343,8 +349,9 @@ class Conductor(Generic[D]):
         Raises:
             ExecutionNotFound: It does not exist, or retention has removed it.
         """
-        await self.state_of(execution_id)
-        return Run(execution_id, UNTYPED, self)
+        checked = UUID(check_execution_id(execution_id, "run"))
+        await self.state_of(checked)
+        return Run(checked, UNTYPED, self)
 
     async def cancel(
         self,
@@ -366,7 +373,7 @@ class Conductor(Generic[D]):
             False if it had already ended, or is not known.
 
         Raises:
-            ConfigurationError: A task without a key, or an id with one.
+            ConfigurationError: A task without a key, an id with one, or neither a task nor an id.
 
         Source: sql/functions/50_cancel.sql
         """
@@ -374,9 +381,9 @@ class Conductor(Generic[D]):
         if isinstance(execution, Task):
             if dedupe_key is None:
                 raise ConfigurationError("cancel", "a task may have many executions", "give dedupe_key=, or an id")
-            query = self.engine.cancel_by_key(execution.name, dedupe_key, reason)
+            query = self.engine.cancel_by_key(execution.name, check_name(dedupe_key, "cancel: dedupe_key"), reason)
         elif dedupe_key is None:
-            query = self.engine.cancel(str(execution), reason)
+            query = self.engine.cancel(check_execution_id(execution, "cancel"), reason)
         else:
             raise ConfigurationError("cancel", "an id needs no dedupe_key=", "give the task instead of the id")
         return await self._clients.here().move(query) in ("cancelled", "requested")
@@ -391,7 +398,8 @@ class Conductor(Generic[D]):
 
         Source: sql/functions/50_cancel.sql, `redrive`
         """
-        return await self._clients.here().move(self.engine.redrive(str(execution_id))) == "ready"
+        checked = check_execution_id(execution_id, "retry")
+        return await self._clients.here().move(self.engine.redrive(checked)) == "ready"
 
     async def wait_for_end(self, execution_id: UUID, timeout: Duration | None) -> Ended:
         """Wait for an execution's end; `Run.result` says what is raised."""
@@ -579,8 +587,3 @@ async def _end(client: LoopClient, execution_id: UUID, timeout: Duration | None)
     if ended.outcome is None:
         raise ExecutionNotFound(execution_id)
     return ended
-
-
-def _check_schema(name: str) -> str:
-    schema.check_schema_name(name)
-    return name

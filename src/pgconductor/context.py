@@ -13,9 +13,10 @@ from uuid import UUID
 from typing_extensions import ParamSpec, TypeVar
 
 from pgconductor.attempt import Attempt, OutcomeUnknown, accept_transaction, runs_on_loop
+from pgconductor.checks import check_execution_id
 from pgconductor.codec import Codec
 from pgconductor.durations import Duration, seconds
-from pgconductor.errors import AttemptTimeout, Suspend
+from pgconductor.errors import AttemptTimeout, ConfigurationError, Suspend
 from pgconductor.faults import fault
 from pgconductor.journal import CANCELLED, PENDING, remember_call
 from pgconductor.model import EventDef, RetryPolicy
@@ -25,6 +26,8 @@ from pgconductor.operations import (
     RunFacts,
     StepOptions,
     check_instant,
+    check_reason,
+    check_step_function,
     is_final,
     marked,
     members_of,
@@ -34,7 +37,7 @@ from pgconductor.operations import (
 from pgconductor.schedules import schedule_of
 from pgconductor.session import backoff_seconds
 from pgconductor.signature import return_codec_of
-from pgconductor.task import Call, Task
+from pgconductor.task import Call, Task, check_task
 from pgconductor.triggers import handed_over
 
 if TYPE_CHECKING:
@@ -90,6 +93,7 @@ class Context(RunFacts[D]):
         """
         attempt = self._attempt
         await attempt.boundary()
+        check_step_function(fn, f"step {name!r}")
         codec = return_codec_of(fn)
         memo = attempt.journal.begin(name, "step")
         if memo is not None:
@@ -180,6 +184,7 @@ class Context(RunFacts[D]):
         """
         attempt = self._attempt
         await attempt.boundary()
+        check_step_function(fn, f"transaction {name!r}")
         codec = return_codec_of(fn)
         memo = attempt.journal.begin(name, "transaction")
         if memo is not None:
@@ -212,7 +217,10 @@ class Context(RunFacts[D]):
                     if settings := attempt.host.transaction_settings:
                         await conn.execute(settings.encode())
                     with marked(name):
-                        raw, copied = codec.store(await fn(conn, *args, **kwargs), f"transaction {name!r}")
+                        awaited = fn(conn, *args, **kwargs)
+                        if not inspect.isawaitable(awaited):
+                            raise ConfigurationError(f"transaction {name!r}", "is a plain function", "use async def")
+                        raw, copied = codec.store(await awaited, f"transaction {name!r}")
                     step = attempt.journal.finished(name, "transaction", raw)
                     query = attempt.host.engine.save_transaction(attempt.host.orchestrator_id, step)
                     row = await (await conn.execute(query.statement.encode(), list(query.parameters))).fetchone()
@@ -409,12 +417,13 @@ class Context(RunFacts[D]):
         """
         attempt = self._attempt
         await attempt.boundary()
+        wanted = check_execution_id(execution_id, "cancel")
         name = attempt.journal.numbered("cancel")
         memo = attempt.journal.begin(name, "call")
         if memo is not None:
             return bytes(memo.value) == b"true"
         query = attempt.host.engine.cancel_as_step(
-            attempt.host.orchestrator_id, attempt.claimed.id, attempt.token, name, str(execution_id), reason
+            attempt.host.orchestrator_id, attempt.claimed.id, attempt.token, name, wanted, check_reason(reason)
         )
         with _working(attempt):
             moved = await attempt.store(
@@ -506,6 +515,7 @@ class Context(RunFacts[D]):
             name: As given to `schedule`.
             task: The task of its call.
         """
+        check_task(task, f"unschedule {name!r}")
         await self._record_once(
             "unschedule", lambda engine, step, lease: engine.unschedule_as_step(lease, step, task.name, name)
         )

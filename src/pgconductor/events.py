@@ -10,7 +10,7 @@ from pgconductor.annotations import admits, describe_type, is_model, is_untyped,
 from pgconductor.codec import UNTYPED, codec_for
 from pgconductor.errors import ConfigurationError
 from pgconductor.ids import new_id
-from pgconductor.model import Change, Event, EventDef, OnChange, OnEvent
+from pgconductor.model import Change, Event, EventDef, OnChange, OnEvent, check_event
 from pgconductor.task import Task
 
 E = TypeVar("E")
@@ -44,8 +44,10 @@ def new_event(event: EventDef[E], payload: E) -> NewEvent:
     """Return what is to be stored of an event, under an id of its own.
 
     Raises:
+        ConfigurationError: It is not a kind of event.
         EncodeError: The payload cannot be stored, or is not what the event carries.
     """
+    check_event(event, "emit")
     raw = codec_for(event.payload).encode(payload, f"event {event.name!r}")
     return NewEvent(new_id(), event.name, Raw(raw.encode()))
 

@@ -19,7 +19,7 @@ from uuid import UUID
 import msgspec
 from msgspec import Raw
 
-from pgconductor.checks import check_name
+from pgconductor.checks import INT_MAX, check_flag, check_integer, check_name
 from pgconductor.codec import Codec, codec_for
 from pgconductor.durations import Duration, seconds
 from pgconductor.engine import NULL, Await, Claimed, Moved, NewExecution, Operation, Recorded, SavedStep, StepKind
@@ -40,10 +40,10 @@ from pgconductor.errors import (
 from pgconductor.events import encode_where, new_event
 from pgconductor.ids import new_id
 from pgconductor.memos import Memos
-from pgconductor.model import EventDef
+from pgconductor.model import EventDef, check_event
 from pgconductor.options import CallOptions
 from pgconductor.stored_error import error_from_json
-from pgconductor.task import Call
+from pgconductor.task import Call, check_call, check_calls
 
 E = TypeVar("E")
 T = TypeVar("T", bound=ConductorError)
@@ -201,6 +201,7 @@ class Journal:
 
     def emit(self, event: EventDef[E], payload: E) -> tuple[UUID, SavedStep | None]:
         """Emit an event; returns its id, and what has to be stored, if it is new."""
+        check_event(event, "emit")
         name = self.numbered(f"emit:{event.name}")
         memo = self.begin(name, "call", is_ours=True)
         if memo is not None:
@@ -222,6 +223,7 @@ class Journal:
 
     def invoke(self, name: str, call: Call[Any], timeout: Duration | None, on_timeout: str) -> object:
         """Invoke a child; returns its value once it has ended, or raises what became of it."""
+        check_call(call, f"invoke {name!r}")
         memo = self.begin(name, "invoke", call.task)
         if memo is None:
             operation = self._child_operation(name, "invoke", [call], timeout)
@@ -234,6 +236,7 @@ class Journal:
         self, name: str, calls: Sequence[Call[Any]], timeout: Duration | None, max_in_flight: int | None
     ) -> object:
         """Invoke many children; returns their values once all have ended, or raises a group of what failed."""
+        check_calls(calls, f"invoke_all {name!r}")
         memo = self.begin(name, "invoke_all")
         if memo is None:
             return self._open_fan_out(name, calls, timeout, max_in_flight)
@@ -247,6 +250,8 @@ class Journal:
 
     def start(self, name: str, call: Call[Any], *, detached: bool) -> tuple[str, Operation | None]:
         """Start a child; returns its id, and what has to be stored first, if it is new."""
+        check_call(call, f"start {name!r}")
+        check_flag(detached, f"start {name!r}: detached")
         memo = self.begin(name, "start", call.task)
         if memo is not None:
             return cast("str", memo.child_id), None
@@ -276,6 +281,7 @@ class Journal:
         self, name: str, event: EventDef[Any], where: Mapping[str, Any] | None, timeout: Duration | None
     ) -> object:
         """Wait for an event; returns its payload once there is one, or raises that there was none in time."""
+        check_event(event, f"wait_for {name!r}")
         memo = self.begin(name, "wait_for", event.name)
         if memo is None:
             operation = Operation(self._claimed.id, name, self.round_of(name), "wait_for", event=event.name)
@@ -362,8 +368,8 @@ class Journal:
         earlier = sum(len(rows) for other, rows in self.memos.children.items() if other != name)
         if earlier + len(calls) > CHILDREN_MAX:
             raise TooMany("children", CHILDREN_MAX)
-        if max_in_flight is not None and max_in_flight < 1:
-            raise ConfigurationError(f"invoke_all {name!r}: max_in_flight", "is below 1", "give at least 1 or None")
+        if max_in_flight is not None:
+            check_integer(max_in_flight, f"invoke_all {name!r}: max_in_flight", 1, INT_MAX)
         operation = self._child_operation(name, "invoke_all", calls, timeout)
         operation.window = max_in_flight
         self._open(operation)

@@ -202,6 +202,18 @@ class EventDef(Generic[E]):
     payload: type[E]
 
 
+def check_event(value: object, place: str) -> None:
+    """Refuse what is not a kind of event.
+
+    Raises:
+        ConfigurationError: It is a name, or something else.
+    """
+    if not isinstance(value, EventDef):
+        raise ConfigurationError(
+            place, f"{value!r:.80} is not an event definition", "pass what app.event(...) returned"
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class Event(Generic[E_co]):
     """Carry an event to a handler that it started. Annotate a parameter `Event[Payload]` to receive it."""
@@ -315,8 +327,7 @@ def event(e: EventDef[Any], *, fields: Sequence[str] | None = None, where: str |
     Raises:
         ConfigurationError: `e` is not an event definition, or `fields` is empty or repeats a name.
     """
-    if not isinstance(cast(object, e), EventDef):
-        raise ConfigurationError("event()", f"{e!r} is not an event definition", "pass what app.event(...) returned")
+    check_event(e, "event()")
     place = f"event({e.name!r})"
     chosen = None if fields is None else check_names(fields, f"{place}: fields")
     return OnEvent(e, chosen, check_optional_text(where, f"{place}: where"))
@@ -345,7 +356,7 @@ def table(name: str, op: Operation, *, columns: Sequence[str], when: str | None 
 def _delays(values: Sequence[Duration] | None, place: str) -> tuple[timedelta, ...]:
     if values is None:
         return ()
-    if isinstance(values, str) or not values:
+    if isinstance(values, str) or not isinstance(cast(object, values), Sequence) or not values:
         raise ConfigurationError(place, f"{values!r} is not a list of waits", 'give at least one, as ["1s", "1m"]')
     return tuple(check_duration(value, place) for value in values)
 

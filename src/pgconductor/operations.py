@@ -15,13 +15,15 @@ from uuid import UUID
 import psycopg
 from typing_extensions import TypeVar
 
+from pgconductor import checks
 from pgconductor.attempt import inside_step
+from pgconductor.checks import SMALLINT_MAX, check_function, check_integer, check_sequence, check_text
 from pgconductor.durations import Duration, seconds
 from pgconductor.engine import Ended
 from pgconductor.errors import ConductorError, ConfigurationError, Fail, Retry
 from pgconductor.model import RetryPolicy, State
 from pgconductor.run import Run
-from pgconductor.task import Call
+from pgconductor.task import Call, Task
 
 if TYPE_CHECKING:
     from pgconductor.attempt import Attempt
@@ -43,10 +45,10 @@ class StepOptions:
     def __init__(
         self, retry: RetryPolicy | None = None, max_attempts: int = 1, timeout: Duration | None = None
     ) -> None:
-        if max_attempts < 1:
-            raise ConfigurationError("step_options: max_attempts", "is below 1", "give at least 1")
+        if retry is not None and not isinstance(cast("object", retry), RetryPolicy):
+            raise ConfigurationError("step_options: retry", f"{retry!r} is not a RetryPolicy", "write RetryPolicy(...)")
         self.retry = retry or ONCE
-        self.max_attempts = max_attempts
+        self.max_attempts = check_integer(max_attempts, "step_options: max_attempts", 1, SMALLINT_MAX)
         self.timeout = None if timeout is None else seconds(timeout, "step_options: timeout", positive=True)
 
 
@@ -231,11 +233,14 @@ def members_of(name: str, children: Sequence[Child[Any]], count: int | None) -> 
 
     Raises:
         ValueError: `count` is not between 1 and the number of children, or a child is given twice.
-        ConfigurationError: A child is detached.
+        ConfigurationError: A child is detached, or is none.
     """
+    for child in check_sequence(children, f"wait {name!r}", "children"):
+        if not isinstance(child, Child):
+            raise ConfigurationError(f"wait {name!r}", f"{child!r:.80} is not a child", "give what ctx.start returned")
     needed = len(children) if count is None else count
-    if children and not 1 <= needed <= len(children):
-        raise ValueError(f"wait {name!r}: count must be from 1 to {len(children)}, not {needed}")
+    if children and (not isinstance(cast("object", needed), int) or not 1 <= needed <= len(children)):
+        raise ValueError(f"wait {name!r}: count must be from 1 to {len(children)}, not {needed!r}")
     for child in children:
         if child.detached:
             raise ConfigurationError(f"wait {name!r}", f"child {child.step!r} is detached", "start it attached")
@@ -252,13 +257,21 @@ def partition(children: Sequence[Child[R_co]], done: Sequence[str]) -> tuple[lis
     return [each for each in children if each.step in ended], [each for each in children if each.step not in ended]
 
 
+def check_step_function(fn: object, place: str, *, is_plain: bool = False) -> None:
+    """Refuse what a step cannot run. A task is called by its context, which a step has none of to give."""
+    if isinstance(fn, Task):
+        raise ConfigurationError(place, f"{fn!r} is a task", "invoke it: ctx.invoke(name, task.bind(...))")
+    check_function(fn, place, is_plain=is_plain)
+
+
+def check_reason(reason: str) -> str:
+    """Accept a reason for a cancel, or none."""
+    return check_text(reason, "cancel: reason", 100_000)[:1000] if reason else ""
+
+
 def check_instant(name: str, at: datetime) -> datetime:
     """Refuse an instant without a time zone."""
-    if at.tzinfo is None:
-        raise ConfigurationError(
-            f"sleep_until {name!r}: at", "has no time zone", "use datetime.now(tz=UTC) or the like"
-        )
-    return at
+    return checks.check_instant(at, f"sleep_until {name!r}: at")
 
 
 def not_yet(verb: str, *_: object) -> ConductorError:

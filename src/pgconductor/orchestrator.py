@@ -17,11 +17,12 @@ import platform
 import time
 from collections.abc import Awaitable, Generator, Mapping, Sequence
 from contextlib import AsyncExitStack
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self, cast
 from uuid import UUID, uuid4
 
 from pgconductor import stop_signals
 from pgconductor.changes import register_changes
+from pgconductor.checks import check_integer, check_names, check_sequence
 from pgconductor.claimer import Claimer
 from pgconductor.crew import Crew
 from pgconductor.durations import Duration, parse_duration
@@ -66,7 +67,7 @@ class Orchestrator:
         id: The boot id under which the process is known; another after the process was declared dead.
 
     Raises:
-        ConfigurationError: A queue is named twice.
+        ConfigurationError: A queue is named twice, or there is none; a number is out of bounds.
     """
 
     def __init__(
@@ -79,11 +80,14 @@ class Orchestrator:
         _timing: Timing | None = None,
         _listen: bool = True,
     ) -> None:
+        if not hasattr(conductor, "engine"):
+            raise ConfigurationError("orchestrator", f"{conductor!r:.80} is not a Conductor", "give Orchestrator(app)")
         self._conductor = conductor
         self._engine = conductor.engine
-        self._queues = queues
+        check_sequence(workers, "orchestrator: workers", "workers")
+        self._queues = _checked_queues(queues)
         self._given_workers = list(workers)
-        self._concurrency = concurrency
+        self._concurrency = check_integer(concurrency, "orchestrator: concurrency", 1, 10_000)
         self._timing = _timing or Timing()
         self._listen = _listen
         self._membership = Membership(self._timing)
@@ -160,9 +164,9 @@ class Orchestrator:
 
         A second call with a shorter grace hurries the first. Returns when everything is settled and closed.
         """
+        seconds = parse_duration(grace, "stop: grace").total_seconds()
         if self._process is None:
             return
-        seconds = parse_duration(grace).total_seconds()
         self._process.hurry(seconds)
         if self._stopping is None:
             self._state = "stopping"
@@ -184,6 +188,11 @@ class Orchestrator:
             queues = sorted({task.queue for task in self._conductor.tasks.values() if task.fn is not None})
         sizes = queues if isinstance(queues, Mapping) else dict.fromkeys(queues or (), self._concurrency)
         workers.extend(Worker(queue, concurrency=size) for queue, size in sizes.items())
+        for worker in workers:
+            if not isinstance(cast("object", worker), Worker):
+                raise ConfigurationError(
+                    "orchestrator: workers", f"{worker!r:.80} is not a worker", "give what app.create_worker made"
+                )
         names = [worker.queue for worker in workers]
         for name in names:
             if names.count(name) > 1:
@@ -205,6 +214,13 @@ class Orchestrator:
 
     def _on_signal(self, is_now: bool) -> None:
         self.stop_soon(0 if is_now else GRACE_SECONDS)
+
+
+def _checked_queues(queues: Sequence[str] | Mapping[str, int] | None) -> Sequence[str] | Mapping[str, int] | None:
+    place = "orchestrator: queues"
+    if queues is None or (isinstance(queues, Mapping) and check_names(list(queues), place)):
+        return queues
+    return check_names(queues, place)
 
 
 class _Stopped:

@@ -2,9 +2,10 @@
 
 import inspect
 from collections.abc import Callable
-from typing import Any, Final, cast
+from typing import Any, Final, get_origin
 
-from pgconductor.annotations import admits, describe_type
+from pgconductor.annotations import admits, describe_type, hints_of, written_function
+from pgconductor.checks import check_function
 from pgconductor.engine import LimitRow, TaskRow, kept_seconds
 from pgconductor.errors import ConfigurationError
 from pgconductor.events import check_columns, check_fields
@@ -16,6 +17,7 @@ from pgconductor.ticks import recurrence
 
 _KINDS: Final[dict[type[Trigger], type]] = {Cron: Tick, OnEvent: Event, OnChange: Change}
 _HANDED_OVER: Final = (Tick, Event, Change)
+_CONTEXTS: Final = {"Context": "an async def", "SyncContext": "a plain def", "BatchContext": "a batch handler"}
 
 
 def make_task(fn: Callable[..., Any], options: TaskOptions, client: Client) -> Task[..., Any]:
@@ -24,10 +26,13 @@ def make_task(fn: Callable[..., Any], options: TaskOptions, client: Client) -> T
     Raises:
         ConfigurationError: An option, the signature, or the two together cannot work. Nothing was registered.
     """
-    name = getattr(fn, "__name__", "") or type(fn).__name__
+    check_function(fn, "task: handler")
+    written = written_function(fn)
+    name = getattr(fn, "__name__", "") or getattr(written, "__name__", "")
     if name == "<lambda>" and "name" not in options:
         raise ConfigurationError("task: name", "a lambda has none", "give name=")
     config = configure_task(name, is_async=_is_async(fn), options=options)
+    _check_kind(written, config)
     signature = signature_of(
         fn, config.name, is_batch=config.batch is not None, is_trigger=lambda kind: admits(kind, _HANDED_OVER)
     )
@@ -75,9 +80,27 @@ def _limits(config: TaskConfig) -> list[LimitRow]:
 
 
 def _is_async(fn: Callable[..., Any]) -> bool:
-    while hasattr(fn, "func") and hasattr(fn, "keywords"):  # functools.partial
-        fn = cast("Any", fn).func
-    return inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(cast("Any", fn).__call__)
+    return inspect.iscoroutinefunction(written_function(fn))
+
+
+def _check_kind(fn: Callable[..., Any], config: TaskConfig) -> None:
+    """Refuse a generator, and a handler whose context is annotated as one that it will not be given."""
+    place = f"task {config.name!r}"
+    if inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn):
+        raise ConfigurationError(place, "the handler is a generator", "return the result instead of yielding")
+    given = "BatchContext" if config.batch is not None else "Context" if _is_async(fn) else "SyncContext"
+    annotated = next((hint for hint in hints_of(fn, place).values() if _context_name(hint) in _CONTEXTS), None)
+    if annotated is not None and _context_name(annotated) != given:
+        raise ConfigurationError(
+            f"{place}: its context", f"{_CONTEXTS[given]} is given a {given}, no {_context_name(annotated)}",
+            f"annotate it {given}",
+        )  # fmt: skip
+
+
+def _context_name(annotation: Any) -> str:
+    """Return the name of one of our classes; this module stands below those of the contexts, and knows no more."""
+    kind = get_origin(annotation) or annotation
+    return kind.__name__ if isinstance(kind, type) and kind.__module__.startswith("pgconductor.") else ""
 
 
 def _check_trigger(trigger: Trigger, config: TaskConfig, signature: Signature) -> None:

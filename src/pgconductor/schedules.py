@@ -11,10 +11,10 @@ from typing import Any, Final
 
 from msgspec import Raw, Struct
 
-from pgconductor.checks import check_name
+from pgconductor.checks import check_name, check_text
 from pgconductor.errors import ConfigurationError
 from pgconductor.model import CatchUp, Cron
-from pgconductor.task import Call, Task
+from pgconductor.task import Call, Task, check_call
 from pgconductor.ticks import due_ticks, recurrence
 
 ERROR_LENGTH_MAX: Final = 400
@@ -106,7 +106,8 @@ def schedule_of(name: str, call: Call[Any], cron: str, zone: str) -> NewSchedule
             or whether it runs.
     """
     place = f"schedule {check_name(name, 'schedule: name')!r}"
-    recurrence(cron, zone)
+    check_call(call, place)
+    recurrence(check_text(cron, f"{place}: cron"), zone)
     for option in _REFUSED:
         if getattr(call.options, option) is not None:
             raise ConfigurationError(f"{place}: {option}", "cannot be given to a schedule", "drop it")

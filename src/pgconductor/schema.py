@@ -246,19 +246,23 @@ def pending(records: Records | None) -> list[Step]:
     return steps
 
 
-def check_schema_name(schema: str) -> None:
+def check_schema_name(schema: str) -> str:
     """Refuse names that Postgres cannot take, and schemas that are never the engine's alone.
 
     Raises:
         ConfigurationError: It is such a name.
     """
-    place, size = f"schema {schema!r}", len(schema.encode(errors="replace"))
+    place = f"schema {schema!r}"
+    if not isinstance(cast("object", schema), str):
+        raise ConfigurationError(place, "a schema's name is a text", 'write schema="pgconductor"')
+    size = len(schema.encode(errors="replace"))
     if not 1 <= size <= _NAME_BYTES_MAX:
         raise ConfigurationError(place, f"a schema's name has 1 to {_NAME_BYTES_MAX} bytes, this has {size}")
     if "\0" in schema or any("\ud800" <= char <= "\udfff" for char in schema):
         raise ConfigurationError(place, "Postgres stores neither NUL nor lone surrogates")
     if schema in _RESERVED or schema.startswith("pg_"):
         raise ConfigurationError(place, "the engine needs a schema of its own", "choose another name")
+    return schema
 
 
 def check_server(conn: Connection) -> None:

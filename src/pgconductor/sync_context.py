@@ -20,6 +20,7 @@ from typing_extensions import ParamSpec
 from typing_extensions import TypeVar as DefaultTypeVar
 
 from pgconductor.attempt import Attempt, OutcomeUnknown, accept_transaction
+from pgconductor.checks import check_execution_id
 from pgconductor.codec import Codec
 from pgconductor.durations import Duration, seconds
 from pgconductor.engine import Engine, Operation, Query, Recorded, SavedStep
@@ -34,6 +35,8 @@ from pgconductor.operations import (
     StepOptions,
     call_plainly,
     check_instant,
+    check_reason,
+    check_step_function,
     is_final,
     marked,
     members_of,
@@ -43,7 +46,7 @@ from pgconductor.operations import (
 from pgconductor.schedules import schedule_of
 from pgconductor.session import backoff_seconds
 from pgconductor.signature import return_codec_of
-from pgconductor.task import Call, Task
+from pgconductor.task import Call, Task, check_task
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -74,6 +77,7 @@ class SyncContext(RunFacts[D]):
     def step(self, name: str, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Run a function once and remember what it returned. See `Context.step`."""
         self._boundary()
+        check_step_function(fn, f"step {name!r}", is_plain=True)
         codec = return_codec_of(fn)
         memo = self._attempt.journal.begin(name, "step")
         if memo is not None:
@@ -142,6 +146,7 @@ class SyncContext(RunFacts[D]):
         The function's first argument is a `psycopg.Connection`.
         """
         self._boundary()
+        check_step_function(fn, f"transaction {name!r}", is_plain=True)
         codec = return_codec_of(fn)
         memo = self._attempt.journal.begin(name, "transaction")
         failure_count = 0
@@ -279,12 +284,13 @@ class SyncContext(RunFacts[D]):
         """Ask for the end of an execution, once. See `Context.cancel`."""
         self._boundary()
         attempt = self._attempt
+        wanted = check_execution_id(execution_id, "cancel")
         name = attempt.journal.numbered("cancel")
         memo = attempt.journal.begin(name, "call")
         if memo is not None:
             return bytes(memo.value) == b"true"
         query = attempt.host.engine.cancel_as_step(
-            attempt.host.orchestrator_id, attempt.claimed.id, attempt.token, name, str(execution_id), reason
+            attempt.host.orchestrator_id, attempt.claimed.id, attempt.token, name, wanted, check_reason(reason)
         )
         moved = self._on_loop(
             attempt.store(attempt.host.run_query(query), lambda moved: attempt.journal.remember_cancel(name, moved))
@@ -316,6 +322,7 @@ class SyncContext(RunFacts[D]):
 
     def unschedule(self, name: str, task: Task[..., Any]) -> None:
         """Remove a schedule that `schedule` made. See `Context.unschedule`."""
+        check_task(task, f"unschedule {name!r}")
         self._record_once(
             "unschedule", lambda engine, step, lease: engine.unschedule_as_step(lease, step, task.name, name)
         )

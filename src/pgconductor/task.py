@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, cast
 
 from typing_extensions import ParamSpec, TypeVar, Unpack
 
+from pgconductor.checks import check_sequence
 from pgconductor.errors import ConfigurationError
 from pgconductor.options import (
     NO_OPTIONS,
@@ -97,6 +98,37 @@ class Call(Generic[R_co]):
     def __repr__(self) -> str:
         """Show the task and the beginning of its payload."""
         return f"<Call {self.task} {self.payload[:80]}>"
+
+
+def check_call(value: object, place: str) -> None:
+    """Refuse what is not a call.
+
+    Raises:
+        ConfigurationError: It is a task without its arguments, or something else.
+    """
+    if not isinstance(value, Call):
+        reason = f"{value!r:.80} is a task" if isinstance(value, Task) else f"{value!r:.80} is not a call"
+        raise ConfigurationError(place, reason, "bind its arguments: task.bind(...)")
+
+
+def check_calls(values: object, place: str) -> None:
+    """Refuse what is not a list of calls.
+
+    Raises:
+        ConfigurationError: It is no sequence, or a member is not a call.
+    """
+    for value in check_sequence(values, place, "calls"):
+        check_call(value, place)
+
+
+def check_task(value: object, place: str) -> None:
+    """Refuse what is not a task.
+
+    Raises:
+        ConfigurationError: It is something else.
+    """
+    if not isinstance(value, Task):
+        raise ConfigurationError(place, f"{value!r:.80} is not a task", "give what @app.task made")
 
 
 class Task(Generic[P, R]):

@@ -17,8 +17,8 @@ from typing import Any, Final, Protocol
 
 from pgconductor.attempt import Attempt
 from pgconductor.batch import BatchMember, BatchRun, Settlements
-from pgconductor.checks import check_integer, check_name
-from pgconductor.durations import Duration, parse_duration
+from pgconductor.checks import check_duration, check_integer, check_name
+from pgconductor.durations import Duration
 from pgconductor.engine import Claimed, Completion, Outcome
 from pgconductor.errors import ConfigurationError
 from pgconductor.memos import Memos
@@ -95,7 +95,7 @@ class Worker:
         self.fetch_size = check_integer(
             FETCH_SIZE if fetch_size is None else fetch_size, f"{place}: fetch_size", 1, 10_000
         )
-        self.poll_seconds = parse_duration(poll_interval).total_seconds()
+        self.poll_seconds = check_duration(poll_interval, f"{place}: poll_interval").total_seconds()
         if self.poll_seconds < 0.01:
             raise ConfigurationError(f"{place}: poll_interval", "is too short", "10 milliseconds are the least")
         self.queue_id = 0

@@ -156,7 +156,7 @@ async def test_a_task_that_only_its_triggers_start_is_not_invocable(app: Conduct
 
 
 def test_a_name_is_registered_once() -> None:
-    app = Conductor("")
+    app = Conductor()
     app.create_task(add)
 
     with pytest.raises(ConfigurationError, match="the name is taken"):
@@ -165,7 +165,7 @@ def test_a_name_is_registered_once() -> None:
 
 
 def test_a_required_trigger_parameter_needs_its_trigger() -> None:
-    app = Conductor("")
+    app = Conductor()
 
     async def report(ctx: Context, tick: Tick) -> None: ...
     async def rebuild(ctx: Context, full: bool) -> None: ...
@@ -178,7 +178,7 @@ def test_a_required_trigger_parameter_needs_its_trigger() -> None:
 
 
 def test_a_decorated_batch_task_takes_one_element() -> None:
-    app = Conductor("")
+    app = Conductor()
 
     @app.task(batch=Batch(size=10, timeout="1s"))
     async def index(ctx: BatchContext, docs: list[Doc]) -> list[bool]:
@@ -188,7 +188,7 @@ def test_a_decorated_batch_task_takes_one_element() -> None:
 
 
 async def test_a_conductor_gives_its_deps() -> None:
-    app = Conductor("", context=Doc(7))
+    app = Conductor(context=Doc(7))
 
     async with app.lifespan_context() as deps:
         assert deps == Doc(7)
