@@ -33,6 +33,7 @@ $(STAMP): requirements.lock pyproject.toml
 	@python=$$($(FIND_PYTHON)); \
 	[ -n "$$python" ] || { echo "pgconductor needs Python 3.11 or newer with the venv module (or: make PYTHON=/path/to/python)" >&2; exit 1; }; \
 	[ -w "$${HOME:-/nonexistent}" ] || export UV_NO_CACHE=1 PIP_NO_CACHE_DIR=1; \
+	echo "setting up $(VENV) from requirements.lock; this takes about a minute"; \
 	set -e; \
 	if command -v uv >/dev/null 2>&1 && uv --version >/dev/null 2>&1; then \
 	  [ -x $(BIN)/python ] || uv venv --quiet --python "$$python" $(VENV); \
