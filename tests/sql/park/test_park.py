@@ -6,6 +6,7 @@ from tests.sql.support import (
     WORKER,
     Db,
     Json,
+    at,
     await_members,
     call,
     claim,
@@ -152,6 +153,17 @@ def test_a_window_lets_all_through_in_the_end(db: Db) -> None:
             finish(db, claimed["id"], token=n + 1)
     assert set(states(db, children)) == {"completed"}
     assert state(db, parent) == "ready"
+
+
+def test_a_held_child_may_expire_from_its_release_on(db: Db) -> None:
+    _, children = fan_out(db, 2, window=1)
+    db.execute("update task set expires_in = '5 seconds' where name = 'child'")
+    claim(db)
+    finish(db, children[0], now=100)
+    call(db, "fire_timers", at(104))
+    assert state(db, children[1]) == "ready"
+    call(db, "fire_timers", at(106))
+    assert state(db, children[1]) == "failed"
 
 
 def test_held_children_never_come_by_a_timer(db: Db) -> None:

@@ -76,7 +76,7 @@ begin
   if v_written is null then
     return row('{}'::int[], '{}'::text[])::effects;
   end if;
-  v_lanes := release_next(v_written);
+  v_lanes := release_next(v_written, p_now);
   v_counted := count_fan_outs(v_written, p_now) || count_links(v_written, p_now);
   v_single := array(
     select w.execution_id from unnest(v_written) w
@@ -132,8 +132,9 @@ begin
   return array(select execution_id from unnest(write_answers(v_full, p_now)));
 end $$;
 
--- Makes the next held children of a fan-out with a window ready, one for each that ended inside the window.
-create or replace function release_next(p_written answer[]) returns int[]
+-- Makes the next held children of a fan-out with a window ready, one for each that ended inside the window. They are due
+-- now, and from now on they may expire.
+create or replace function release_next(p_written answer[], p_now timestamptz) returns int[]
 language plpgsql volatile set search_path from current as $$
 declare
   v_item record;
@@ -156,6 +157,10 @@ begin
       delete from timer where execution_id = any(v_next.ids);
       v_lanes := v_lanes || put_ready(array(
         select row(lane_id, priority, ord, id, null, null)::ready from execution where id = any(v_next.ids)));
+      insert into expiry (execution_id, due_at)
+      select e.id, p_now + t.expires_in
+      from execution e join lane l on l.id = e.lane_id join task t on t.id = l.task_id
+      where e.id = any(v_next.ids) and t.expires_in is not null;
       update wait_item set next_index = v_next.index + 1
       where execution_id = v_item.execution_id and name = v_item.name and round = v_item.round;
     end if;
