@@ -305,7 +305,7 @@ class Attempt:
         config, number = self.task.config, self.claimed.failures + 1
         stored = Raw(error_to_json(error).encode())
         if is_permanent(error) or config.retry.gives_up_on(error) or number >= config.max_attempts:
-            log.error("%s failed after %d attempts", self.label, number, exc_info=error)
+            log.error("%s failed after %d attempt%s", self.label, number, "s" * (number > 1), exc_info=error)
             return Outcome(self.claimed.id, self.token, "failed", error=stored)
         delay = error.after.total_seconds() if isinstance(error, Retry) else config.retry.delay(number, _chance)
         log.warning("%s failed, attempt %d; again in %.3gs", self.label, number, delay, exc_info=error)

@@ -8,7 +8,7 @@ from pgconductor.cli.text import elapsed, line, redacted, redacted_dsn, safe
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [(0, "0ms"), (0.0124, "12ms"), (3.44, "3.4s"), (59.9, "59.9s"), (125, "2m 05s"), (11_400, "3h 10m"),
-     (352_800, "4d 2h"), (-5, "-5.0s")],
+     (352_800, "4d 2h"), (-5, "-5.0s"), (0.9996, "1.0s"), (59.97, "1m 00s"), (1379.7, "22m 59s"), (7199.9, "1h 59m")],
 )  # fmt: skip
 def test_lengths_of_time_have_two_units(seconds: float, text: str) -> None:
     assert elapsed(seconds) == text

@@ -35,8 +35,8 @@ def test_list_shows_the_newest_first(database: str, db: Db) -> None:
         emit(db, {"n": n})
     emit(db, {}, event="another")
     assert [each["payload"] for each in answer(database, "list", "order.paid", "--limit", "2")] == [
-        '{"n": 2}',
-        '{"n": 1}',
+        {"n": 2},
+        {"n": 1},
     ]
     assert "another" in run(database, "list").stdout
 

@@ -36,7 +36,7 @@ def list_(settings: Settings, name: str | None, limit: int, as_json: bool) -> No
         return print_json(found)
     table = _table("emitted", "event", "payload", "id")
     for each in found:
-        payload = Text(line(each["payload"])[:200])
+        payload = Text(line(_shown(each["payload"]))[:200])
         table.add_row(ago(each["emitted_at"]), Text(line(each["name"])), payload, each["id"])
     console().print(table if found else "no events yet")
     return None
@@ -75,6 +75,10 @@ def emit(settings: Settings, name: str, payload: object, as_json: bool) -> None:
         print_json({"id": str(id), "event": name})
     else:
         console().print(f"{line(name)} emitted: {id}", markup=False)
+
+
+def _shown(payload: object) -> str:
+    return payload if isinstance(payload, str) else msgspec.json.encode(payload).decode()
 
 
 def _table(*columns: str) -> Table:

@@ -75,14 +75,15 @@ def elapsed(seconds: float) -> str:
     """Write a length of time in at most two units: `12ms`, `3.4s`, `2m 05s`, `4d 2h`."""
     if seconds < 0:
         return f"-{elapsed(-seconds)}"
-    if seconds < 1:
+    if seconds < 0.9995:
         return f"{seconds * 1000:.0f}ms"
-    if seconds < 60:
+    if seconds < 59.95:
         return f"{seconds:.1f}s"
+    seconds = max(60, int(seconds))
     for size, unit in _UNITS:
         if seconds >= size:
-            rest = {"d": f"{seconds % size // 3600:.0f}h", "h": f"{seconds % size // 60:02.0f}m"}
-            return f"{seconds // size:.0f}{unit} {rest.get(unit, f'{seconds % size:02.0f}s')}"
+            rest = {"d": f"{seconds % size // 3600}h", "h": f"{seconds % size // 60:02}m"}
+            return f"{seconds // size}{unit} {rest.get(unit, f'{seconds % size:02}s')}"
     raise AssertionError("a minute and more has a unit")
 
 

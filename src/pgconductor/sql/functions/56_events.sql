@@ -421,9 +421,11 @@ select id, name, payload::jsonb as payload, emitted_at from event;
 -- The newest events, of one name or of all: [{id, name, payload, emitted_at}]; long payloads are cut to text.
 create or replace function list_events(p_name text, p_limit int) returns json
 language sql stable set search_path from current as $$
-  select coalesce(json_agg(row_to_json(n) order by n.ord desc), '[]')
-  from (select id, name, left(payload::text, 2000) as payload, emitted_at, ord from event
-        where p_name is null or name = p_name order by ord desc limit least(p_limit, 10000)) n
+  select coalesce(json_agg(json_build_object('id', n.id, 'name', n.name, 'payload', n.payload,
+                                             'emitted_at', n.emitted_at) order by n.ord desc), '[]')
+  from (select id, name, emitted_at, ord, case when length(payload::text) <= 2000 then payload::json
+                  else to_json(left(payload::text, 2000)) end as payload
+        from event where p_name is null or name = p_name order by ord desc limit least(p_limit, 10000)) n
 $$;
 
 -- Every kind of event that starts or answers something: [{event, tasks: [...], waiting_count}].
