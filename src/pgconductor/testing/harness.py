@@ -12,7 +12,7 @@ from typing_extensions import TypeVar
 from pgconductor.conductor import Conductor
 from pgconductor.durations import Duration, parse_duration
 from pgconductor.run import Run
-from pgconductor.task import Call
+from pgconductor.task import Call, check_call
 from pgconductor.testing.databases import Databases
 from pgconductor.testing.records import Records, StepRow, listed
 from pgconductor.testing.worker import ManualEngine, ManualWorker
@@ -137,6 +137,7 @@ class Harness(Generic[D]):
             AssertionError: There are more or fewer; lists the executions that there are.
         """
         __tracebackhide__ = True
+        check_call(call, "assert_invoked")
         found = self._records.count(call)
         if found != times:
             rows = sorted(self._records.executions(), key=lambda row: row.task != call.task)

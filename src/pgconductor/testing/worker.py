@@ -1,8 +1,8 @@
 """A worker that runs only while it is told to, on the clock that it is given.
 
 It claims, runs and settles with the parts that production uses, and the same SQL functions; what it leaves out is all
-that works by real time: heartbeat, polling, prefetch. Whatever a run is to remember goes through the database: nothing
-is kept in memory between two runs of an execution.
+that works by real time: heartbeat, polling, prefetch, and the time that a batch waits for more: what is ready goes.
+Whatever a run is to remember goes through the database: nothing is kept in memory between two runs of an execution.
 
 A *crash* drops a run right after the commit of a step. The other runs end first; then the process is made to look dead
 for long, the engine's sweep takes the execution over as it does from a process that died, and the worker goes on as a
@@ -12,7 +12,7 @@ new process.
 import asyncio
 import os
 import platform
-from collections.abc import AsyncGenerator, Callable, Generator
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from contextvars import ContextVar
 from datetime import datetime
@@ -23,6 +23,8 @@ import msgspec
 import psycopg
 
 from pgconductor.attempt import Attempt
+from pgconductor.batch import BatchMember, BatchRun
+from pgconductor.changes import declared_changes, register_changes
 from pgconductor.engine import (
     Claimed,
     Completion,
@@ -54,7 +56,11 @@ LOOK_SECONDS: Final = 0.05
 LEAVE_SECONDS: Final = 5.0
 _FOR_EVER: Final = 1e9
 
+OPENINGS_MAX: Final = 200
+"""How many executions that are held back are looked at for the next opening, the oldest first."""
 _queues = msgspec.json.Decoder(dict[str, int]).decode
+_names = msgspec.json.Decoder(list[str]).decode
+_opening = msgspec.json.Decoder(datetime | None).decode
 _last_transaction: ContextVar[SavedStep | None] = ContextVar("last_transaction", default=None)
 
 
@@ -70,6 +76,24 @@ class ManualEngine(Engine):
         """All queues, by name."""
         statement = f"select coalesce(json_object_agg(name, id), '{{}}')::text from {self._schema_name()}.queue"  # noqa: S608
         return Query(statement, (), _queues)
+
+    def next_opening(self) -> Query[datetime | None]:
+        """When the first of the executions that a window or a rate limit holds back may start, by what `why` says."""
+        schema = self._schema_name()
+        statement = f"""
+            select coalesce(to_json(min(opens_at))::text, 'null') from (
+              select (reason ->> 'opens_at')::timestamptz as opens_at
+              from (select id from {schema}.executions where state = 'ready' order by created_at limit {OPENINGS_MAX}) e
+              cross join lateral json_array_elements({schema}.why_not_running(e.id, p_now => %s) -> 'reasons') reason
+            ) o where opens_at > %s"""  # noqa: S608
+        return Query(statement, (self._now(), self._now()), _opening)
+
+    def existing(self, tables: Sequence[str]) -> Query[list[str]]:
+        """Those of some tables, as code writes them, that exist."""
+        statement = """
+            select coalesce(json_agg(name), '[]')::text
+            from unnest(%s::text[]) name where to_regclass(name) is not null"""
+        return Query(statement, (list(tables),), _names)
 
     def silence(self, orchestrator: str) -> Query[str]:
         """Make a process look as if it had stopped beating long ago."""
@@ -127,6 +151,18 @@ class _Attempt(Attempt):
         return super()._failed(error)
 
 
+class _Member(BatchMember):
+    """A part of a batch that keeps the error with which it failed."""
+
+    __slots__ = ("error",)
+
+    error: BaseException | None
+
+    def _failed(self, error: BaseException) -> Outcome | None:
+        self.error = error
+        return super()._failed(error)
+
+
 class ManualWorker:
     """Runs the tasks of a conductor until nothing is left to run.
 
@@ -146,6 +182,7 @@ class ManualWorker:
         self.errors: dict[str, BaseException] = {}
         self._app = app
         self._engine = engine
+        self._dsn = dsn
         self._session = Session(dsn, "pgconductor test")
         self._membership = Membership(Timing(expiry=_FOR_EVER))
         self._settler = Settler(self._session, engine, self._membership, self._tell, self._on_declared_dead)
@@ -154,8 +191,9 @@ class ManualWorker:
         self._host = _Host(dsn, engine, self._membership, self._saver, self._session, self._threads, deps)
         self._host.crash = self._crash
         self._tasks: dict[int, Task[..., Any]] = {}
+        self._tables: set[str] = set()
         self._queues: dict[str, int] = {}
-        self._running: dict[str, _Attempt] = {}
+        self._running: dict[str, _Attempt | _Member] = {}
         self._runs: set[asyncio.Task[None]] = set()
         self._crashed: set[str] = set()
         self._watchers: set[str] = set()
@@ -163,8 +201,9 @@ class ManualWorker:
         self._token = 0
 
     async def open(self) -> None:
-        """Join the engine as a process."""
+        """Join the engine as a process, and tell it of the tasks: what they say of calls holds from the first on."""
         await self._join()
+        await self._register()
 
     async def close(self) -> None:
         """Leave the engine and close the connections."""
@@ -174,12 +213,15 @@ class ManualWorker:
             await self._session.close()
 
     async def next_due(self) -> datetime | None:
-        """Return the instant at which the next timer is due, whatever it is for."""
-        return (await self._session.run(self._engine.outstanding(self._membership.id, [], []))).next_due
+        """Return the instant at which the next timer is due, a window opens or a rate limit lets something in."""
+        timer = (await self._session.run(self._engine.outstanding(self._membership.id, [], []))).next_due
+        opening = await self._session.run(self._engine.next_opening())
+        return min((at for at in (timer, opening) if at is not None), default=None)
 
     async def run_until_idle(self) -> None:
         """Run what is ready or due now, and what becomes so by it, until nothing is."""
         await self._register()
+        await self._register_changes()
         try:
             while await self._round():
                 pass
@@ -217,8 +259,14 @@ class ManualWorker:
         if claim is None:
             self._on_declared_dead(self._membership.id)
             return False
+        batches: dict[int, BatchRun] = {}
         for each in claim.claimed or ():
-            self._start(each)
+            if self._tasks[each.task_id].config.batch is None:
+                self._start(each)
+            else:
+                self._gather(each, batches)
+        for batch in batches.values():
+            batch.close()
         if claim.schedules:
             await self._session.run(self._engine.fire_schedules([plan(each) for each in claim.schedules]))
             return True
@@ -230,16 +278,40 @@ class ManualWorker:
         attempt = self._running[claimed.id] = _Attempt(claimed, self._token, task, queue, self._host, memos)
         self._runs.add(asyncio.create_task(self._run(attempt)))
 
+    def _gather(self, claimed: Claimed, batches: dict[int, BatchRun]) -> None:
+        """Add an execution to the open batch of its task; what is ready at an instant goes together."""
+        batch = batches.get(claimed.task_id)
+        if batch is None or not batch.room:
+            batch = batches[claimed.task_id] = BatchRun(self._tasks[claimed.task_id])
+            self._runs.add(asyncio.create_task(self._run_batch(batch)))
+        queue = next(name for name, id in self._queues.items() if id == claimed.queue_id)
+        member = self._running[claimed.id] = _Member(claimed, self._token, batch.task, queue, self._host)
+        batch.add(member)
+
     async def _run(self, attempt: _Attempt) -> None:
         try:
             outcome = await attempt.run()
         finally:
             del self._running[attempt.claimed.id]
             self._news.set()
+        self._conclude(attempt, outcome)
+
+    async def _run_batch(self, batch: BatchRun) -> None:
+        try:
+            settlements = await batch.run()
+        finally:
+            for member in batch.members:
+                del self._running[member.claimed.id]
+            self._news.set()
+        for attempt, outcome in settlements:
+            self._conclude(attempt, outcome)
+
+    def _conclude(self, attempt: Attempt, outcome: Outcome | Completion | None) -> None:
         if type(outcome) is Outcome:
             outcome.cached = False
-            if outcome.outcome == "failed" and attempt.error is not None:
-                self._keep_error(attempt.claimed.id, attempt.error)
+            error = getattr(attempt, "error", None)
+            if outcome.outcome == "failed" and error is not None:
+                self._keep_error(attempt.claimed.id, error)
         if outcome is not None:
             self._settle(outcome)
 
@@ -290,6 +362,20 @@ class ManualWorker:
         await self._session.run(self._engine.register_subscriptions(self._app.name, subscriptions))
         ids = {each.name: each.id for each in named or ()}
         self._tasks = {ids[name]: task for name, task in tasks.items()}
+
+    async def _register_changes(self) -> None:
+        """Make the triggers of the tables that the test has made by now; production refuses a table that is missing."""
+        wanted = {row.table for row in declared_changes(self._tasks.values())}
+        if wanted <= self._tables:
+            return
+        existing = await self._session.run(self._engine.existing(sorted(wanted)))
+        present = set(existing)
+        if present - self._tables:
+            tasks = [
+                task for task in self._tasks.values() if {row.table for row in declared_changes([task])} <= present
+            ]
+            await register_changes(self._session, self._dsn, self._engine, self._app.name, tasks)
+            self._tables = present
 
     async def _join(self) -> None:
         """Become a new process."""
