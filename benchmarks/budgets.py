@@ -21,7 +21,10 @@ class Budget:
 
 BUDGETS = [
     Budget("no-op executions/s, one worker process", "drain-1", "value", 15_000, least=True),
-    Budget("enqueue to start when idle, p50 ms", "latency", "p50_ms", 10),
+    Budget("enqueue one by one, of a bare insert and commit", "enqueue", "of_bare_insert", 0.7, least=True),
+    Budget("enqueue in bulk, of COPY into the same table", "enqueue-bulk", "of_copy", 0.6, least=True),
+    Budget("enqueue to start when idle, p50 ms", "latency", "p50_ms", 2.5),
+    Budget("enqueue to start when idle, p99 ms", "latency", "p99_ms", 10),
     Budget("index inserts per simple job, whole life", "drain-1", "index_inserts_per_job", 4),
     Budget("WAL bytes per simple job, whole life", "drain-1", "wal_bytes_per_job", 1_100),
     Budget("round trips per job at load", "drain-1", "round_trips_per_job", 0.05),

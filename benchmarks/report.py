@@ -19,6 +19,8 @@ DETAILS = {
     "statements_per_step": "statements/step {:.3f}",
     "steps_per_save": "{:.0f} steps/save",
     "round_trips_per_step": "round trips/step {:.2f}",
+    "of_bare_insert": "{:.2f} of a bare insert and commit",
+    "of_copy": "{:.2f} of COPY into the same table",
     "bare_commit_ms": "bare insert and commit {:.2f} ms",
     "wal_bytes_per_job": "WAL {:.0f} B/job",
     "index_inserts_per_job": "index inserts/job {:.2f}",

@@ -1,14 +1,20 @@
-"""What this Postgres does with no engine on top, through asyncpg: the ceiling for everything else."""
+"""What this Postgres does with no engine on top: the ceiling for everything else.
+
+Through asyncpg, which costs the client least; what an enqueue is compared with, through the driver that it uses too.
+"""
 
 import time
 from collections.abc import Awaitable, Callable, Coroutine
+from datetime import UTC, datetime
 from typing import Any
 
 import asyncpg
+import psycopg
 from psycopg.conninfo import conninfo_to_dict
 
-from benchmarks.measure import Sample, Workload
+from benchmarks.measure import Sample, Workload, bench
 from benchmarks.server import Server
+from pgconductor.ids import new_ids
 
 TABLE = """
 drop table if exists q;
@@ -21,8 +27,11 @@ update q set state = 1, locked_at = now()
 where id in (select id from q where state = 0 order by id for update skip locked limit $1)
 returning id, payload"""
 COMPLETE = "update q set state = 2, done_at = now() where id = any($1::bigint[])"
+INSERT = "insert into q (payload) values (%s)"
+COPY = "copy pgconductor.execution (id, created_at, lane_id, payload) from stdin"
 ROWS = 100_000
 BATCH = 200
+COPY_BATCH = 5_000
 
 
 async def insert_single(connection: asyncpg.Connection) -> float:
@@ -35,6 +44,44 @@ async def insert_single(connection: asyncpg.Connection) -> float:
     for number in range(count):
         await insert.fetch(f'{{"i": {number}}}')
     return count / (time.perf_counter() - began_at)
+
+
+async def insert_with_psycopg(dsn: str, count: int = 2_000) -> float:
+    """Do the same through psycopg; return rows a second."""
+    async with await psycopg.AsyncConnection.connect(dsn, autocommit=True, prepare_threshold=0) as connection:
+        for statement in TABLE.strip().split(";\n"):
+            await connection.execute(statement.encode())
+        await connection.execute("checkpoint")
+        began_at = time.perf_counter()
+        for number in range(count):
+            await connection.execute(INSERT, (f'{{"i": {number}}}',))
+        return count / (time.perf_counter() - began_at)
+
+
+async def copy_executions(dsn: str, count: int = 20_000) -> float:
+    """Copy executions, with their one index, into the engine's table in batches of 5,000; return rows a second.
+
+    The rows are made on the way, as an enqueue makes them: an id and a payload in JSON each. Nothing can run them.
+    """
+    async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as connection:
+        began_at = time.perf_counter()
+        for start in range(0, count, COPY_BATCH):
+            now = datetime.now(UTC)
+            async with connection.cursor().copy(COPY) as rows:
+                for number, id in enumerate(new_ids(COPY_BATCH), start):
+                    await rows.write_row((id, now, 1, f'{{"i": {number}}}'))
+        return count / (time.perf_counter() - began_at)
+
+
+async def _insert_with_psycopg(server: Server) -> Sample:
+    async with server.database() as database:
+        return Sample(await insert_with_psycopg(database.dsn))
+
+
+async def _copy_executions(server: Server) -> Sample:
+    async with bench(server) as it:
+        await it.database.settle_down()
+        return Sample(await copy_executions(it.database.dsn))
 
 
 async def copy(connection: asyncpg.Connection) -> float:
@@ -88,5 +135,7 @@ async def _connect(dsn: str) -> asyncpg.Connection:
 WORKLOADS = [
     Workload("floor-queue", "floor: bare queue, batches of 200, by update", "rows/s", _floor(claim_and_complete)),
     Workload("floor-insert", "floor: insert and commit row by row", "rows/s", _floor(insert_single)),
+    Workload("floor-psycopg", "floor: the same through psycopg", "rows/s", _insert_with_psycopg),
     Workload("floor-copy", "floor: COPY in batches of 5,000", "rows/s", _floor(copy)),
+    Workload("floor-executions", "floor: COPY of executions, made on the way", "rows/s", _copy_executions),
 ]
