@@ -3,13 +3,12 @@
 -- trigger_kind says what started an execution, trigger_data what its handler is told of it. They stand beside the
 -- payload, so that no payload, whatever its shape, is taken for a trigger's.
 --   schedule  {name, scheduled_at}      event  {name, payload}      change  {name, op, old, new}
+create type trigger_kind as enum ('schedule', 'event', 'change');
 alter table execution
-  add column trigger_kind text,
+  add column trigger_kind trigger_kind,
   add column trigger_data json;
-alter table execution
-  add constraint execution_trigger_kind_check check (trigger_kind in ('schedule', 'event', 'change')) not valid;
 alter type new_execution
-  add attribute trigger_kind text,
+  add attribute trigger_kind trigger_kind,
   add attribute trigger_data json;
 
 -- A schedule: when it starts which task with what. A null deployment: made by a handler or by SQL, not declared in code.
