@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from msgspec import Raw
 
-from pgconductor.engine import NewExecution
+from pgconductor.engine import AlikeExecutions, NewExecution
 from pgconductor.errors import ConfigurationError, EncodeError, NotInvocable
 from pgconductor.ids import new_id, new_ids
 from pgconductor.options import NO_OPTIONS, CallOptions
@@ -63,6 +63,22 @@ class CallPlan:
         rows = [_new_execution(id_, call, options[id(call.options)]) for id_, call in zip(ids, calls, strict=True)]
         _check_size(calls)
         return self._fold(rows) if any(each.dedupe_key is not None for each in options.values()) else rows
+
+    def alike(self, calls: Sequence[Call[Any]]) -> AlikeExecutions | None:
+        """Gather calls that differ in nothing but their payloads; None if they differ otherwise, or are not plain.
+
+        Raises:
+            NotInvocable: As for `row`.
+            EncodeError: The payloads are too large together.
+        """
+        task, own = calls[0].task, calls[0].options
+        options = self._merged(own)
+        payloads = [call.payload for call in calls if call.options is own and call.task == task]
+        if len(payloads) < len(calls) or not options.is_plain:
+            return None
+        self._check_task(task)
+        _check_size(calls)
+        return AlikeExecutions(new_ids(len(calls)), task, options.queue, options.priority or 0, payloads)
 
     def spread(self, ids: list[str]) -> list[str]:
         """Return the ids of all calls from those of the rows."""

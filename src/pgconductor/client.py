@@ -21,7 +21,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
 from typing import Any, Final, TypeVar
 
-from pgconductor.engine import Ended, Engine, Enqueued, Moved, NewExecution, Query
+from pgconductor.engine import AlikeExecutions, Ended, Engine, Enqueued, Moved, NewExecution, Query
 from pgconductor.errors import ConductorError
 from pgconductor.events import NewEvent
 from pgconductor.pool import NotMigrated, Pool
@@ -101,10 +101,16 @@ class LoopClient:
 
     async def enqueue_many(self, rows: Sequence[NewExecution]) -> list[str]:
         """Enqueue calls in one statement; return their ids, which a dedupe key may have changed."""
-        query = self._engine.enqueue(rows)
-        enqueued = await self.run(query, self._engine.enqueue_again(query))
-        self.hint(enqueued.queues)
+        if len(rows) == 1 and rows[0].is_plain:
+            enqueued = await self._enqueue(self._engine.enqueue_one(rows[0]))
+        else:
+            enqueued = await self._enqueue(self._engine.enqueue(rows))
         return ids_of(rows, enqueued)
+
+    async def enqueue_alike(self, calls: AlikeExecutions) -> list[str]:
+        """Enqueue plain calls that differ in their payloads only, in one statement; return their ids."""
+        await self._enqueue(self._engine.enqueue_alike(calls))
+        return calls.ids
 
     async def emit(self, event: NewEvent) -> None:
         """Emit one event."""
@@ -138,6 +144,11 @@ class LoopClient:
             await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.results.close()
         await self.pool.close()
+
+    async def _enqueue(self, query: Query[Enqueued]) -> Enqueued:
+        enqueued = await self.run(query, self._engine.enqueue_again(query))
+        self.hint(enqueued.queues)
+        return enqueued
 
     async def _send_alone(self, row: NewExecution) -> str:
         self._flight_count += 1

@@ -280,15 +280,8 @@ class Conductor(Generic[D]):
             EncodeError: The payloads are too large together. Nothing was enqueued.
             NotInvocable: As for `invoke`, and so the others. Nothing was enqueued.
         """
-        plan = self._plan(options)
-        rows = plan.rows(calls)
-        if not rows:
-            return []
-        if plan.conn is not None:
-            ids = await self._enqueue_within(plan.conn, rows)
-        else:
-            ids = await self._clients.here().enqueue_many(rows)
-        return [Run(id, call.returns, self) for id, call in zip(plan.spread(ids), calls, strict=True)]
+        ids = await self._enqueue_calls(self._plan(options), calls) if calls else []
+        return [Run(id, call.returns, self) for id, call in zip(ids, calls, strict=True)]
 
     async def emit(self, event: EventDef[E], payload: E, *, conn: object = None) -> UUID:
         """Emit an event: it starts the tasks that subscribe to it, and answers the executions that wait for it.
@@ -553,6 +546,15 @@ class Conductor(Generic[D]):
 
     def _plan(self, options: Options) -> CallPlan:
         return CallPlan(parse_options("invoke", **options), self.tasks)
+
+    async def _enqueue_calls(self, plan: CallPlan, calls: Sequence[Call[Any]]) -> list[str]:
+        alike = plan.alike(calls)
+        if alike is not None:
+            return await self._clients.here().enqueue_alike(alike)
+        rows = plan.rows(calls)
+        if plan.conn is not None:
+            return plan.spread(await self._enqueue_within(plan.conn, rows))
+        return plan.spread(await self._clients.here().enqueue_many(rows))
 
     async def _enqueue_within(self, connection: object, rows: Sequence[NewExecution]) -> list[str]:
         query = self.engine.enqueue_within(rows)

@@ -188,6 +188,28 @@ class NewExecution(Struct, omit_defaults=True):
     throttle: float | None = None
     debounce: float | None = None
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it says nothing but what to run, where, and how soon."""
+        return (
+            self.dedupe_key is None
+            and self.run_at is None
+            and self.delay is None
+            and self.throttle is None
+            and self.debounce is None
+            and self.trigger is None
+        )
+
+
+class AlikeExecutions(Struct):
+    """Plain calls to enqueue that differ in nothing but their payloads, which are JSON text in the order of the ids."""
+
+    ids: list[str]
+    task: str
+    queue: str | None
+    priority: int
+    payloads: list[str]
+
 
 class SavedStep(Struct):
     """A finished step of a running execution. With `event`, what it did was to emit that."""
@@ -366,11 +388,24 @@ class Engine(Reports):
         parameters = (as_text(calls), notify, again, self._now())
         return self._query("enqueue", "json boolean boolean timestamptz", parameters, _enqueued, harmless=False)
 
+    def enqueue_one(self, call: NewExecution) -> Query[Enqueued]:
+        """The same for one plain call."""
+        parameters = (call.id, call.task, call.queue, call.priority, as_text(call.payload), False, self._now())
+        casts = "uuid text text smallint json boolean timestamptz"
+        return self._query("enqueue_one", casts, parameters, _enqueued, harmless=False)
+
+    def enqueue_alike(self, calls: AlikeExecutions) -> Query[Enqueued]:
+        """The same for plain calls that differ in their payloads only."""
+        ids, payloads = f"{{{','.join(calls.ids)}}}", f"[{','.join(calls.payloads)}]"
+        parameters = (ids, calls.task, calls.queue, calls.priority, payloads, False, self._now())
+        casts = "uuid[] text text smallint json boolean timestamptz"
+        return self._query("enqueue_alike", casts, parameters, _enqueued, harmless=False)
+
     @staticmethod
     def enqueue_again(query: Query[Enqueued]) -> Query[Enqueued]:
-        """Return the repetition of an `enqueue` whose reply was lost, without encoding it again."""
-        calls, notify, _, now = query.parameters
-        return Query(query.statement, (calls, notify, True, now), query.read, query.harmless)
+        """Return the repetition of an enqueue whose reply was lost, without encoding it again."""
+        *parameters, _, now = query.parameters
+        return Query(query.statement, (*parameters, True, now), query.read, query.harmless)
 
     def enqueue_within(self, calls: Sequence[NewExecution]) -> Query[Enqueued]:
         """The same for a connection of any library: one text parameter, and the hint goes out with the commit."""

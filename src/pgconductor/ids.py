@@ -12,9 +12,7 @@ import os
 import time
 from threading import Lock
 
-_VERSION = 0x7 << 76
-_VARIANT = 0x2 << 62
-_RANDOM_BITS = (1 << 62) - 1
+_VARIANTS = dict(zip("0123456789abcdef", "89ab" * 4, strict=True))  # two bits say the variant, two stay random
 
 
 class IdMaker:
@@ -27,8 +25,8 @@ class IdMaker:
     def make(self, number: int) -> list[str]:
         """Return so many new ids, in rising order, as canonical text."""
         first = self._reserve(number)
-        noise = os.urandom(8 * number)
-        return [_text(first + i, int.from_bytes(noise[8 * i : 8 * i + 8])) for i in range(number)]
+        noise = os.urandom(8 * number).hex()
+        return [_text(f"{first + i:015x}", noise[16 * i : 16 * i + 16]) for i in range(number)]
 
     def _reserve(self, number: int) -> int:
         """Take the next so many instants, counted in 1/4096 of a millisecond."""
@@ -39,10 +37,9 @@ class IdMaker:
         return first
 
 
-def _text(instant: int, noise: int) -> str:
-    value = (instant >> 12) << 80 | _VERSION | (instant & 0xFFF) << 64 | _VARIANT | noise & _RANDOM_BITS
-    digits = f"{value:032x}"
-    return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
+def _text(instant: str, noise: str) -> str:
+    """Write 15 hexadecimal digits of time and 16 random ones as an id."""
+    return f"{instant[:8]}-{instant[8:12]}-7{instant[12:]}-{_VARIANTS[noise[0]]}{noise[1:4]}-{noise[4:]}"
 
 
 new_ids = IdMaker().make

@@ -75,6 +75,11 @@ class CallOptions:
     queue: str | None = None
     conn: object | None = None
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing is set but the queue and the priority."""
+        return self is NO_OPTIONS or all(getattr(self, name) is None for name in _NOT_PLAIN)
+
     def over(self, base: "CallOptions") -> "CallOptions":
         """Return these options, completed by those of `base` that do not contradict them.
 
@@ -92,6 +97,7 @@ class CallOptions:
 
 NO_OPTIONS = CallOptions()
 _OPTION_NAMES = tuple(each.name for each in fields(CallOptions))
+_NOT_PLAIN = tuple(name for name in _OPTION_NAMES if name not in ("queue", "priority"))
 _EXCLUSIVE = (
     ("run_at", "delay"),
     ("throttle", "debounce"),

@@ -10,9 +10,12 @@ from uuid import UUID, uuid4
 
 import psycopg
 import pytest
+from msgspec.structs import replace
 
-from pgconductor import Batch, BatchContext, Conductor, Context, SyncContext, Tick, cron, invocable
+from pgconductor import Batch, BatchContext, Call, Conductor, Context, SyncContext, Tick, cron, invocable
+from pgconductor.calls import CallPlan
 from pgconductor.client import LoopClient
+from pgconductor.engine import NewExecution
 from pgconductor.errors import (
     ConfigurationError,
     EncodeError,
@@ -269,14 +272,13 @@ async def test_calls_at_the_same_time_share_statements(app: Conductor, db: Db) -
 
 async def test_one_refused_call_fails_alone(app: Conductor, db: Db, monkeypatch: pytest.MonkeyPatch) -> None:
     good, poison = app.create_task(add), app.define_task("poison", dict, int)
-    row_of = type(app.engine).enqueue
+    row_of = CallPlan.row
 
-    def poisoned(engine: Any, calls: Any, **options: Any) -> Any:
-        query: Any = row_of(engine, calls, **options)
-        text = query.parameters[0].replace('"task":"poison"', '"task":""')
-        return type(query)(query.statement, (text, *query.parameters[1:]), query.read, query.harmless)
+    def poisoned(plan: CallPlan, call: Call[Any]) -> NewExecution:
+        row = row_of(plan, call)
+        return replace(row, task="") if row.task == "poison" else row
 
-    monkeypatch.setattr(type(app.engine), "enqueue", poisoned)
+    monkeypatch.setattr(CallPlan, "row", poisoned)
     calls = [good.invoke(1), poison.invoke({}), good.invoke(2), good.invoke(3)]
 
     outcomes = await asyncio.gather(*calls, return_exceptions=True)
@@ -331,6 +333,20 @@ async def test_a_lost_reply_in_bulk_makes_each_execution_once(
 
     assert {row["id"] for row in executions(db)} == {run.id for run in runs}
     assert runs[1] == runs[2]
+
+
+@pytest.mark.fault
+async def test_a_lost_reply_of_calls_of_one_kind_makes_each_execution_once(
+    app: Conductor, db: Db, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cutter = _Cutter(monkeypatch, cuts=1)
+    task = app.create_task(add)
+
+    runs = await app.invoke_many([task.bind(n) for n in range(3)], priority=2)
+
+    assert cutter.cuts == 0
+    assert [row["id"] for row in executions(db)] == [run.id for run in runs]
+    assert [row["payload"]["a"] for row in executions(db)] == [0, 1, 2]
 
 
 @pytest.mark.fault

@@ -1,0 +1,159 @@
+"""enqueue_one and enqueue_alike: what enqueue does, for plain calls, at half the cost."""
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+from uuid import uuid4
+
+import psycopg
+import pytest
+
+from tests.flow.support import concurrency, limited, set_limit
+from tests.sql.support import Db, array, at, claim, count, enqueue, register, row, state
+
+Enqueue: TypeAlias = Callable[..., list[str]]
+
+
+def one_by_one(
+    db: Db,
+    *payloads: str,
+    task: str | None = "work",
+    queue: str | None = None,
+    priority: int = 0,
+    again: bool = False,
+    ids: list[str] | None = None,
+) -> list[str]:
+    ids = ids or [str(uuid4()) for _ in payloads]
+    for id, payload in zip(ids, payloads, strict=True):
+        marks = "cast(%s as uuid), %s, %s, cast(%s as smallint), cast(%s as json), %s, %s"
+        db.execute(f"select enqueue_one({marks})", (id, task, queue, priority, payload, again, at(0)))
+    return ids
+
+
+def alike(
+    db: Db,
+    *payloads: str,
+    task: str | None = "work",
+    queue: str | None = None,
+    priority: int = 0,
+    again: bool = False,
+    ids: list[str] | None = None,
+) -> list[str]:
+    ids = ids or [str(uuid4()) for _ in payloads]
+    marks = "cast(%s as uuid[]), %s, %s, cast(%s as smallint), cast(%s as json), %s, %s"
+    parameters = (array(ids), task, queue, priority, f"[{','.join(payloads)}]", again, at(0))
+    db.execute(f"select enqueue_alike({marks})", parameters)
+    return ids
+
+
+@pytest.fixture(params=[one_by_one, alike])
+def plainly(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+def without_identity(db: Db, id: str) -> dict[str, Any]:
+    mine = {"id", "ord"}
+    return {name: value for name, value in row(db, id).items() if name not in mine}
+
+
+@pytest.mark.parametrize("queue", [None, "mail"])
+@pytest.mark.parametrize("is_known", [True, False])
+def test_a_plain_call_leaves_the_rows_that_enqueue_leaves(
+    db: Db, plainly: Enqueue, queue: str | None, is_known: bool
+) -> None:
+    if is_known:
+        register(db, "work")
+        enqueue(db, queue=queue)
+    usual = enqueue(db, queue=queue, priority=3, payload={"a": 1})
+    (plain,) = plainly(db, '{"a": 1}', queue=queue, priority=3)
+    assert without_identity(db, plain) == without_identity(db, usual)
+    ready = db.execute("select lane_id, priority, cached_by, cached_seq from ready where priority = 3").fetchall()
+    assert len(ready) == 2
+    assert ready[0] == ready[1]
+
+
+def test_plain_calls_are_claimed_in_their_order(db: Db, plainly: Enqueue) -> None:
+    register(db, "work")
+    ids = plainly(db, *(f'{{"n": {n}}}' for n in range(20)))
+    claimed = claim(db, limit=20)
+    assert [each["id"] for each in claimed] == ids
+    assert [each["payload"]["n"] for each in claimed] == list(range(20))
+
+
+def test_a_payload_is_stored_as_it_was_written(db: Db, plainly: Enqueue) -> None:
+    for task in ("known", "unknown"):
+        register(db, *(["known"] if task == "known" else []))
+        (id,) = plainly(db, '{"b":1e300,"a":-0.0,"b":2}', task=task)
+        stored = db.execute("select cast(payload as text) as text from execution where id = %s", (id,)).fetchone()
+        assert stored == {"text": '{"b":1e300,"a":-0.0,"b":2}'}
+
+
+def test_plain_calls_of_a_limited_task_stand_in_its_backlog(db: Db, plainly: Enqueue) -> None:
+    limited(db, concurrency(1))
+    first, second = plainly(db, "{}", "{}")
+    assert count(db, "ready") == 0
+    assert [each["id"] for each in claim(db)] == [first]
+    assert state(db, second) == "ready"
+
+
+def test_a_limit_that_comes_later_holds_plain_calls_too(db: Db, plainly: Enqueue) -> None:
+    register(db, "work")
+    plainly(db, "{}")
+    set_limit(db, 1)
+    plainly(db, "{}", "{}")
+    assert count(db, "ready") == 0
+    assert len(claim(db)) == 1
+
+
+def test_plain_calls_of_a_task_that_expires_expire(db: Db, plainly: Enqueue) -> None:
+    register(db, "work", expires=60)
+    plainly(db, "{}", "{}")
+    due = db.execute("select distinct due_at from expiry").fetchall()
+    assert due == [{"due_at": at(60)}]
+
+
+def test_a_repeated_plain_call_makes_no_second_execution(db: Db, plainly: Enqueue) -> None:
+    register(db, "work")
+    known = plainly(db, "{}", "{}")
+    plainly(db, "{}", "{}", ids=known, again=True)
+    assert count(db, "execution") == count(db, "ready") == 2
+
+
+def test_a_repetition_makes_what_is_missing_of_plain_calls(db: Db, plainly: Enqueue) -> None:
+    known = plainly(db, "{}")
+    missing = str(uuid4())
+    plainly(db, "{}", '{"n": 1}', ids=[*known, missing], again=True)
+    assert row(db, missing)["payload"] == {"n": 1}
+    assert count(db, "execution") == 2
+
+
+@pytest.mark.parametrize("task", [None, "", "x" * 201])
+def test_a_plain_call_needs_a_task_of_at_most_200_bytes(db: Db, plainly: Enqueue, task: str | None) -> None:
+    with pytest.raises(psycopg.IntegrityError):
+        plainly(db, "{}", task=task)
+
+
+def test_a_payload_over_its_limit_is_refused(db: Db, plainly: Enqueue) -> None:
+    register(db, "work")
+    fits, too_large = ('"' + "x" * size + '"' for size in (1_048_574, 1_048_575))
+    plainly(db, fits, "{}")
+    with pytest.raises(psycopg.Error) as refused:
+        plainly(db, too_large)
+    assert refused.value.sqlstate == "PC003"
+    assert count(db, "execution") == 2
+
+
+def test_a_rolled_back_plain_call_never_was(db: Db, plainly: Enqueue) -> None:
+    register(db, "work")
+    db.execute("begin")
+    plainly(db, "{}")
+    db.execute("rollback")
+    assert count(db, "execution") == count(db, "ready") == 0
+
+
+def test_a_plain_call_says_where_there_is_new_work(db: Db) -> None:
+    register(db, "work")
+    queue = db.execute("select id from queue where name = 'default'").fetchone()
+    assert queue is not None
+    marks = "cast(%s as uuid), 'work', null, cast(0 as smallint), cast('{}' as json)"
+    answers = [db.execute(f"select enqueue_one({marks}) as it".encode(), (uuid4(),)).fetchone() for _ in range(2)]
+    assert [answer and answer["it"]["queues"] for answer in answers] == [[queue["id"]]] * 2
