@@ -274,8 +274,9 @@ def check_server(conn: Connection) -> None:
     version = conn.info.server_version // 10_000
     if not 15 <= version <= 18:
         raise ServerError(f"this is Postgres {version}", "use Postgres 15 to 18")
-    if conn.info.parameter_status("server_encoding") == "SQL_ASCII":
-        reason = "the database's encoding is SQL_ASCII, which stores bytes without knowing their characters"
+    encoding = conn.info.parameter_status("server_encoding")
+    if encoding != "UTF8":
+        reason = f"the database's encoding is {encoding}, which cannot hold every text that JSON can"
         raise ServerError(reason, "create the database with encoding 'UTF8'")
     if _row(conn, "select pg_is_in_recovery()")[0]:
         raise ServerError(STANDBY, STANDBY_REMEDY)
