@@ -30,7 +30,7 @@ class Line:
 
 
 _OPEN = (
-    *(f"F{number}" for number in (32, 33, 43, 48, 71, *range(81, 96))),
+    *(f"F{number}" for number in (32, 33, 48, *range(81, 96))),
     *("P38", "P39", "P47", "P48"),
 )
 

@@ -4,7 +4,7 @@ import re
 
 from tests.catalogue import page
 from tests.catalogue.lines import BY_NAME, LINES, REASONS
-from tests.catalogue.markers import coverings
+from tests.catalogue.markers import ROOT, coverings
 
 
 def test_the_catalogue_is_whole() -> None:
@@ -34,3 +34,12 @@ def test_the_page_has_a_row_for_every_line_and_its_links_lead_somewhere() -> Non
 def test_lines_are_counted_apart() -> None:
     assert page.survived({"F1": page.PASSED, "F2": "failed"}) == "faults survived 1 of 95, P-list 0 of 50"
     assert page.survived({"P50": page.PASSED, "F95": page.NOT_RUN}) == "faults survived 0 of 95, P-list 1 of 50"
+
+
+def test_every_promise_is_linked_to_tests_that_exist() -> None:
+    page = ROOT / "docs" / "operating" / "guarantees.md"
+    promises = re.split(r"^(?=\d+\. \*\*)", page.read_text(), flags=re.MULTILINE)[1:]
+    links = [re.findall(r"\]\((\.\./\.\./tests/[\w/]+\.py)\)", promise) for promise in promises]
+    assert len(promises) == 18
+    assert [promise[:40] for promise, found in zip(promises, links, strict=True) if not found] == []
+    assert [link for found in links for link in found if not (page.parent / link).is_file()] == []

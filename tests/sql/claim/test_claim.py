@@ -198,3 +198,37 @@ def test_a_claim_counts_no_rows_twice(db: Db) -> None:
     enqueue_many(db, *blank(5))
     claim(db, limit=3)
     assert (count(db, "lease"), count(db, "ready")) == (3, 2)
+
+
+@pytest.mark.covers("F72")
+def test_a_claim_reads_no_more_beside_much_that_cannot_run(db: Db) -> None:
+    enqueue_many(db, *blank(200))
+    rows_read(db)  # plans are made
+    alone = rows_read(db)
+    enqueue_many(db, *[{"delay": 3600} for _ in range(5_000)])
+    for _ in range(5):
+        enqueue_many(db, {"priority": 1})
+        parent = claim_one(db, limit=1)
+        park(db, parent, op(parent, "all", "invoke_all", *[{"delay": 3600} for _ in range(200)]))
+    db.execute("analyze")
+    rows_read(db)
+    assert (count(db, "timer"), count(db, "wait")) == (6_000, 5)
+    assert rows_read(db) <= alone * 1.3
+
+
+def rows_read(db: Db) -> int:
+    """Claim ten, and return how many rows of tables and entries of indexes that read."""
+    query = (
+        "select sum(seq_tup_read + coalesce(idx_tup_fetch, 0)) as read from pg_stat_xact_user_tables"
+        " where schemaname = 'pgconductor'"
+    )
+    with db.transaction():
+        before = one(db, query)
+        assert len(claim(db, limit=10)) == 10
+        return one(db, query) - before
+
+
+def one(db: Db, query: str) -> int:
+    found = db.execute(query.encode()).fetchone()
+    assert found is not None
+    return int(found["read"])

@@ -14,6 +14,7 @@ from tests.sql.support import (
     blank,
     call,
     cancel,
+    claim,
     claim_one,
     count,
     enqueue,
@@ -145,13 +146,19 @@ def test_a_child_s_payload_over_the_limit_is_refused(db: Db, opened: str) -> Non
     assert count(db, "execution") == 2
 
 
-def test_ten_thousand_children_are_made_at_once_and_one_more_is_refused(db: Db) -> None:
+@pytest.mark.covers("F72")
+def test_ten_thousand_children_wake_their_parent_once_and_one_more_is_refused(db: Db) -> None:
     id = running(db)
     with refused(db, "10001 children of one operation, at most 10000"):
         save(db, id, ops=[op(id, "all", "invoke_all", *blank(10_001))])
     assert count(db, "execution") == 1
-    save(db, id, ops=[op(id, "all", "invoke_all", *blank(10_000))])
-    assert count(db, "execution") == 10_001
+    park(db, id, op(id, "all", "invoke_all", *blank(10_000)))
+    while claimed := claim(db, limit=2_000, tasks=["child"]):
+        assert state(db, id) == "waiting"
+        settle(db, *({"id": each["id"], "outcome": "completed", "result": 1} for each in claimed))
+    assert state(db, id) == "ready"
+    woken = "select 1 from audit.history where execution_id = %s and from_state = 'waiting'"
+    assert db.execute(woken, (id,)).rowcount == 1
 
 
 @pytest.mark.covers("F61")

@@ -235,3 +235,32 @@ def test_a_child_and_its_parent_lost_together_run_again(db: Db) -> None:
     claim(db, worker=OTHER, now=30)
     finish(db, child, worker=OTHER, now=31)
     assert step(db, parent, "s")["status"] == "completed"
+
+
+@pytest.mark.covers("F41")
+def test_a_clock_that_jumps_forward_ends_leases_early_and_fences_their_holders(db: Db) -> None:
+    register(db, "work")
+    id = enqueue(db)
+    claim(db)
+    sweep(db, 3600)
+    assert (state(db, id), row(db, id)["crashes"]) == ("ready", 1)
+    assert beat(db, 10)["alive"] is False  # the clock was put right again
+    other = UUID(int=77)
+    register(db, worker=other, now=11)
+    claim(db, worker=other, token=7, now=11)
+    assert complete(db, id, now=12) is None
+    assert complete(db, id, worker=other, token=7, now=13)["lost"] == []
+
+
+@pytest.mark.covers("F41")
+def test_a_clock_that_jumps_back_ends_no_lease_early(db: Db) -> None:
+    register(db, "work")
+    id = enqueue(db)
+    claim(db)
+    beat(db, 5)
+    sweep(db, -3600)
+    assert beat(db, -3590)["alive"]
+    sweep(db, -3580)
+    assert state(db, id) == "running"
+    sweep(db, 100)
+    assert state(db, id) == "ready"
