@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import shutil
 import sys
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ def main(seed: int, seeds: int, results: Path, write_report: bool) -> None:
 
     Leaves with 1 when a seed failed; its logs are kept beside the results.
     """
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of each write to a link that was cut
     console = Console(width=None if sys.stdout.isatty() else 140)
     results.parent.mkdir(parents=True, exist_ok=True)
     done = {each["seed"] for each in report.read(results)} if seeds > 1 else set[int]()
