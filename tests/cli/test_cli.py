@@ -172,6 +172,11 @@ def test_a_terminal_obeys_nothing_that_was_stored(database: str, db: Db, evil: s
 # ---------------------------------------------------------------- queues, status, doctor
 
 
+def test_pausing_a_queue_that_nothing_has_used_says_so(database: str) -> None:
+    assert "nothing has used a queue of this name yet" in run(database, "queues", "pause", "defualt").stdout
+    assert run(database, "queues", "resume", "defualt").stdout.strip() == "defualt resumed"
+
+
 def test_queues_are_listed_paused_and_resumed(database: str, db: Db) -> None:
     enqueue(db, queue="mail")
 

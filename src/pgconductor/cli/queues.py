@@ -40,8 +40,9 @@ def list_(settings: Settings, as_json: bool) -> None:
 @pass_settings
 def pause(settings: Settings, queue: str, as_json: bool) -> None:
     """Stop the starts of a queue on all workers. What runs goes on."""
+    is_known = _is_known(settings, queue)
     settings.conduct(lambda app: app.pause(queue))
-    _done(queue, "paused", as_json=as_json)
+    _done(queue, "paused", is_known=is_known, as_json=as_json)
 
 
 @queues.command()
@@ -50,12 +51,19 @@ def pause(settings: Settings, queue: str, as_json: bool) -> None:
 @pass_settings
 def resume(settings: Settings, queue: str, as_json: bool) -> None:
     """Let a paused queue start executions again."""
+    is_known = _is_known(settings, queue)
     settings.conduct(lambda app: app.resume(queue))
-    _done(queue, "resumed", as_json=as_json)
+    _done(queue, "resumed", is_known=is_known, as_json=as_json)
 
 
-def _done(queue: str, what: str, *, as_json: bool) -> None:
+def _is_known(settings: Settings, queue: str) -> bool:
+    found = settings.ask(lambda client, engine: client.run(engine.list_queues()))
+    return any(each["name"] == queue for each in found)
+
+
+def _done(queue: str, what: str, *, is_known: bool, as_json: bool) -> None:
     if as_json:
         print_json({"queue": queue, what: True})
     else:
-        console().print(f"{line(queue)} {what}", markup=False)
+        note = "" if is_known else "; nothing has used a queue of this name yet"
+        console().print(f"{line(queue)} {what}{note}", markup=False)
