@@ -244,6 +244,27 @@ def test_invoke_refuses_a_time_that_never_comes(db: Db) -> None:
         db.execute("select invoke('work', run_at => 'infinity')")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("null", "task, queue and dedupe_key are names"),
+        ("''", "task, queue and dedupe_key are names"),
+        ("'work', queue => ''", "task, queue and dedupe_key are names"),
+        ("'work', dedupe_key => ''", "task, queue and dedupe_key are names"),
+        ("'work', delay => '-1 s'", "delay must not be negative"),
+        ("'work', throttle => '0 s'", "throttle and debounce must be more than zero"),
+        ("'work', debounce => '-1 s'", "throttle and debounce must be more than zero"),
+        ("'work', on_duplicate => null", "on_duplicate must be keep or replace"),
+        ("'work', on_duplicate => 'replace'", "replace needs a dedupe_key"),
+        ("'work', on_duplicate => 'replace', dedupe_key => 'k', throttle => '1 s'", "and no throttle or debounce"),
+    ],
+)
+def test_sql_invoke_refuses_what_the_client_refuses(db: Db, arguments: str, message: str) -> None:
+    with pytest.raises(psycopg.Error, match=message) as refusal:
+        db.execute(f"select invoke({arguments})".encode())
+    assert (refusal.value.sqlstate, count(db, "execution")) == ("PC003", 0)
+
+
 def test_the_clock_is_the_databases_unless_a_test_moves_it(db: Db) -> None:
     id = call(db, "invoke", "work")
     created: datetime = row(db, str(id))["created_at"]

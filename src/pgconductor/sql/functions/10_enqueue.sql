@@ -340,8 +340,17 @@ language plpgsql volatile set search_path from current set enable_seqscan = off 
 declare
   v_id uuid := uuid7();
 begin
-  if on_duplicate not in ('keep', 'replace') then
+  if coalesce(on_duplicate, '') not in ('keep', 'replace') then
     raise exception 'on_duplicate must be keep or replace, not %', on_duplicate using errcode = 'PC003';
+  end if;
+  if on_duplicate = 'replace' and (dedupe_key is null or num_nonnulls(throttle, debounce) > 0) then
+    raise exception 'on_duplicate => replace needs a dedupe_key, and no throttle or debounce' using errcode = 'PC003';
+  end if;
+  if coalesce(task, '') = '' or queue = '' or dedupe_key = '' then
+    raise exception 'task, queue and dedupe_key are names of 1 to 200 bytes, not empty' using errcode = 'PC003';
+  end if;
+  if delay < interval '0' or throttle <= interval '0' or debounce <= interval '0' then
+    raise exception 'delay must not be negative, throttle and debounce must be more than zero' using errcode = 'PC003';
   end if;
   if num_nonnulls(throttle, debounce) = 2 or debounce is not null and num_nonnulls(run_at, delay) > 0 then
     raise exception 'throttle, debounce and, for debounce, run_at and delay exclude each other' using errcode = 'PC003';
