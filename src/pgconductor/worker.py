@@ -1,10 +1,13 @@
 """One queue of one process: slots, what is buffered for them, and the runs that hold them.
 
-A slot is free as soon as its run has returned; settling does not hold it. The next buffered execution starts in the
-same callback, so a slot is never idle while there is work at hand. How much is fetched beyond the free slots follows
-the measured rate at which the queue finishes work: about what it finishes in `PREFETCH_SECONDS`, nothing at all for
-slow handlers, so that nothing is hoarded behind a long one. What was fetched and then stands still goes back at no
-cost.
+A slot is free as soon as its run has returned; settling does not hold it. The next buffered execution starts at once,
+so a slot is never idle while there is work at hand. How much is fetched beyond the free slots follows the measured rate
+at which the queue finishes work: about what it finishes in `PREFETCH_SECONDS`, nothing at all for slow handlers, so
+that nothing is hoarded behind a long one. What was fetched and then stands still goes back at no cost.
+
+**The server.** An asyncio task costs as much as the run of a handler that never waits for anything. So one task runs
+the buffer, one execution after the other, each in context variables of its own, until a run suspends. That run keeps
+the task to its end, and what is buffered starts in tasks of its own, until a run ends without having suspended.
 """
 
 import asyncio
@@ -13,6 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Coroutine
 from contextvars import copy_context
+from functools import partial
 from typing import Any, Final, Protocol
 
 from pgconductor.attempt import Attempt
@@ -22,6 +26,7 @@ from pgconductor.durations import Duration
 from pgconductor.engine import Claimed, Completion, Outcome
 from pgconductor.errors import ConfigurationError
 from pgconductor.memos import Memos
+from pgconductor.own_context import OwnContext
 from pgconductor.task import Task
 
 log = logging.getLogger("pgconductor.worker")
@@ -30,6 +35,8 @@ FETCH_SIZE: Final = 500
 PREFETCH_SECONDS: Final = 0.1
 RATE_WINDOW_SECONDS: Final = 0.02
 _PUT_OFF_SECONDS: Final = 1.0
+SERVED_A_PASS: Final = 64
+"""How many executions the server runs before the event loop may look at anything else."""
 Settlement = Completion | Outcome
 
 
@@ -105,6 +112,8 @@ class Worker:
         self.prefetch_max = 0
         self._floor: Floor | None = None
         self._context = copy_context()
+        self._server: asyncio.Task[None] | None = None
+        self._is_swift = True
         self._batch_sizes: dict[int, int] = {}
         self._gathering: dict[int, BatchRun] = {}
         self._batches: set[BatchRun] = set()
@@ -193,34 +202,47 @@ class Worker:
 
     def fill(self) -> None:
         """Start buffered executions in the free slots."""
-        floor = self._floor
-        if floor is None or floor.is_held():
-            return
-        while self.buffer and self._has_slot(self.buffer[0][0]):
-            claimed, token = self.buffer.popleft()
-            self.start(claimed, token)
+        while self._server is None and (attempt := self._next()) is not None:
+            self._serve_in_task(attempt)
+
+    def _next(self) -> Attempt | None:
+        """Take the next buffered execution that has a slot."""
+        floor, buffer = self._floor, self.buffer
+        while buffer and floor is not None and not floor.is_held() and self._has_slot(buffer[0][0]):
+            attempt = self._prepare(*buffer.popleft())
+            if attempt is not None:
+                return attempt
+        return None
 
     def _has_slot(self, claimed: Claimed) -> bool:
+        if not self._batch_sizes:
+            return len(self.running) < self.concurrency
         gathering = self._gathering.get(claimed.task_id)
         return self._used() < self.concurrency or (gathering is not None and gathering.is_open)
 
     def start(self, claimed: Claimed, token: int) -> None:
         """Start one execution."""
+        attempt = self._prepare(claimed, token)
+        if attempt is not None:
+            self._serve_in_task(attempt)
+
+    def _prepare(self, claimed: Claimed, token: int) -> Attempt | None:
+        """Return the run of an execution; None: it starts elsewhere, in a batch or when its memos are loaded."""
         floor = self._owner()
         if claimed.id in self.running:
             self._put_off(claimed, token)
-            return
+            return None
         if claimed.task_id in self._batch_sizes:
             self._gather(claimed, token)
-            return
+            return None
         memos = None
         if claimed.cached is not None:
             memos = floor.recall(claimed)
             if memos is None and claimed.cached:
                 task = self._begin(self._reload(claimed, token))
                 self.running[claimed.id] = (self._attempt(claimed, token, Memos()), task)
-                return
-        self._run_as_task(self._attempt(claimed, token, memos))
+                return None
+        return self._attempt(claimed, token, memos)
 
     def _put_off(self, claimed: Claimed, token: int) -> None:
         """Give back an execution that this process still runs under an earlier claim, and leave that run.
@@ -237,11 +259,40 @@ class Worker:
         return floor.attempt(claimed, token, floor.tasks[claimed.task_id], self.queue, memos)
 
     def _begin(self, run: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Start a run in context variables of its own: this may be called at the end of another one."""
+        """Start a task in the process's context: this may be called at the end of a run."""
         return asyncio.get_running_loop().create_task(run, context=self._context.copy())
 
-    def _run_as_task(self, attempt: Attempt) -> None:
-        self.running[attempt.claimed.id] = (attempt, self._begin(self._run(attempt)))
+    def _serve_in_task(self, attempt: Attempt) -> None:
+        task = self._begin(self._serve(attempt))
+        self.running[attempt.claimed.id] = (attempt, task)
+        if self._is_swift:
+            self._server = task
+
+    async def _serve(self, attempt: Attempt) -> None:
+        """Run an execution; go on with what is buffered while no run suspends and no other task does so."""
+        task = self.running[attempt.claimed.id][1]
+        served_count = 0
+        while True:
+            await self._run(attempt, task)
+            served_count += 1
+            if self._server is task and served_count % SERVED_A_PASS == 0:
+                await asyncio.sleep(0)
+            following = self._next() if self._server is task else None
+            if following is None:
+                break
+            attempt = following
+            self.running[attempt.claimed.id] = (attempt, task)
+        if self._server is task:
+            self._server = None
+
+    def _note_pace(self, task: asyncio.Task[None], *, is_swift: bool) -> None:
+        """Make a task the server whose run did not suspend, unless there is one; a run that does ends its service."""
+        self._is_swift = is_swift
+        if is_swift:
+            self._server = self._server or task
+        elif self._server is task:
+            self._server = None
+            self.fill()
 
     def _gather(self, claimed: Claimed, token: int) -> None:
         """Add an execution to the batch that its task has open, or open one."""
@@ -281,13 +332,16 @@ class Worker:
             return
         attempt = self._attempt(claimed, token, memos)
         self.running[claimed.id] = (attempt, self.running[claimed.id][1])
-        await self._run(attempt)
+        await self._serve(attempt)
 
-    async def _run(self, attempt: Attempt) -> None:
+    async def _run(self, attempt: Attempt, task: asyncio.Task[None]) -> None:
+        on_suspend = partial(self._note_pace, task, is_swift=False)
+        run = OwnContext(attempt.run(), self._context.copy(), on_suspend)
         try:
-            settlement = await attempt.run()
+            settlement = await run
         except BaseException as error:  # noqa: BLE001 (a run that breaks must not take its slot along)
             settlement = self._broken(attempt, error)
+        self._note_pace(task, is_swift=not run.has_suspended and not task.cancelling())
         self._end(attempt, settlement)
 
     def _end(self, attempt: Attempt, settlement: Settlement | None) -> None:
@@ -299,10 +353,8 @@ class Worker:
             if type(settlement) is Outcome and settlement.cached:
                 floor.keep(settlement.id, settlement.token, attempt.memos)
             floor.settle(settlement)
-        buffer = self.buffer
-        if buffer and not floor.is_held() and (not self._batch_sizes or self._has_slot(buffer[0][0])):
-            self.start(*buffer.popleft())
-        if len(buffer) <= self.low_water:
+        self.fill()
+        if len(self.buffer) <= self.low_water:
             floor.on_slot_free(self)
 
     def _broken(self, attempt: Attempt, error: BaseException) -> Outcome | None:

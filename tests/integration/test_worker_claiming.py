@@ -168,3 +168,62 @@ async def test_two_orchestrators_share_a_conductor_and_run_each_execution_once(a
     await asyncio.gather(Orchestrator(app).drain(), Orchestrator(app).drain())
     assert ran == Counter(range(2000))
     assert states(db) == {"completed": 2000}
+
+
+async def test_a_run_that_waits_holds_up_none_that_is_buffered_behind_it(app: App, db: Db) -> None:
+    everyone = asyncio.Barrier(5)
+
+    @app.task
+    async def meet(ctx: Context) -> None:
+        await everyone.wait()
+
+    await app.invoke_many([meet.bind() for _ in range(5)])
+    await Orchestrator(app, queues={"default": 5}).drain()
+    assert states(db) == {"completed": 5}
+
+
+async def test_runs_that_wait_and_runs_that_do_not_all_run_once(app: App, db: Db) -> None:
+    ran: Counter[int] = Counter()
+
+    @app.task
+    async def mixed(ctx: Context, number: int) -> None:
+        ran[number] += 1
+        for _ in range(number % 3):
+            await asyncio.sleep(0)
+
+    await app.invoke_many([mixed.bind(number) for number in range(600)])
+    await Orchestrator(app, queues={"default": 7}).drain()
+    assert states(db) == {"completed": 600}
+    assert set(ran.values()) == {1}
+
+
+async def test_a_handler_that_cancels_its_own_task_cancels_no_other_run(app: App, db: Db) -> None:
+    @app.task
+    async def odd(ctx: Context, number: int) -> None:
+        task = asyncio.current_task()
+        if number == 3 and task is not None:
+            task.cancel()
+
+    await app.invoke_many([odd.bind(number) for number in range(50)])
+    await Orchestrator(app).drain()
+    assert states(db) == {"completed": 50}
+
+
+async def test_handlers_that_never_wait_leave_room_for_the_rest_of_the_process(app: App) -> None:
+    turns = [0]
+    seen: set[int] = set()
+
+    @app.task
+    async def quick(ctx: Context, number: int) -> None:
+        seen.add(turns[0])
+
+    async def count_turns() -> None:
+        while True:
+            turns[0] += 1
+            await asyncio.sleep(0)
+
+    await app.invoke_many([quick.bind(number) for number in range(1000)])
+    beside = asyncio.create_task(count_turns())
+    await Orchestrator(app).drain()
+    beside.cancel()
+    assert len(seen) > 5

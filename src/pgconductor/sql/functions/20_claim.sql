@@ -149,7 +149,7 @@ begin
     'closing', (
       select json_object_agg(k.id, closes_in(k, v_now)) from task k
       where k.window_start is not null and k.id in (
-        select l.task_id from unnest(v_taken) t cross join lateral (select * from execution k where k.id = t.execution_id offset 0) e join lane l on l.id = e.lane_id)),
+        select l.task_id from lane l where l.id = any(array(select t.lane_id from unnest(v_taken) t)))),
     'more', (
       select json_agg(distinct l.queue_id) from unnest(v_taken) t join lane l on l.id = t.lane_id
       where v_limited is not null and l.id = any(v_limited) and exists (select from look k where k.lane_id = l.id)),
@@ -161,5 +161,7 @@ begin
           recorded_steps(e.id, case when t.cached_by = p_orchestrator then t.cached_seq else 0 end) end,
         e.trigger_kind, e.trigger_data)
         order by t.priority desc, t.ord)
-      from unnest(v_taken) t cross join lateral (select * from execution k where k.id = t.execution_id offset 0) e join lane l on l.id = e.lane_id));
+      from unnest(v_taken) t
+      cross join lateral (select * from execution k where k.id = t.execution_id offset 0) e
+      cross join lateral (select * from lane k where k.id = t.lane_id offset 0) l));
 end $$;

@@ -119,8 +119,9 @@ begin
   select array_agg(g.id) into v_lost
   from (select * from json_to_recordset(p_steps) as s(id uuid, token bigint)
         union select * from json_to_recordset(p_ops) as o(id uuid, token bigint)) g
-  where not exists (select from lease l where l.execution_id = g.id and l.token = g.token
-                    and l.orchestrator_id = p_orchestrator);
+  left join lateral (select * from lease k where k.execution_id = g.id offset 0) l
+    on l.token = g.token and l.orchestrator_id = p_orchestrator
+  where l.execution_id is null;
 
   insert into step (execution_id, name, round, kind, status, value, created_at, finished_at)
   select s.id, s.name, s.round, s.kind, 'completed', s.value, v_now, v_now
@@ -166,10 +167,10 @@ begin
   perform lock_executions(v_parents);
   return open_operations((
     select json_agg(o) from json_array_elements(p_ops) o
-    where exists (
-      select from lease l join execution e on e.id = l.execution_id
-      where l.execution_id = (o ->> 'id')::uuid and l.token = (o ->> 'token')::bigint
-        and l.orchestrator_id = p_orchestrator and e.cancel_requested_at is null)),
+    cross join lateral (select * from lease k where k.execution_id = (o ->> 'id')::uuid offset 0) l
+    cross join lateral (select * from execution k where k.id = l.execution_id offset 0) e
+    where l.token = (o ->> 'token')::bigint and l.orchestrator_id = p_orchestrator
+      and e.cancel_requested_at is null),
     p_now);
 end $$;
 

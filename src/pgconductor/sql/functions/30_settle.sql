@@ -26,7 +26,8 @@ begin
          array_agg(g.result order by l.execution_id)
   into v_ids, v_claimed, v_results
   from json_to_recordset(p_completed) as g(id uuid, token bigint, result json)
-  join lease l on l.execution_id = g.id and l.token = g.token and l.orchestrator_id = p_orchestrator;
+  cross join lateral (select * from lease k where k.execution_id = g.id offset 0) l
+  where l.token = g.token and l.orchestrator_id = p_orchestrator;
 
   update execution e
   set outcome = 'completed', result = h.result, error = null, finished_at = p_now,
@@ -211,7 +212,8 @@ begin
     into v_held, v_lost
     from json_to_recordset(p_outcomes) as o(id uuid, token bigint, outcome text, result json, error json,
       delay float8, ops json, awaits json, fresh json, cached boolean)
-    left join lease l on l.execution_id = o.id and l.token = o.token and l.orchestrator_id = p_orchestrator;
+    left join lateral (select * from lease k where k.execution_id = o.id offset 0) l
+      on l.token = o.token and l.orchestrator_id = p_orchestrator;
     if v_held is not null then
       v_effects := merge(v_effects, settle_held(p_orchestrator, v_held, v_now));
     end if;
@@ -236,7 +238,8 @@ declare
 begin
   perform lock_for_settle(p_held);
   -- a first try of this very call may have gone on while its sender had given it up
-  v_held := array(select distinct on (h.id) h from unnest(p_held) h join lease l on l.execution_id = h.id
+  v_held := array(select distinct on (h.id) h from unnest(p_held) h
+                  cross join lateral (select * from lease k where k.execution_id = h.id offset 0) l
                   where l.orchestrator_id = p_orchestrator and l.claimed_at = h.claimed_at);
   v_flagged := array(select e.id from unnest(v_held) h cross join lateral (select * from execution k where k.id = h.id offset 0) e
                      where e.cancel_requested_at is not null);

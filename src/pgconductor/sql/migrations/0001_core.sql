@@ -73,7 +73,7 @@ create table execution (
   constraint an_end_is_whole check (
     (outcome is null) = (finished_at is null) and (outcome <> 'failed' or error is not null)),
   constraint a_parent_is_whole check (num_nulls(parent_id, parent_step, root_id) in (0, 3))
-) with (fillfactor = 50, autovacuum_vacuum_insert_scale_factor = 0.2);
+) with (fillfactor = 45, autovacuum_vacuum_insert_scale_factor = 0.2);
 
 create table ready (
   lane_id int not null,

@@ -1,0 +1,46 @@
+"""Awaiting a coroutine in context variables of its own, without an asyncio task of its own."""
+
+from collections.abc import Callable, Coroutine, Generator
+from contextvars import Context
+from functools import partial
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class OwnContext(Generic[T]):
+    """Await a coroutine in the asyncio task of whoever awaits this, each of its steps in the context given.
+
+    Args:
+        coroutine: Has not begun.
+        context: Entered for each step, so that what is set in it is seen by the coroutine alone.
+        on_suspend: Called once, when the coroutine first waits for something.
+
+    Attributes:
+        has_suspended: Whether it ever waited.
+    """
+
+    __slots__ = ("_context", "_coroutine", "_on_suspend", "has_suspended")
+
+    def __init__(self, coroutine: Coroutine[Any, Any, T], context: Context, on_suspend: Callable[[], None]) -> None:
+        self.has_suspended = False
+        self._coroutine = coroutine
+        self._context = context
+        self._on_suspend = on_suspend
+
+    def __await__(self) -> Generator[Any, Any, T]:
+        """Pass on what the coroutine waits for, and to the coroutine what comes of it."""
+        step: Callable[[], Any] = partial(self._coroutine.send, None)
+        while True:
+            try:
+                pending = self._context.run(step)
+            except StopIteration as done:
+                value: T = done.value
+                return value
+            if not self.has_suspended:
+                self.has_suspended = True
+                self._on_suspend()
+            try:
+                step = partial(self._coroutine.send, (yield pending))
+            except BaseException as error:  # noqa: BLE001 (it is the coroutine's, which may catch it)
+                step = partial(self._coroutine.throw, error)
