@@ -418,11 +418,15 @@ class Attempt:
 
     async def boundary(self) -> None:
         """Begin an operation; when the process is stopping, wait here for the steps that still run, then leave."""
-        self.enter()
-        if asyncio.current_task() is not self._main:
-            self._is_concurrent = True
-        if self.is_leaving:
+        if self.must_leave():
             await self.pend()
+
+    def must_leave(self) -> bool:
+        """Begin an operation, and tell whether the run is to be left here, by `pend`."""
+        self.enter()
+        if asyncio.current_task(self.host.loop) is not self._main:
+            self._is_concurrent = True
+        return self.is_leaving
 
     async def pend(self, name: str | None = None) -> None:
         """Stay here until the handler is left: what the caller asks for is not answered in this run.

@@ -92,7 +92,8 @@ class Context(RunFacts[D]):
         Source: sql/functions/25_save.sql
         """
         attempt = self._attempt
-        await attempt.boundary()
+        if attempt.must_leave():
+            await attempt.pend()
         check_step_function(fn, f"step {name!r}")
         codec = return_codec_of(fn)
         memo = attempt.journal.begin(name, "step")
@@ -300,8 +301,13 @@ class Context(RunFacts[D]):
 
         Source: sql/functions/30_settle.sql and 40_wake.sql
         """
-        await self._attempt.boundary()
-        return cast("R", await self._answer(name, self._attempt.journal.invoke(name, call, timeout, on_timeout)))
+        attempt = self._attempt
+        if attempt.must_leave():  # here, and below, without a coroutine: a long execution replays thousands of these
+            await attempt.pend()
+        answer = attempt.journal.invoke(name, call, timeout, on_timeout)
+        if answer is PENDING:
+            await attempt.pend(name)
+        return cast("R", answer)
 
     async def invoke_all(
         self,

@@ -51,7 +51,6 @@ T = TypeVar("T", bound=ConductorError)
 STEPS_MAX = 10_000
 CHILDREN_MAX = 10_000
 DEPTH_MAX = 100
-_TIED: Final = ("invoke_all", "wait_for")
 CANCELLED = ("cancelled", "requested")
 """What the engine answers where it took a cancel request."""
 
@@ -110,19 +109,12 @@ class Journal:
         self.memos = memos
         self.unsaved: list[Operation] = []
         self.awaits: dict[str, Await] = {}
-        self.is_tied = False
+        self.is_tied = memos.is_tied
         self._claimed = claimed
         self._token = token
         self._names: set[str] = set()
         self._calls: dict[str, int] = {}
-        self._unvisited = 0
-        if memos.operations:
-            self._look_back()
-
-    def _look_back(self) -> None:
-        recorded = self.memos.operations.values()
-        self.is_tied = any(memo.child_id or memo.kind in _TIED for memo in recorded)
-        self._unvisited = sum(memo.status != "pending" and not memo.dropped for memo in recorded)
+        self._unvisited = len(memos.operations) - len(memos.open)
 
     @property
     def is_replaying(self) -> bool:
@@ -142,18 +134,20 @@ class Journal:
             StepMismatch: It is recorded for another kind of operation or another child task.
             TooMany: The execution has `STEPS_MAX` operations.
         """
-        if name in self._names:
+        names = self._names
+        if name in names:
             raise DuplicateStep(name)
-        if not is_ours and name not in self.memos.operations:  # what is recorded was checked then
-            check_name(name, f"{kind}: name")
-        if len(self._names) >= STEPS_MAX:
-            raise TooMany("steps", STEPS_MAX)
-        self._names.add(name)
         memo = self.memos.operations.get(name)
+        if memo is None and not is_ours:  # what is recorded was checked then
+            check_name(name, f"{kind}: name")
+        if len(names) >= STEPS_MAX:
+            raise TooMany("steps", STEPS_MAX)
+        names.add(name)
         if memo is None or memo.dropped:
             self._unvisited = 0
             return None
-        self._check_match(memo, kind, child_task)
+        if memo.kind != kind or memo.child_task != child_task:
+            self._check_match(memo, kind, child_task)
         if memo.status != "pending":
             self._unvisited -= 1
         return memo
@@ -318,7 +312,7 @@ class Journal:
         """Return everything this execution has open, for parking: what is awaited, and what is only known of."""
         known = [
             Await(memo.name, memo.round, memo.kind)
-            for memo in self.memos.operations.values()
+            for memo in self.memos.open.values()
             if memo.status == "pending" and memo.name not in self.awaits
         ]
         return [*self.awaits.values(), *known]

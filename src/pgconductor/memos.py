@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pgconductor.engine import Recorded
 
 _ROW_BYTES = 200
+_TIED = ("invoke_all", "wait_for")
 
 
 class Memos:
@@ -16,14 +17,18 @@ class Memos:
 
     Attributes:
         operations: By name, the operation's own row of its latest round.
+        open: Those of them that are not answered, and those that the next attempt does afresh.
+        is_tied: Whether any of them made a child or waits for an event.
         children: By name, the rows of a fan-out's children of its latest round, by index from 1.
         size: About how many bytes they take in memory.
     """
 
-    __slots__ = ("children", "operations", "size")
+    __slots__ = ("children", "is_tied", "open", "operations", "size")
 
     def __init__(self) -> None:
         self.operations: dict[str, Recorded] = {}
+        self.open: dict[str, Recorded] = {}
+        self.is_tied = False
         self.children: dict[str, dict[int, Recorded]] = {}
         self.size = 0
 
@@ -47,8 +52,13 @@ class Memos:
         """Take in one operation; a row of an earlier round than the known one is ignored."""
         known = self.operations.get(step.name)
         if known is None or step.round >= known.round:
-            self.operations[step.name] = _own(step)
+            self.operations[step.name] = own = _own(step)
             self.size += _ROW_BYTES + len(bytes(step.value))
+            self.is_tied = self.is_tied or step.child_id is not None or step.kind in _TIED
+            if step.status == "pending" or step.dropped:
+                self.open[step.name] = own
+            else:
+                self.open.pop(step.name, None)
 
     def _add_child(self, step: Recorded) -> None:
         rows = self.children.setdefault(step.name, {})

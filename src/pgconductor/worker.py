@@ -272,18 +272,18 @@ class Worker:
         """Run an execution; go on with what is buffered while no run suspends and no other task does so."""
         task = self.running[attempt.claimed.id][1]
         served_count = 0
-        while True:
-            await self._run(attempt, task)
-            served_count += 1
-            if self._server is task and served_count % SERVED_A_PASS == 0:
-                await asyncio.sleep(0)
-            following = self._next() if self._server is task else None
-            if following is None:
-                break
-            attempt = following
-            self.running[attempt.claimed.id] = (attempt, task)
-        if self._server is task:
-            self._server = None
+        following: Attempt | None = attempt
+        try:
+            while following is not None:
+                self.running[following.claimed.id] = (following, task)
+                await self._run(following, task)
+                served_count += 1
+                if self._server is task and served_count % SERVED_A_PASS == 0:
+                    await asyncio.sleep(0)
+                following = self._next() if self._server is task else None
+        finally:
+            if self._server is task:
+                self._server = None
 
     def _note_pace(self, task: asyncio.Task[None], *, is_swift: bool) -> None:
         """Make a task the server whose run did not suspend, unless there is one; a run that does ends its service."""
