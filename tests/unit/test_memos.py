@@ -9,9 +9,9 @@ from pgconductor.memos import Memos
 
 
 def row(
-    status: StepStatus, *, kind: StepKind = "invoke", round: int = 0, dropped: bool = False, child: str | None = None
+    status: StepStatus, *, kind: StepKind = "invoke", in_round: int = 0, dropped: bool = False, child: str | None = None
 ) -> Recorded:
-    return Recorded("it", round, 0, kind, status, NULL, NULL, child, None, dropped)
+    return Recorded("it", in_round, 0, kind, status, NULL, NULL, child, None, dropped)
 
 
 def test_an_operation_is_open_until_it_is_answered() -> None:
@@ -24,12 +24,12 @@ def test_an_operation_is_open_until_it_is_answered() -> None:
 def test_what_the_next_attempt_does_afresh_counts_as_open() -> None:
     memos = Memos.of([row("timed_out", dropped=True)])
     assert list(memos.open) == ["it"]
-    memos.merge([row("pending", round=1), row("completed", round=1)])
+    memos.merge([row("pending", in_round=1), row("completed", in_round=1)])
     assert not memos.open
 
 
 def test_a_row_of_an_earlier_round_opens_nothing() -> None:
-    assert not Memos.of([row("completed", round=1), row("pending")]).open
+    assert not Memos.of([row("completed", in_round=1), row("pending")]).open
 
 
 @pytest.mark.parametrize(
