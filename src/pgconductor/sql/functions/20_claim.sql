@@ -1,5 +1,5 @@
 -- claim: take what may run now, for all the free slots of one process, in one round trip.
--- Called by the claimer of a worker process. States: ready → running. Locks: the caller's orchestrator row; what timers
+-- Called by the claimer of a worker process. States: ready -> running. Locks: the caller's orchestrator row; what timers
 -- need; the limits of limited tasks that are to be looked at; the rows it takes, skipping those that another process is
 -- taking. The commit is asynchronous: a claim that is lost in a crash of the server is simply claimed again.
 -- Returns null when the process was declared dead, else {next_due, schedules, closing, more, claimed: [[...]]}; closing:

@@ -1,5 +1,5 @@
 -- settle: give up leases, each with an outcome. One call for everything that finished since the last one.
--- Called by a worker's settler. States: running → completed, failed, cancelled; ready (released, retried at once);
+-- Called by a worker's settler. States: running -> completed, failed, cancelled; ready (released, retried at once);
 -- scheduled (retried later); waiting (parked), or ready again when what it waits for has already been answered.
 -- Locks, in the order of 00_locks.sql: the caller's orchestrator row, trees, executions with their parents and open
 -- descendants. A plain completion (no parent, no child) locks its own row only, by updating it.

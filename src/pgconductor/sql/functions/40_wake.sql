@@ -1,6 +1,6 @@
 -- finish, answer, wake: the one way in which an execution ends and its parent hears of it.
 -- Called by settle, cancel, the timers and the sweep, which hold the locks: the executions that end, their parents and
--- their open descendants. States: any live state → completed, failed, cancelled; a waiting parent → ready.
+-- their open descendants. States: any live state -> completed, failed, cancelled; a waiting parent -> ready.
 -- Return effects: the lanes that have new work, and who sleeps until one of these executions ends.
 
 -- Makes executions ready before fresh work of the same priority.

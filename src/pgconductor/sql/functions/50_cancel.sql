@@ -1,6 +1,6 @@
 -- cancel and redrive: what people do to executions.
 -- Locks: the tree exclusively, then the execution with its parent and its open descendants.
--- Rows move ready → lease → wait or timer → ready; cancel looks for them against the stream's head and waits for a
+-- Rows move ready -> lease -> wait or timer -> ready; cancel looks for them against the stream's head and waits for a
 -- move in flight, so that none slips past it.
 
 -- Takes executions out of ready and the backlog; returns those that were there. A change of limits moves rows between

@@ -3,7 +3,7 @@
 -- Called by every process: its claim is told of schedules that are due (due_schedules), it computes the ticks, and says
 -- so (fire_schedules). Whoever says so first wins: the revision of the schedule rises with every change, an answer to
 -- an earlier one changes nothing, and the key of the tick holds should all else fail.
--- States: an execution none → ready. Locks: a deployment's schedules by an advisory lock while it registers; schedule
+-- States: an execution none -> ready. Locks: a deployment's schedules by an advisory lock while it registers; schedule
 -- rows by id, otherwise. Errors: PC003 a schedule that cannot be stored.
 
 -- The schedules that are to be looked at now: [{id, revision, expr, zone, catch_up, decided_at, now}]; null for none.

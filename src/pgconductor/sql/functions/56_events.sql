@@ -1,7 +1,7 @@
 -- emit, subscriptions and waits: an event starts executions, and answers executions that wait for it.
 -- Called by clients, by save on behalf of handlers, and by SQL (emit); by settle and save when a wait is opened
 -- (listen); by the timers and the sweep (deliver_events).
--- States: none → ready (what an event starts); waiting → ready (what an event answers).
+-- States: none -> ready (what an event starts); waiting -> ready (what an event answers).
 --
 -- **What starts** is enqueued in the emitter's own transaction: it is there when that commits, and never if it does not.
 --
@@ -69,20 +69,23 @@ begin
 end $$;
 
 -- One execution for each event and each subscription that it fulfils. What several deployments declare in the same
--- words counts once. The predicate decides as @@ does, and cannot raise.
+-- words counts once. The predicate decides as @@ does, and cannot raise. Sorted below, and not in the aggregate: before
+-- Postgres 16 that sorts what has its number already.
 create or replace function started_by(p_events uuid[]) returns new_execution[]
 language sql volatile set search_path from current as $$
   select array_agg(row(
-    uuid7(), l.id, nextval('execution_ord'), 0, 0, null, null, null, null, null, null, e.name, '{}', null, 'event',
-    json_build_object('name', e.name, 'payload', pick_fields(e.payload, s.fields)))::new_execution
-    order by e.ord, s.task_id)
-  from event e
-  cross join lateral (
-    select distinct task_id, fields, predicate from subscription where subscription.event = e.name) s
-  join task t on t.id = s.task_id
-  join lane l on l.task_id = t.id and l.queue_id = t.queue_id
-  where e.id = any(p_events)
-    and (s.predicate is null or jsonb_path_match_tz(e.payload::jsonb, s.predicate::jsonpath, '{}', true))
+    uuid7(), f.lane_id, nextval('execution_ord'), 0, 0, null, null, null, null, null, null, f.name, '{}', null, 'event',
+    json_build_object('name', f.name, 'payload', pick_fields(f.payload, f.fields)))::new_execution)
+  from (
+    select l.id as lane_id, e.name, e.payload, s.fields
+    from event e
+    cross join lateral (
+      select distinct task_id, fields, predicate from subscription where subscription.event = e.name) s
+    join task t on t.id = s.task_id
+    join lane l on l.task_id = t.id and l.queue_id = t.queue_id
+    where e.id = any(p_events)
+      and (s.predicate is null or jsonb_path_match_tz(e.payload::jsonb, s.predicate::jsonpath, '{}', true))
+    order by e.ord, s.task_id) f
 $$;
 
 -- The named members of an object, as they stand in it; null stands for all.

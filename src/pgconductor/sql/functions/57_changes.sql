@@ -1,6 +1,6 @@
 -- note_row_change, note_row_changes: what native triggers on the user's tables call; next_trigger: how they follow code.
 -- Called by Postgres for a writer, in the writer's transaction; next_trigger by an orchestrator that starts.
--- States: none → ready. Locks: none that a second writer would wait for. Errors: PC003 from next_trigger; a trigger
+-- States: none -> ready. Locks: none that a second writer would wait for. Errors: PC003 from next_trigger; a trigger
 -- function raises nothing, it records in trigger_error what went wrong, and the write goes on.
 --
 -- The trigger functions run with the rights of the engine's owner on behalf of a role that may have none here, so

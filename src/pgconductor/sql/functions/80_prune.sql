@@ -1,5 +1,5 @@
 -- prune: remove what has been kept long enough. Called by the sweep's process, again while there is more; and by settle
--- and finish for tasks that keep nothing. States: ended → gone. Ended work only, so no claim ever waits for it.
+-- and finish for tasks that keep nothing. States: ended -> gone. Ended work only, so no claim ever waits for it.
 --
 -- Whole trees go. A tree is due when its root is, by the options of the root's task, and only if all of it has ended:
 -- a redriven child, or one that was kept running at a timeout, keeps its whole tree. A tree of up to 10,001
