@@ -99,6 +99,11 @@ class Claimer:
             self._task.cancel()
             await asyncio.wait([self._task])
 
+    @property
+    def last_token(self) -> int:
+        """The number of the last claim."""
+        return self._token
+
     # ------------------------------------------------------------ reasons to claim
 
     def expect(self, queue_ids: Iterable[int]) -> None:

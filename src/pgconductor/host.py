@@ -15,7 +15,7 @@ from psycopg.pq import TransactionStatus
 from pgconductor.attempt import OutcomeUnknown
 from pgconductor.engine import Operation, SavedStep
 from pgconductor.isolated import Processes
-from pgconductor.route import Route
+from pgconductor.route import FailedOver, Route, Timeline
 from pgconductor.session import Session
 from pgconductor.threads import Threads
 
@@ -41,6 +41,7 @@ class ProcessHost:
         session: For any other call.
         threads: Runs plain `def` handlers.
         deps: What the conductor's lifespan yielded.
+        timeline: Told of the timeline that each connection finds.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class ProcessHost:
         session: Session,
         threads: Threads,
         deps: Any,
+        timeline: Timeline | None = None,
     ) -> None:
         self.deps: Any = deps
         self.loop = asyncio.get_running_loop()
@@ -61,7 +63,7 @@ class ProcessHost:
         self.is_leaving = False
         self.is_fenced: Callable[[], bool] = membership.is_fenced
         self.processes = Processes(dsn, engine.schema)
-        self._route = Route(dsn, "pgconductor transaction", options=_TRANSACTION_OPTIONS)
+        self._route = Route(dsn, "pgconductor transaction", options=_TRANSACTION_OPTIONS, timeline=timeline)
         self._saver = saver
         self._session = session
         self._threads = threads
@@ -128,7 +130,7 @@ class ProcessHost:
             await connection.close()
         try:
             connection = await self._route.connect(psycopg.AsyncConnection[Any], autocommit=False)
-        except psycopg.OperationalError as error:
+        except (psycopg.OperationalError, FailedOver) as error:
             raise OutcomeUnknown from error
         connection.prepare_threshold = None
         return connection
@@ -142,7 +144,7 @@ class ProcessHost:
                 connection.close()
         try:
             connection = self._route.connect_sync(autocommit=False)
-        except psycopg.OperationalError as error:
+        except (psycopg.OperationalError, FailedOver) as error:
             raise OutcomeUnknown from error
         connection.prepare_threshold = None
         return connection

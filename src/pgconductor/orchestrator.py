@@ -6,6 +6,9 @@
 
 When the engine can no longer be sure of this process, or the process of itself, it is *fenced*: all runs are dropped,
 the old boot id is retired, which gives the work back at no cost, and the process joins anew. It never exits for it.
+
+So it is after a failover, too: a standby that was promoted may lack the last commits. What runs may have seen steps
+that are gone by now, and what has ended may rest on them; all of it is run again from what is recorded.
 """
 
 import asyncio
@@ -14,6 +17,7 @@ import logging
 import math
 import os
 import platform
+import threading
 import time
 from collections.abc import Awaitable, Generator, Mapping, Sequence
 from contextlib import AsyncExitStack
@@ -34,6 +38,7 @@ from pgconductor.host import ProcessHost
 from pgconductor.membership import Membership, Timing
 from pgconductor.notify import Listener, Notifier
 from pgconductor.registration import task_row
+from pgconductor.route import Timeline
 from pgconductor.scheduler import Scheduler
 from pgconductor.schedules import declared_schedules
 from pgconductor.session import Session, backoff_seconds
@@ -250,6 +255,9 @@ class _Process:
         self._deadline = math.inf
         self._fence_timer: asyncio.TimerHandle | None = None
         self._is_stopping = False
+        self._is_begun = False
+        self._loop = asyncio.get_running_loop()
+        self._thread_id = threading.get_ident()
 
     # ------------------------------------------------------------ start
 
@@ -267,10 +275,11 @@ class _Process:
 
     def _open_sessions(self) -> None:
         dsn = self._conductor.dsn
-        self._claim_session = Session(dsn, "pgconductor claim")
-        self._settle_session = Session(dsn, "pgconductor settle")
-        self._save_session = Session(dsn, "pgconductor save")
-        self._other_session = Session(dsn, "pgconductor worker")
+        self._timeline = Timeline(self._on_failover)
+        self._claim_session = Session(dsn, "pgconductor claim", self._timeline)
+        self._settle_session = Session(dsn, "pgconductor settle", self._timeline)
+        self._save_session = Session(dsn, "pgconductor save", self._timeline)
+        self._other_session = Session(dsn, "pgconductor worker", self._timeline)
         for session in (
             self._claim_session,
             self._settle_session,
@@ -301,7 +310,7 @@ class _Process:
         self._saver = Saver(self._save_session, engine, membership, self._on_effects, self.on_declared_dead)
         threads = Threads(sum(worker.concurrency for worker in self._workers))
         self._host = ProcessHost(
-            self._conductor.dsn, engine, membership, self._saver, self._other_session, threads, deps
+            self._conductor.dsn, engine, membership, self._saver, self._other_session, threads, deps, self._timeline
         )
         self._stack.push_async_callback(self._host.close)
         self._pulse = Pulse()
@@ -353,6 +362,7 @@ class _Process:
         self._host.orchestrator_id = id
 
     def _begin(self, *, listen: bool) -> None:
+        self._is_begun = True
         self._stack.push_async_callback(self._notifier.close)
         self._stack.push_async_callback(self._retire)
         self._stack.push_async_callback(self.settler.batcher.close)
@@ -443,6 +453,14 @@ class _Process:
     def _unwatch_fence(self) -> None:
         if self._fence_timer is not None:
             self._fence_timer.cancel()
+
+    def _on_failover(self) -> None:
+        """Trust nothing that was recorded before it. Called by whoever connects first, maybe in a thread."""
+        if threading.get_ident() != self._thread_id:
+            self._loop.call_soon_threadsafe(self._on_failover)
+        elif self._is_begun:
+            self.settler.void(self.claimer.last_token)
+            self._fence("finds that the database has failed over")
 
     def _fence(self, reason: str) -> None:
         if self._rejoining is not None:

@@ -10,8 +10,8 @@ What the engine's functions need of a session is read committed, and leave to wr
 start-up options. Through a pooler each call says so itself: it travels as begin, call and commit, in one message.
 
 **Failover.** A standby that was promoted continues on another timeline of the database, and an asynchronous one may
-lack the last commits, which the processes have been told of. So the timeline is part of what is asked at the start; who
-keeps anything in memory hears by `Timeline` that it may never have been.
+lack the last commits, which the processes have been told of. So those who keep such things in memory give a `Timeline`:
+the first connection that finds another one tells it, and is not used.
 """
 
 import contextlib
@@ -21,6 +21,8 @@ from typing import Any, Final, TypeVar
 import psycopg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.pq import TransactionStatus
+
+from pgconductor.errors import ConductorError
 
 Kind = TypeVar("Kind", bound=psycopg.AsyncConnection[Any])
 
@@ -43,6 +45,10 @@ _TIMELINE: Final = b"select left(pg_walfile_name(pg_current_wal_lsn()), 8)"
 _BEGIN: Final = "begin isolation level read committed read write"
 
 
+class FailedOver(ConductorError):
+    """The connection that was opened leads to another timeline than those before; nothing was asked of it."""
+
+
 class Timeline:
     """The timeline that a process' connections were last seen on.
 
@@ -55,13 +61,17 @@ class Timeline:
         self._last: str | None = None
 
     def note(self, found: str | None) -> None:
-        """Take what a new connection found; None is a server that does not say."""
+        """Take what a new connection found; None is a server that does not say.
+
+        Raises:
+            FailedOver: It is not what the one before found.
+        """
         if found is None:
             return
-        is_other = self._last is not None and found != self._last
-        self._last = found
-        if is_other:
+        before, self._last = self._last, found
+        if before not in (None, found):
             self._on_change()
+            raise FailedOver(f"the database has failed over, from timeline {before} to {found}")
 
 
 class Route:
@@ -91,6 +101,7 @@ class Route:
 
         Raises:
             psycopg.Error: It could not be opened. Nothing is left open.
+            FailedOver: It leads to another timeline; so does the next one, without complaint.
         """
         connection = await self._open(kind)
         try:
@@ -99,22 +110,24 @@ class Route:
             if self.is_pooled:
                 await connection.set_isolation_level(psycopg.IsolationLevel.READ_COMMITTED)
                 await connection.set_read_only(False)
-            await connection.set_autocommit(autocommit)
             if self._timeline is not None:
                 self._timeline.note(await _timeline_of(connection))
+            await connection.set_autocommit(autocommit)
         except BaseException:
             connection.pgconn.finish()
             raise
         return connection
 
     def connect_sync(self, *, autocommit: bool = True) -> psycopg.Connection[Any]:
-        """Do as `connect`, for threads. It looks at no timeline."""
+        """Do as `connect`, for threads."""
         connection = self._open_sync()
         try:
             self._learn(connection, connection.execute(_WHO).fetchone())
             if self.is_pooled:
                 connection.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
                 connection.read_only = False
+            if self._timeline is not None:
+                self._timeline.note(_timeline_of_sync(connection))
             connection.autocommit = autocommit
         except BaseException:
             connection.close()
@@ -207,6 +220,16 @@ async def _timeline_of(connection: psycopg.AsyncConnection[Any]) -> str | None:
     """Ask on which timeline the server writes; some services that speak Postgres' protocol have none."""
     try:
         row = await (await connection.execute(_TIMELINE)).fetchone()
+    except psycopg.Error:
+        if connection.closed:
+            raise
+        return None
+    return row[0] if row else None
+
+
+def _timeline_of_sync(connection: psycopg.Connection[Any]) -> str | None:
+    try:
+        row = connection.execute(_TIMELINE).fetchone()
     except psycopg.Error:
         if connection.closed:
             raise

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import psycopg
 
 from pgconductor.errors import ConductorError, engine_error
-from pgconductor.route import Route, Timeline, ask
+from pgconductor.route import FailedOver, Route, Timeline, ask
 
 if TYPE_CHECKING:
     from pgconductor.engine import Query
@@ -131,7 +131,8 @@ class Session:
             What the query reads from the answer.
 
         Raises:
-            ConnectionLost: The connection broke during a call that is not harmless; it may have taken effect.
+            ConnectionLost: The connection broke during a call that is not harmless, which may have taken effect; or the
+                database has failed over, and nothing was asked of it.
             TimeoutError: The time is over; the call may have taken effect.
             ConductorError: The engine refused. Nothing happened.
             psycopg.Error: The server refused. Nothing happened.
@@ -158,6 +159,8 @@ class Session:
                 )
             except psycopg.Error as error:
                 await self._recover(error, is_connecting, query.harmless)
+            except FailedOver as error:
+                raise ConnectionLost(str(error)) from error
             except BaseException:
                 await self._drop()  # cancelled in the middle: the connection may still be at work
                 raise

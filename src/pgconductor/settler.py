@@ -68,10 +68,18 @@ class Settler:
         self.settled_count = 0
         self.lost_count = 0
         self.batch_count = 0
+        self._void_token = 0
         self.batcher: Batcher[Settlement] = Batcher("settle", self._send, self._reject, _weight)
         self.add: Callable[[Settlement], None] = self.batcher.add
 
+    def void(self, token: int) -> None:
+        """Send no outcome of any claim up to this one: it may rest on steps that a failover has taken back."""
+        self._void_token = token
+
     async def _send(self, batch: Sequence[Settlement]) -> None:
+        batch = [each for each in batch if each.token > self._void_token] if self._void_token else batch
+        if not batch:
+            return
         completed = [each for each in batch if type(each) is Completion]
         outcomes = [each for each in batch if type(each) is Outcome] if len(completed) < len(batch) else []
         id = self._membership.id

@@ -1,0 +1,112 @@
+"""The engine on the Postgres releases that are here, and in databases that are not as most are."""
+
+import asyncio
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import psycopg
+import pytest
+from psycopg.conninfo import make_conninfo
+
+from pgconductor import Conductor, Context, Orchestrator, schema
+from pgconductor.embedded import EmbeddedServer
+from pgconductor.errors import ServerError
+
+ROOT = Path(__file__).parents[2]
+RELEASES = {
+    "15 of Debian": Path("/usr/lib/postgresql/15/bin"),
+    **{str(major): ROOT / f".postgres/node_modules/postgres-{major}/native/bin" for major in range(15, 19)},
+}
+
+
+@contextmanager
+def made(server: str, options: str) -> Generator[str]:
+    """Make a database; give its address."""
+    name = f"pgconductor_other_{uuid4().hex[:16]}"
+    with psycopg.connect(server, autocommit=True) as admin:
+        admin.execute(f'create database "{name}" {options}'.encode())
+        yield make_conninfo(server, dbname=name)
+        admin.execute(f'drop database "{name}" with (force)'.encode())
+
+
+async def work_through(dsn: str, word: str = "word") -> list[Any]:
+    """Install the engine, run a parent with children, a transaction and a sleep, and return what it gave."""
+    async with Conductor(dsn) as app:
+
+        @app.task
+        async def leaf(ctx: Context, text: str) -> str:
+            return await ctx.step("turn", lambda: text[::-1])
+
+        @app.task
+        async def tree(ctx: Context, text: str) -> list[str]:
+            await ctx.sleep("nap", 0.01)
+            turned = await ctx.invoke_all("leaves", [leaf.bind(text), leaf.bind("ab")])
+            return [*turned, await ctx.transaction("ask", ask)]
+
+        await app.migrate()
+        async with Orchestrator(app):
+            return await (await tree.invoke(word)).result(30)
+
+
+async def ask(conn: psycopg.AsyncConnection[Any]) -> str:
+    row = await (await conn.execute("select current_setting('server_encoding')")).fetchone()
+    return str(row and row[0])
+
+
+@pytest.mark.covers("F42")
+@pytest.mark.parametrize("release", RELEASES)
+def test_the_engine_installs_and_works_on_each_release(release: str) -> None:
+    if not (RELEASES[release] / "initdb").exists():
+        pytest.skip(f"Postgres {release} is not here; `make test-postgres` fetches the releases")
+    with EmbeddedServer(bin_dir=RELEASES[release], settings={"fsync": "off"}) as server:
+        assert asyncio.run(work_through(server.dsn)) == ["drow", "ba", "UTF8"]
+
+
+@pytest.mark.covers("F42")
+async def test_a_latin1_database_with_the_c_locale_works(server: str) -> None:
+    with made(server, "encoding 'LATIN1' locale 'C' template template0") as dsn:
+        assert await work_through(dsn, "né") == ["én", "ba", "LATIN1"]
+
+
+@pytest.mark.covers("F42")
+async def test_what_the_encoding_of_the_database_lacks_is_refused_and_delays_no_other(server: str) -> None:
+    with made(server, "encoding 'LATIN1' locale 'C' template template0") as dsn:
+        async with Conductor(dsn) as app:
+
+            @app.task(max_attempts=1)
+            async def work(ctx: Context, code: int) -> str:
+                return chr(code)
+
+            @app.task
+            async def take(ctx: Context, text: str) -> None: ...
+
+            await app.migrate()
+            with pytest.raises(ServerError, match="no equivalent in encoding"):
+                await take.invoke("€")
+            runs = await app.invoke_many([work.bind(code) for code in (0xE9, 0x20AC, 0xE8)])
+            await Orchestrator(app).drain()
+            assert [await run.state() for run in runs] == ["completed", "failed", "completed"]
+
+
+@pytest.mark.covers("F42")
+def test_a_database_without_an_encoding_is_refused_with_the_reason(server: str) -> None:
+    with (
+        made(server, "encoding 'SQL_ASCII' locale 'C' template template0") as dsn,
+        pytest.raises(ServerError, match="SQL_ASCII"),
+    ):
+        schema.migrate(dsn)
+
+
+@pytest.mark.covers("F42")
+async def test_an_owner_without_any_other_right_installs_and_works(server: str) -> None:
+    role = f"plain_{uuid4().hex[:12]}"
+    with psycopg.connect(server, autocommit=True) as admin:
+        admin.execute(f"create role {role} login password 'plain' nosuperuser nocreaterole nocreatedb".encode())
+        with made(server, f"owner {role}") as dsn:
+            assert await work_through(make_conninfo(dsn, user=role, password="plain")) == ["drow", "ba", "UTF8"]
+            with psycopg.connect(dsn, autocommit=True) as conn:
+                assert conn.execute("select extname from pg_extension").fetchall() == [("plpgsql",)]
+        admin.execute(f"drop role {role}".encode())
