@@ -92,8 +92,8 @@ class Listener:
         self.is_live = True
         self._hear("ready", [])  # whatever was said while nobody listened
         async for hint in connection.notifies():
-            kind, *words = hint.payload.split()
-            self._hear(kind, words)
+            if words := hint.payload.split():  # anybody may send anything on the channel, and nothing too
+                self._hear(words[0], words[1:])
 
 
 class Notifier:

@@ -135,6 +135,10 @@ class Reports(Queries):
         """See 56_events.sql."""
         return self._query("list_subscriptions", "", (), many_reports)
 
+    def list_roles(self) -> Query[list[Report]]:
+        """See 90_rights.sql."""
+        return self._query("list_roles", "", (), many_reports)
+
     def overview(self) -> Query[Report]:
         """See 75_report.sql."""
         return self._query("overview", "", (), one_report)

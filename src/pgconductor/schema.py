@@ -21,6 +21,10 @@ releases nothing is dropped, because workers of the release before still call it
 
 It works through a pooler in transaction mode too: the lock and every setting are of their transaction, and nothing is
 prepared.
+
+Everything is done as the schema's owner, whoever connects: what a member of the owning role migrates stays that role's,
+and so do the functions that run with the owner's rights. A process whose role may not become the owner can still ask
+whether there is anything to do, and is refused only if there is.
 """
 
 import asyncio
@@ -98,6 +102,18 @@ do $guard$ begin
 end $guard$;
 """
 
+# The owner of what is there already; of nothing yet: of the schema, if it was made for a role that we belong to.
+_BECOME_OWNER = """\
+do $owner$ begin
+  perform set_config('role', pg_get_userbyid(o.owner), true)
+  from (select coalesce(
+    (select relowner from pg_class where oid = to_regclass('migration')),
+    (select nspowner from pg_namespace where nspname = current_schema() and pg_has_role(nspowner, 'member'))
+  ) as owner) o
+  where pg_get_userbyid(o.owner) <> current_user;
+end $owner$;
+"""
+
 _REVOKE = """\
 do $revoke$
 declare
@@ -164,7 +180,7 @@ def migrate(
             or a lock was not to be had for a minute. What was committed stays; run it again.
     """
     done: list[str] = []
-    with _session(target, schema) as conn:
+    with _session(target, schema) as conn, _with_remedy(conn, schema):
         deadline = time.monotonic() + _LOCK_SECONDS_MAX
         patience = time.monotonic() + wait_seconds
         while steps := pending(_recorded(conn, schema)):
@@ -190,9 +206,9 @@ async def migrate_async(dsn: str, schema: str = DEFAULT_SCHEMA) -> list[str]:
 
 def plan(target: str | Connection, schema: str = DEFAULT_SCHEMA) -> list[str]:
     """Return what `migrate` would do, one line a transaction, without doing it."""
-    with _session(target, schema) as conn:
+    with _session(target, schema) as conn, _with_remedy(conn, schema):
         steps = pending(_recorded(conn, schema))
-        return [step.title + (f"; {_live_others(conn, schema)} live now" if step.is_breaking else "") for step in steps]
+        return [step.title + (_told_live(conn, schema) if step.is_breaking else "") for step in steps]
 
 
 def is_current(conn: Connection, schema: str = DEFAULT_SCHEMA) -> bool:
@@ -217,6 +233,7 @@ def sql(schema: str = DEFAULT_SCHEMA, since: int = 0) -> str:
         "begin;",
         f"create schema if not exists {_quoted(schema)};",
         f"set local search_path to {_path(schema)};",
+        _BECOME_OWNER.rstrip(),
         "set local check_function_bodies to off;",
         *(f"-- {step.title}\n{_guard(step, since)}{step.script}{_record_script(step)}" for step in steps),
         _REVOKE + "commit;",
@@ -290,7 +307,7 @@ def _apply_next(conn: Connection, schema: str) -> list[str]:
     with conn.transaction():
         _execute(conn, "set transaction isolation level read committed")
         _row(conn, _LIMITS)
-        _execute(conn, f"set local search_path to {_path(schema)}")
+        _enter(conn, schema)
         _row(conn, "select pg_advisory_xact_lock(hashtext(%s), %s)", schema, _LOCK_KEY)
         records = _recorded(conn, schema)
         steps = pending(records)
@@ -339,17 +356,25 @@ def _live_others(conn: Connection, schema: str) -> int:
     """Count the workers of other releases that show signs of life; none where there is no engine yet."""
     try:
         with conn.transaction():
-            _execute(conn, f"set local search_path to {_path(schema)}")
+            _enter(conn, schema)
             return int(_row(conn, _LIVE_OTHERS, _release())[0])
     except errors.UndefinedTable:
         return 0
+
+
+def _told_live(conn: Connection, schema: str) -> str:
+    """Say how many a breaking migration would wait for, to those who may know."""
+    try:
+        return f"; {_live_others(conn, schema)} live now"
+    except errors.InsufficientPrivilege:
+        return ""
 
 
 def _ask_to_stop(conn: Connection, schema: str, *, please: bool = True) -> None:
     """Ask workers of other releases to stop, or take the request back; a hint makes them look at once."""
     with conn.transaction():
         _row(conn, _LIMITS)
-        _execute(conn, f"set local search_path to {_path(schema)}")
+        _enter(conn, schema)
         asked = _row(conn, _ASK if please else _TAKE_BACK, _release())[0]
         if asked and please:
             _row(conn, "select pg_notify(%s, left(%s, 7900))", schema, f"told {asked}")
@@ -366,13 +391,23 @@ def _apply_functions(conn: Connection, schema: str, script: str, last: Record | 
     except (errors.InvalidFunctionDefinition, errors.InvalidTableDefinition):
         if not same_release:
             raise
+        granted = _granted_roles(conn)
         _drop_routines(conn, before)
         _drop_views(conn, schema)
         _execute(conn, script)
+        for kind, role in granted:
+            _row(conn, "select grant_rights(%s, %s)", kind, role)
     after = _routines(conn, schema)
     if same_release:
         _drop_routines(conn, [each for each in after if each in before])
     _validate_routines(conn, schema)
+
+
+def _granted_roles(conn: Connection) -> list[tuple[Any, ...]]:
+    """Return (kind, role) of those who may call functions that are about to be dropped."""
+    if _row(conn, "select to_regprocedure('granted_roles()')")[0] is None:
+        return []
+    return conn.cursor(row_factory=tuple_row).execute("select kind, role from granted_roles()").fetchall()
 
 
 def _routines(conn: Connection, schema: str) -> list[tuple[Any, ...]]:
@@ -511,6 +546,26 @@ def _connect(dsn: str) -> Connection:
         if finds_standbys_only(error):
             raise ServerError(STANDBY, STANDBY_REMEDY) from error
         raise
+
+
+@contextlib.contextmanager
+def _with_remedy(conn: Connection, schema: str) -> Generator[None]:
+    """Say what a role without rights can do about it."""
+    try:
+        yield
+    except errors.InsufficientPrivilege as error:
+        message = error.diag.message_primary
+        raise ServerError(
+            f"schema {schema!r} is not at this release, or not open to role {conn.info.user!r}, which may not change "
+            f"it ({message})",
+            "run `pgconductor migrate` as a role that owns the schema; `pgconductor roles --sql` lets others in",
+        ) from error
+
+
+def _enter(conn: Connection, schema: str) -> None:
+    """Look into the schema until the transaction ends, as its owner."""
+    _execute(conn, f"set local search_path to {_path(schema)}")
+    _execute(conn, _BECOME_OWNER)
 
 
 def _execute(conn: Connection, script: str) -> None:

@@ -15,6 +15,7 @@ from pgconductor.cli.events import events
 from pgconductor.cli.gen import gen
 from pgconductor.cli.invoke import invoke
 from pgconductor.cli.queues import queues
+from pgconductor.cli.roles import roles
 from pgconductor.cli.runs import runs
 from pgconductor.cli.schedules import schedules
 from pgconductor.cli.serve import dev, worker
@@ -53,6 +54,6 @@ def main(ctx: click.Context, dsn: str | None, schema: str) -> None:
 
 for _command in (
     *(dev, worker, migrate, invoke, runs, queues, tasks, events, workers, schedules),
-    *(status, doctor, db, gen),
+    *(status, doctor, db, roles, gen),
 ):
     main.add_command(_command)

@@ -8,9 +8,22 @@
 --   3. execution rows by (depth descending, id): child before parent
 --   4. everything else, which is only touched under its execution's lock or is removed by one winner
 
+-- Another instant than the clock's, for tests. Only those who may create in the schema can have one: whoever could move
+-- the clock could end leases and periods. session_user: in a function that runs as the owner, everybody is the owner.
+create or replace function moved_instant(p_now timestamptz) returns timestamptz
+language plpgsql stable parallel safe set search_path from current as $$
+begin
+  if not has_schema_privilege(session_user, current_schema(), 'create') then
+    raise exception 'only the owner of schema % may say what time it is', quote_ident(current_schema())
+      using errcode = '42501';
+  end if;
+  return p_now;
+end $$;
+
 -- The database's clock, unless a test moves it.
 create or replace function instant(p_now timestamptz) returns timestamptz
-language sql volatile parallel safe return coalesce(p_now, clock_timestamp());
+language sql volatile parallel safe
+return case when p_now is null then clock_timestamp() else moved_instant(p_now) end;
 
 -- A time-ordered id for executions that are created in SQL.
 create or replace function uuid7() returns uuid

@@ -121,7 +121,7 @@ begin
   end if;
   perform set_config('synchronous_commit', 'off', true);
   if p_fire then
-    perform fire_timers(v_now);
+    perform fire_timers(p_now);
   end if;
 
   v_limited := limited_lanes(p_wants, p_tasks, v_now);

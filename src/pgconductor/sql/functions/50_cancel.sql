@@ -159,7 +159,7 @@ begin
   if found then  -- an earlier try of this call committed, and its answer stands
     return v_answer;
   end if;
-  v_answer := cancel(p_target, p_reason, v_now);
+  v_answer := cancel(p_target, p_reason, p_now);
   perform tell(array(select json_array_elements_text(v_answer -> 'watchers')));
   insert into step (execution_id, name, kind, status, value, created_at, finished_at)
   values (p_id, p_name, 'call', 'completed',

@@ -278,8 +278,7 @@ begin
     return next row(
       v_name, p_deployment, v_want.task_id, v_want."table", v_want.op, v_want.columns, v_want."when",
       takes_sets(v_class, v_want.op, v_want."when"),
-      row_expression(v_class.oid, v_want.columns,
-                     case when takes_sets(v_class, v_want.op, v_want."when") then 'r' else '$1' end),
+      expression_of(v_class.oid, v_want.columns, takes_sets(v_class, v_want.op, v_want."when")),
       trigger_definition(v_name, v_class, v_want.op, v_want."when"), instant(null))::row_trigger;
   end loop;
 end $$;
@@ -343,6 +342,30 @@ begin
   return remove_trigger(v_have, p_apply);
 end $$;
 
+-- The expression for the JSON text of a subscription's columns, as note_row_change and note_row_changes run it.
+create or replace function expression_of(p_relation oid, p_columns text[], p_is_set_based boolean) returns text
+language sql stable set search_path from current as $$
+  select row_expression(p_relation, p_columns, case when p_is_set_based then 'r' else '$1' end)
+$$;
+
+-- Enters a subscription. The expression, which is run with the owner's rights, is made here of names, whatever the
+-- caller says of it; the definition is only compared, and run by nobody.
+create or replace function write_row_trigger(p_want row_trigger, p_relation oid) returns void
+language plpgsql volatile set search_path from current as $$
+begin
+  p_want.expression := expression_of(p_relation, p_want.columns, p_want.is_set_based);
+  p_want.created_at := clock_timestamp();
+  insert into row_trigger select p_want.*
+  on conflict (name) do update
+  set columns = excluded.columns, condition = excluded.condition, is_set_based = excluded.is_set_based,
+      expression = excluded.expression, definition = excluded.definition;
+end $$;
+
+create or replace function forget_row_trigger(p_name text) returns void
+language sql volatile set search_path from current as $$
+  delete from row_trigger where name = p_name
+$$;
+
 -- Makes or changes one trigger. One that stands elsewhere, since tables were exchanged or it was renamed, goes.
 create or replace function enter_trigger(p_want row_trigger, p_place pg_trigger, p_apply boolean, p_differs boolean)
 returns json
@@ -355,10 +378,7 @@ declare
   v_drops boolean := p_place.tgrelid is not null and not v_there;
 begin
   if p_apply then
-    insert into row_trigger select p_want.*
-    on conflict (name) do update
-    set columns = excluded.columns, condition = excluded.condition, is_set_based = excluded.is_set_based,
-        expression = excluded.expression, definition = excluded.definition;
+    perform write_row_trigger(p_want, v_table);
   end if;
   if cardinality(v_makes) > 0 then
     perform check_trigger_right(v_task, p_want.table_name, p_want.op);
@@ -385,7 +405,7 @@ begin
     return null;
   end if;
   if p_apply then
-    delete from row_trigger where name = p_have.name;
+    perform forget_row_trigger(p_have.name);
   end if;
   return json_build_object(
     'name', p_have.name, 'task', (select name from task where id = p_have.task_id), 'table', p_have.table_name,
