@@ -152,8 +152,8 @@ def test_a_reader_sees_everything_and_changes_nothing(town: Town) -> None:
     assert cli(dsn, "runs", "show", id)["run"]["task"] == "work"
     assert cli(dsn, "runs", "why", id)["reasons"][0]["code"] == "unknown_task"
     assert cli(dsn, "status")["ready"] == 1
-    for command in ("queues", "tasks", "schedules", "workers", "events"):
-        cli(dsn, command, "list")
+    for listed in ("queues", "tasks", "schedules", "workers", "events"):
+        cli(dsn, listed, "list")
     examined = json.loads(CliRunner().invoke(main, ["--dsn", dsn, "doctor", "--json"]).output)
     assert {check["name"]: check["verdict"] for check in examined}["schema"] == "ok"
     for command in (["runs", "cancel", id], ["queues", "pause", "default"], ["tasks", "limit", "work", "1"]):

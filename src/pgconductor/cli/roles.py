@@ -17,7 +17,7 @@ from pgconductor.roles import names_for, roles_sql
 @click.option("--reader", metavar="NAME", help="Reads the views and reports; else SCHEMA_reader.")
 @json_option
 @pass_settings
-def roles(settings: Settings, as_sql: bool, as_json: bool, **given: str | None) -> None:
+def roles(settings: Settings, /, as_sql: bool, as_json: bool, **given: str | None) -> None:
     """List who may do what with the engine; with --sql, print what makes the roles.
 
     Run the script after `migrate`:  pgconductor roles --sql | psql "$(pgconductor db url)"
