@@ -1,6 +1,8 @@
 """What the commands share: where the database is, one client a command, and JSON on request."""
 
 import asyncio
+import json
+import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -14,6 +16,7 @@ from pgconductor.conductor import Conductor
 from pgconductor.engine import Engine
 
 T = TypeVar("T")
+_UNPRINTABLE = re.compile(r"[^ -~\n]")
 
 
 @dataclass
@@ -66,5 +69,11 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
 
 
 def print_json(value: Any) -> None:
-    """Print a value as indented JSON; escapes of the terminal are escaped by JSON itself."""
-    click.echo(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
+    """Print a value as indented JSON, in which all that a terminal could obey is escaped."""
+    click.echo(_UNPRINTABLE.sub(_escaped, msgspec.json.format(msgspec.json.encode(value), indent=2).decode()))
+
+
+def _escaped(found: re.Match[str]) -> str:
+    """Write a character as JSON can, too: JSON itself only demands it of those below the space."""
+    char = found[0]
+    return char if char.isprintable() else json.dumps(char)[1:-1]

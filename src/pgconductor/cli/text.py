@@ -17,7 +17,9 @@ MARKS: Final = {
     "cancelled": "⊘", "timed_out": "✗", "pending": "◌",
 }  # fmt: skip
 WIDTH_OF_FILES: Final = 140
-_PASSWORD: Final = re.compile(r"(://[^:/@\s]*:)[^@\s]*(@)|(\bpassword\s*=\s*)('(?:[^'\\]|\\.)*'|\S+)", re.IGNORECASE)
+_PASSWORD: Final = re.compile(
+    r"(://[^:/@\s]*:)\S*(@)|(\b(?:ssl|pg)?password\s*=\s*)('(?:[^'\\]|\\.)*'|\S+)", re.IGNORECASE
+)
 _UNITS: Final = ((86_400, "d"), (3_600, "h"), (60, "m"))
 
 
