@@ -74,7 +74,7 @@ class ManualEngine(Engine):
 
     def queue_ids(self) -> Query[dict[str, int]]:
         """All queues, by name."""
-        statement = f"select coalesce(json_object_agg(name, id), '{{}}')::text from {self._schema_name()}.queue"  # noqa: S608
+        statement = f"select coalesce(json_object_agg(name, id), '{{}}')::text from {self._schema_name()}.queue"  # noqa: S608 (the schema is quoted)
         return Query(statement, (), _queues)
 
     def next_opening(self) -> Query[datetime | None]:
@@ -98,7 +98,7 @@ class ManualEngine(Engine):
     def silence(self, orchestrator: str) -> Query[str]:
         """Make a process look as if it had stopped beating long ago."""
         table = f"{self._schema_name()}.orchestrator"
-        statement = f"update {table} set beat_at = beat_at - interval '1 day' where id = %s returning id::text"  # noqa: S608
+        statement = f"update {table} set beat_at = beat_at - interval '1 day' where id = %s returning id::text"  # noqa: S608 (the schema is quoted)
         return Query(statement, (orchestrator,), str)
 
     def _schema_name(self) -> str:
