@@ -76,6 +76,8 @@ def test_settings_change_nobody(town: Town, enqueuer: psycopg.Connection[DictRow
 
 MOVED: Final = [
     ("enqueuer", "enqueue('[]', p_now => %s)"),
+    ("enqueuer", "enqueue_one(gen_random_uuid(), 'work', null, 0::smallint, '{}', p_now => %s)"),
+    ("enqueuer", "enqueue_alike('{}', 'work', null, 0::smallint, '[]', p_now => %s)"),
     ("enqueuer", "emit_events('[]', p_now => %s)"),
     ("worker", "claim(gen_random_uuid(), 1, '[]', '{}', p_now => %s)"),
     ("worker", "fire_timers(p_now => %s)"),

@@ -20,7 +20,8 @@
 create or replace function rights() returns table (kind text, object text, runs_as text, names text[])
 language sql immutable set search_path from current as $$
   values
-    ('enqueuer', 'function', 'owner', '{invoke,enqueue,emit,emit_events,state_of,watch_result,watch_results}'::text[]),
+    ('enqueuer', 'function', 'owner', '{invoke,enqueue,enqueue_one,enqueue_alike,emit,emit_events,state_of,
+      watch_result,watch_results}'::text[]),
     ('reader', 'view', 'owner', '{executions,failed_executions,steps,queues,workers,schedules,events,trigger_errors}'),
     ('reader', 'table', null, '{migration}'),
     ('reader', 'function', 'owner', '{why_not_running,state_of,list_runs,show_run,list_queues,list_tasks,list_workers,
