@@ -85,7 +85,7 @@ class ManualEngine(Engine):
               select (reason ->> 'opens_at')::timestamptz as opens_at
               from (select id from {schema}.executions where state = 'ready' order by created_at limit {OPENINGS_MAX}) e
               cross join lateral json_array_elements({schema}.why_not_running(e.id, p_now => %s) -> 'reasons') reason
-            ) o where opens_at > %s"""  # noqa: S608
+            ) o where opens_at > %s"""  # noqa: S608 (the schema is quoted)
         return Query(statement, (self._now(), self._now()), _opening)
 
     def existing(self, tables: Sequence[str]) -> Query[list[str]]:
