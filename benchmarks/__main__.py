@@ -7,18 +7,19 @@ import click
 from rich.console import Console
 
 from benchmarks import machine
-from benchmarks.measure import Sample, Workload
+from benchmarks.measure import NotAvailableError, Sample, Workload
 from benchmarks.report import Report, figure
 from benchmarks.server import Server, running_server
 from benchmarks.worker import run
 from benchmarks.workloads import ALL
 
-NAMES = [workload.name for workload in ALL]
+NAMES = [each.name for each in ALL]
+TOLD = ", ".join(each.name + "*" * each.long for each in ALL) + " (* only when named)"
 
 
 @click.command()
 @click.option("--rounds", default=3, show_default=True, help="How often each is measured; medians are shown.")
-@click.option("--only", multiple=True, metavar="NAME", help=f"Repeatable; a name or its beginning: {', '.join(NAMES)}.")
+@click.option("--only", multiple=True, metavar="NAME", help=f"Repeatable; a name or its beginning: {TOLD}.")
 @click.option("--output", type=Path, default=Path("benchmarks/results/latest.json"), show_default=True)
 @click.option("--statements", is_flag=True, help="Show what each SQL statement costs. The rates are lower then.")
 def main(rounds: int, only: tuple[str, ...], output: Path, statements: bool) -> None:
@@ -28,7 +29,10 @@ def main(rounds: int, only: tuple[str, ...], output: Path, statements: bool) -> 
     with running_server(nested=statements) as server:
         report = Report(machine.describe(), server.describe())
         for workload in chosen:
-            report.add(workload, [_measure(console, server, workload, number) for number in range(rounds)])
+            try:
+                report.add(workload, [_measure(console, server, workload, number) for number in range(rounds)])
+            except NotAvailableError as missing:
+                console.print(f"[dim]{workload.name}: n/a, {missing}[/]")
             if statements:
                 run(_print_statements(console, server))
     report.print(console)
@@ -38,11 +42,11 @@ def main(rounds: int, only: tuple[str, ...], output: Path, statements: bool) -> 
 
 
 def _choose(only: tuple[str, ...]) -> list[Workload]:
-    """Return the workloads of these names or beginnings of names; all without one."""
+    """Return the workloads of these names or beginnings of names; without one all that are not long."""
     for name in only:
         if not any(each.startswith(name) for each in NAMES):
             raise click.BadParameter(f"no workload is called {name!r}: {', '.join(NAMES)}", param_hint="--only")
-    return [each for each in ALL if not only or each.name.startswith(only)]
+    return [each for each in ALL if (each.name.startswith(only) if only else not each.long)]
 
 
 def _measure(console: Console, server: Server, workload: Workload, number: int) -> Sample:

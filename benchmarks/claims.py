@@ -14,6 +14,7 @@ BATCH = 100
 _REGISTER = "select cast(pgconductor.register_tasks('bench', cast(%s as json)) as text)"
 _JOIN = "select cast(pgconductor.register_orchestrator(%s, 'bench', '0', 'bench', 1, '{}') as text)"
 _CLAIM = "select cast(pgconductor.claim(%s, %s, %s, %s) as text)"
+_SETTLE = "select length(cast(pgconductor.settle(%s, %s, '[]') as text))"
 _QUEUES = "select array_agg(id) from pgconductor.queue where name = any(%s)"
 _TASKS = "select array_agg(id) from pgconductor.task where name = any(%s)"
 
@@ -25,12 +26,16 @@ class Claims:
         it: The database.
         queues: Which queues it has workers for.
         tasks: Which tasks it knows.
+        batch: How many a claim takes from a queue.
     """
 
-    def __init__(self, it: Bench, queues: Sequence[str] = (QUEUE,), tasks: Sequence[str] = ("noop",)) -> None:
+    def __init__(
+        self, it: Bench, queues: Sequence[str] = (QUEUE,), tasks: Sequence[str] = ("noop",), batch: int = BATCH
+    ) -> None:
         self._database = it.database
         self._queues = list(queues)
         self._tasks = list(tasks)
+        self._batch = batch
         self._token = 0
 
     async def join(self) -> None:
@@ -38,23 +43,30 @@ class Claims:
         self._id = await self._database.value("select gen_random_uuid()")
         await self._database.value(_JOIN, self._id)
         queues = await self._database.value(_QUEUES, self._queues)
-        self._wants = json.dumps([{"queue": queue, "limit": BATCH} for queue in queues])
+        self._wants = json.dumps([{"queue": queue, "limit": self._batch} for queue in queues])
         self._known = await self._database.value(_TASKS, self._tasks)
 
-    async def take(self) -> int:
-        """Claim up to a batch from each queue; return how many executions came."""
+    async def take(self) -> list[str]:
+        """Claim up to a batch from each queue; return the ids of the executions that came."""
         self._token += 1
         answer = await self._database.value(_CLAIM, self._id, self._token, self._wants, self._known)
-        return len(json.loads(answer)["claimed"] or [])
+        return [row[0] for row in json.loads(answer)["claimed"] or []]
+
+    async def complete(self, ids: Sequence[str]) -> None:
+        """Settle what the last claim took."""
+        completed = [{"id": id, "token": self._token, "result": None} for id in ids]
+        await self._database.value(_SETTLE, self._id, json.dumps(completed))
 
     async def milliseconds(self, count: int = CLAIMS, warm_up: int = WARM_UP) -> float:
         """Return what one of so many full claims costs, after some that do not count."""
-        taken = sum([await self.take() for _ in range(warm_up)])
+        taken = sum([len(await self.take()) for _ in range(warm_up)])
         began_at = time.perf_counter()
-        taken += sum([await self.take() for _ in range(count)])
+        taken += sum([len(await self.take()) for _ in range(count)])
         milliseconds = (time.perf_counter() - began_at) * 1000 / count
-        if taken != (warm_up + count) * BATCH:
-            raise RuntimeError(f"{warm_up + count} claims took {taken} executions, not {(warm_up + count) * BATCH}")
+        if taken != (warm_up + count) * self._batch:
+            raise RuntimeError(
+                f"{warm_up + count} claims took {taken} executions, not {(warm_up + count) * self._batch}"
+            )
         return milliseconds
 
 

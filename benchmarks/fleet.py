@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -15,29 +16,56 @@ from benchmarks.marks import Seen
 
 READY_SECONDS_MAX = 60
 STOP_SECONDS_MAX = 40
+GO = "go"
+
+Command = Callable[[Path, int], Sequence[str]]
 
 
-class Fleet:
-    """Some worker processes; leaving the block stops them.
+def our_workers(dsn: str, size: int, count: int, concurrency: int, *, queues: int = 1) -> "Fleet":
+    """Return worker processes of the engine.
 
     Args:
         dsn: Their database.
         size: How many.
         count: How many jobs they will mark.
         concurrency: How many executions each runs at once.
+        queues: How many queues each serves.
     """
 
-    def __init__(self, dsn: str, size: int, count: int, concurrency: int) -> None:
+    def command(directory: Path, number: int) -> Sequence[str]:
+        arguments = (dsn, directory, number, count, concurrency, queues)
+        return [sys.executable, "-m", "benchmarks.worker", *map(str, arguments)]
+
+    return Fleet(command, size, count)
+
+
+class Fleet:
+    """Some worker processes; leaving the block stops them.
+
+    Args:
+        command: What starts the worker of a number, which keeps its files in a directory.
+        size: How many.
+        count: How many jobs they will mark.
+        env: Their environment; ours by default.
+        stop_seconds_max: How long they may take to leave before they are killed.
+    """
+
+    def __init__(
+        self,
+        command: Command,
+        size: int,
+        count: int,
+        *,
+        env: Mapping[str, str] | None = None,
+        stop_seconds_max: float = STOP_SECONDS_MAX,
+    ) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="pgconductor-bench-")
-        directory = Path(self._folder.name)
+        self._directory = directory = Path(self._folder.name)
+        self._stop_seconds_max = stop_seconds_max
         self._ready = [directory / f"ready.{number}" for number in range(size)]
         self._logs = [(directory / f"log.{number}").open("wb+") for number in range(size)]
         self._processes = [
-            subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.worker", dsn, directory, str(number), str(count), str(concurrency)],
-                stdout=log,
-                stderr=log,
-            )
+            subprocess.Popen(command(directory, number), stdout=log, stderr=log, env=env)
             for number, log in enumerate(self._logs)
         ]
         self.seen = Seen([directory / f"marks.{number}" for number in range(size)], count)
@@ -57,6 +85,10 @@ class Fleet:
             await asyncio.sleep(0.01)
         return self
 
+    def go(self) -> None:
+        """Tell those that wait for it to begin."""
+        (self._directory / GO).touch()
+
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
@@ -65,7 +97,7 @@ class Fleet:
             process.send_signal(signal.SIGTERM)
         for process in self._processes:
             try:
-                await asyncio.to_thread(process.wait, STOP_SECONDS_MAX)
+                await asyncio.to_thread(process.wait, self._stop_seconds_max)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()

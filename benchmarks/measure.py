@@ -7,9 +7,9 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.fleet import Fleet
+from benchmarks.fleet import Fleet, our_workers
 from benchmarks.server import Counted, Database, Server
-from benchmarks.tasks import QUEUE, Tasks, register
+from benchmarks.tasks import Tasks, queue_names, register
 from pgconductor import Conductor
 
 LIMIT_SECONDS = 120.0
@@ -35,12 +35,17 @@ class Sample:
 
 @dataclass(frozen=True)
 class Workload:
-    """Something to measure; `unit` is that of its value."""
+    """Something to measure; `unit` is that of its value. One that is `long` runs only when it is named."""
 
     name: str
     title: str
     unit: str
     run: Callable[[Server], Coroutine[Any, Any, Sample]]
+    long: bool = False
+
+
+class NotAvailableError(Exception):
+    """There is nothing to measure: the engine, the peer or the machine has no such thing. The message says what."""
 
 
 @dataclass
@@ -50,15 +55,22 @@ class Bench:
     database: Database
     app: Conductor[None]
     tasks: Tasks
+    queues: int = 1
+
+    async def resume(self) -> None:
+        """Let the workers begin."""
+        for queue in queue_names(self.queues):
+            await self.app.resume(queue)
 
 
 @asynccontextmanager
-async def bench(server: Server) -> AsyncIterator[Bench]:
-    """Yield a client on a fresh database. The queue is paused, so that workers can connect before the clock starts."""
+async def bench(server: Server, *, queues: int = 1) -> AsyncIterator[Bench]:
+    """Yield a client on a fresh database. Its queues are paused, so that workers connect before the clock starts."""
     async with server.database() as database, Conductor(database.dsn) as app:
         tasks = register(app, lambda _: None)
-        await app.pause(QUEUE)
-        yield Bench(database, app, tasks)
+        for queue in queue_names(queues):
+            await app.pause(queue)
+        yield Bench(database, app, tasks, queues)
 
 
 @dataclass
@@ -70,9 +82,14 @@ class Drained:
     cpu_seconds: float
     runs_of_each: list[int]
     began_at: list[float]
+    finished_at: float
+
+    def from_first(self, jobs: int) -> float:
+        """Return jobs a second from the start of the first handler on: the connecting of a peer is not its work."""
+        return jobs / (self.finished_at - min(at for at in self.began_at if at))
 
 
-async def drain(it: Bench, *, jobs: int, executions: int, workers: int = 1) -> Drained:
+async def drain(it: Bench, *, jobs: int, executions: int, workers: int = 1, limit: float = LIMIT_SECONDS) -> Drained:
     """Let workers run what waits, from the resume of the queue until nothing is left in the database to do.
 
     Args:
@@ -80,30 +97,31 @@ async def drain(it: Bench, *, jobs: int, executions: int, workers: int = 1) -> D
         jobs: How many marks the handlers make.
         executions: How many completed executions there must be at the end.
         workers: How many processes.
+        limit: The seconds after which it has failed.
     """
     await it.database.settle_down()
-    async with Fleet(it.database.dsn, workers, jobs, CONCURRENCY) as fleet:
+    async with our_workers(it.database.dsn, workers, jobs, CONCURRENCY, queues=it.queues) as fleet:
         await it.database.begin_counting()
         cpu, began_at = fleet.cpu_seconds(), time.perf_counter()
-        await it.app.resume(QUEUE)
-        await _until_done(it.database, fleet, jobs)
-        seconds = time.perf_counter() - began_at
+        await it.resume()
+        await until_done(it.database, fleet, jobs, DONE, limit)
+        seconds, finished_at = time.perf_counter() - began_at, time.time()
         counted = await it.database.counted()
         cpu = fleet.cpu_seconds() - cpu
-        drained = Drained(seconds, counted, cpu, fleet.seen.runs_of_each(), fleet.seen.began_at())
+        drained = Drained(seconds, counted, cpu, fleet.seen.runs_of_each(), fleet.seen.began_at(), finished_at)
     done = await it.database.value("select count(*) from pgconductor.execution where outcome = 'completed'")
     if done != executions:
         raise RuntimeError(f"{done} executions completed, not {executions}")
     return drained
 
 
-async def _until_done(database: Database, fleet: Fleet, jobs: int) -> None:
-    """Watch the marks, which costs the server nothing; only then ask the database."""
-    deadline = time.monotonic() + LIMIT_SECONDS
-    while fleet.seen.runs() < jobs or not await database.value(DONE):
+async def until_done(database: Database, fleet: Fleet, jobs: int, done: str, limit: float = LIMIT_SECONDS) -> None:
+    """Watch the marks, which costs the server nothing; only then ask the database, with the query `done`."""
+    deadline = time.monotonic() + limit
+    while fleet.seen.runs() < jobs or not await database.value(done):
         fleet.check()
         if time.monotonic() > deadline:
-            raise TimeoutError(f"{fleet.seen.runs()} of {jobs} jobs ran in {LIMIT_SECONDS:.0f} s")
+            raise TimeoutError(f"{fleet.seen.runs()} of {jobs} jobs ran in {limit:.0f} s")
         await asyncio.sleep(0.005)
 
 
@@ -118,6 +136,13 @@ def costs(drained: Drained, jobs: int) -> dict[str, float]:
         "worker_us_per_job": drained.cpu_seconds * 1e6 / jobs,
         "server_us_per_job": counted.cpu_seconds * 1e6 / jobs,
     }
+
+
+def quantiles(waits: list[float]) -> dict[str, float]:
+    """Return p50, p95, p99 and the maximum of waits in seconds, in ms."""
+    ordered, count = sorted(wait * 1000 for wait in waits), len(waits)
+    found = {f"p{percent}_ms": ordered[min(count - 1, count * percent // 100)] for percent in (50, 95, 99)}
+    return found | {"max_ms": ordered[-1]}
 
 
 def ran_once(runs: list[int]) -> list[str]:

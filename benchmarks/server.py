@@ -6,12 +6,14 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote
 
 import psycopg
-from psycopg.conninfo import make_conninfo
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from benchmarks.machine import tree_cpu_seconds
-from pgconductor import schema
+from benchmarks.tasks import QUEUE, register
+from pgconductor import Conductor, Orchestrator, schema
 from pgconductor.embedded import EmbeddedServer, ServerState
 
 TEMPLATE = "bench_template"
@@ -31,6 +33,7 @@ def settings() -> dict[str, str]:
         "shared_preload_libraries": "pg_stat_statements",
         "pg_stat_statements.max": "10000",
         "jit": "off",
+        "max_connections": "300",
     }
 
 
@@ -54,27 +57,33 @@ class Counted:
 
 
 class Server:
-    """A running server with the template of a migrated database."""
+    """A running server with the template of a migrated database; `over_tcp`: clients come over loopback."""
 
-    def __init__(self, state: ServerState) -> None:
-        self.dsn = dsn = state.dsn
+    def __init__(self, state: ServerState, *, over_tcp: bool = False) -> None:
+        self.dsn = dsn = state.tcp_dsn if over_tcp else state.dsn
         self._pid = state.pid
         with psycopg.connect(dsn, autocommit=True) as admin:
             admin.execute(f"create database {TEMPLATE}")
         with psycopg.connect(make_conninfo(dsn, dbname=TEMPLATE), autocommit=True) as fresh:
             schema.migrate(fresh)
             fresh.execute("create extension pg_stat_statements")
+        asyncio.run(_register_tasks(make_conninfo(dsn, dbname=TEMPLATE)))
+
+    def url(self, database: str) -> str:
+        """Return the address of a database as a URL, which every driver reads."""
+        at = {key: quote(str(value), safe="") for key, value in conninfo_to_dict(self.dsn).items()}
+        return f"postgresql://{at['user']}:{at['password']}@{at['host']}:{at['port']}/{database}"
 
     @asynccontextmanager
-    async def database(self) -> AsyncIterator["Database"]:
-        """Yield a fresh database."""
+    async def database(self, template: str = TEMPLATE) -> AsyncIterator["Database"]:
+        """Yield a fresh database, a copy of the template."""
         admin = await psycopg.AsyncConnection.connect(self.dsn, autocommit=True)
         async with admin:
             await admin.execute(f"drop database if exists {DATABASE} with (force)")
-            await admin.execute(f"create database {DATABASE} template {TEMPLATE}")
+            await admin.execute(f"create database {DATABASE} template {template}")
             dsn = make_conninfo(self.dsn, dbname=DATABASE)
             async with await psycopg.AsyncConnection.connect(dsn, autocommit=True, prepare_threshold=0) as connection:
-                yield Database(dsn, connection, self._pid)
+                yield Database(dsn, self.url(DATABASE), connection, self._pid)
 
     async def top_statements(self, count: int) -> list[tuple[float, int, str]]:
         """Return (milliseconds, calls, text) of what cost the most in the last database, inside functions too."""
@@ -89,7 +98,7 @@ class Server:
 
     def describe(self) -> dict[str, str]:
         """Return version and settings."""
-        names = ("server_version", *settings(), "max_connections", "full_page_writes", "wal_compression")
+        names = ("server_version", *settings(), "full_page_writes", "wal_compression")
         with psycopg.connect(self.dsn) as admin:
             return {name: _text(admin.execute("select current_setting(%s, true)", (name,))) for name in names}
 
@@ -97,8 +106,9 @@ class Server:
 class Database:
     """A fresh database and a connection to look at it; what that sends is not counted."""
 
-    def __init__(self, dsn: str, connection: psycopg.AsyncConnection[Any], server_pid: int) -> None:
+    def __init__(self, dsn: str, url: str, connection: psycopg.AsyncConnection[Any], server_pid: int) -> None:
         self.dsn = dsn
+        self.url = url
         self._connection = connection
         self._server_pid = server_pid
         self._began_at = "0/0"
@@ -162,11 +172,20 @@ class Database:
 
 
 @contextmanager
-def running_server(*, nested: bool) -> Iterator[Server]:
+def running_server(*, nested: bool = False, over_tcp: bool = False) -> Iterator[Server]:
     """Run a server of its own in a temporary place. `nested`: count statements inside functions too, which costs."""
     track = {"pg_stat_statements.track": "all", "pg_stat_statements.track_planning": "on"} if nested else {}
     with EmbeddedServer(settings=settings() | track) as server:
-        yield Server(server.start())
+        yield Server(server.start(), over_tcp=over_tcp)
+
+
+async def _register_tasks(dsn: str) -> None:
+    """Let a process register the tasks, or what is enqueued goes to the default queue until a worker moves it."""
+    async with Conductor(dsn) as app:
+        register(app, lambda _: None)
+        orchestrator = Orchestrator(app, queues={QUEUE: 1})
+        await orchestrator.start()
+        await orchestrator.stop()
 
 
 def _text(cursor: psycopg.Cursor[Any]) -> str:

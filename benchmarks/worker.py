@@ -1,24 +1,26 @@
-"""One worker process: `python -m benchmarks.worker DSN DIRECTORY NUMBER COUNT CONCURRENCY`, until SIGTERM.
+"""One worker process: `python -m benchmarks.worker DSN DIRECTORY NUMBER COUNT CONCURRENCY QUEUES`, until SIGTERM.
 
 It says that it is ready once it is connected; the queue is paused until all are.
 """
 
 import asyncio
+import logging
 import sys
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
 from benchmarks.marks import Marks
-from benchmarks.tasks import QUEUE, register
+from benchmarks.tasks import queue_names, register
 from pgconductor import Conductor, Orchestrator
 
 
-async def work(dsn: str, directory: Path, number: str, count: int, concurrency: int) -> None:
-    """Run until told to stop."""
+async def work(dsn: str, directory: Path, number: str, count: int, concurrency: int, queues: int) -> None:
+    """Run until told to stop. Attempts that fail by design are not logged, here as by the peers."""
+    logging.getLogger("pgconductor").setLevel(logging.ERROR)
     app = Conductor(dsn)
     register(app, Marks(directory / f"marks.{number}", count).hit)
-    orchestrator = Orchestrator(app, queues={QUEUE: concurrency})
+    orchestrator = Orchestrator(app, queues=dict.fromkeys(queue_names(queues), concurrency))
     await orchestrator.start()
     (directory / f"ready.{number}").touch()
     await orchestrator.stopped
@@ -41,5 +43,5 @@ def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
 
 
 if __name__ == "__main__":
-    dsn, directory, number, count, concurrency = sys.argv[1:]
-    run(work(dsn, Path(directory), number, int(count), int(concurrency)))
+    dsn, directory, number, *counts = sys.argv[1:]
+    run(work(dsn, Path(directory), number, *map(int, counts)))

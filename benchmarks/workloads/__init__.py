@@ -1,10 +1,26 @@
 """Every workload, in the order in which they are run."""
 
 from benchmarks.measure import Workload
-from benchmarks.workloads import backlog, children, drain, enqueue, floors, flow, idle, latency, retention, steps
+from benchmarks.workloads import (
+    backlog,
+    bare,
+    beside,
+    children,
+    content,
+    drain,
+    enqueue,
+    floors,
+    flow,
+    idle,
+    latency,
+    retention,
+    steady,
+    steps,
+)
 
 ALL: list[Workload] = [
     *floors.WORKLOADS,
+    *bare.WORKLOADS,
     *enqueue.WORKLOADS,
     *drain.WORKLOADS,
     *latency.WORKLOADS,
@@ -14,4 +30,7 @@ ALL: list[Workload] = [
     *backlog.WORKLOADS,
     *flow.WORKLOADS,
     *retention.WORKLOADS,
+    *content.WORKLOADS,
+    *steady.WORKLOADS,
+    *beside.WORKLOADS,
 ]

@@ -5,6 +5,7 @@ from benchmarks.server import Server
 
 PARENTS = 1_000
 IN_A_ROW = 1_000
+FANS, FAN = 10, 1_000
 AT_ONCE = 10_000
 
 
@@ -51,7 +52,20 @@ async def at_once(server: Server) -> Sample:
         return Sample(AT_ONCE / drained.seconds, details, faults)
 
 
+async def fans(server: Server) -> Sample:
+    """Ten parents with 1,000 children each, invoked at once; the children of all have numbers of their own."""
+    async with bench(server) as it:
+        runs = await it.app.invoke_many([it.tasks.fan.bind(number, FAN) for number in range(FANS)])
+        drained = await drain(it, jobs=FANS * FAN, executions=FANS * FAN + FANS)
+        faults = ran_once(drained.runs_of_each)
+        if await runs[0].result() != sum(range(FAN)):
+            faults.append("the sum is wrong")
+        details = costs(drained, FANS * FAN) | {"from_first": drained.from_first(FANS * FAN)}
+        return Sample(FANS * FAN / drained.seconds, details, faults)
+
+
 WORKLOADS = [
+    Workload("fan-out", "10 parents with 1,000 children each", "children/s", fans, long=True),
     Workload("parents", "1,000 parents with one child each", "parents/s", parents),
     Workload("in-a-row", "1 parent with 1,000 children in a row", "children/s", in_a_row),
     Workload("invoke-all", "1 parent with an invoke_all of 10,000", "children/s", at_once),

@@ -2,7 +2,7 @@
 
 import asyncio
 
-from benchmarks.fleet import Fleet
+from benchmarks.fleet import our_workers
 from benchmarks.measure import Sample, Workload, bench
 from benchmarks.server import Server
 from benchmarks.tasks import QUEUE
@@ -16,7 +16,7 @@ async def run(server: Server) -> Sample:
     async with bench(server) as it:
         await it.app.resume(QUEUE)
         await it.app.close()
-        async with Fleet(it.database.dsn, 1, 1, 10) as fleet:
+        async with our_workers(it.database.dsn, 1, 1, 10) as fleet:
             await asyncio.sleep(SETTLING_SECONDS)
             await it.database.begin_counting()
             cpu = fleet.cpu_seconds()

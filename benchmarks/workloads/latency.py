@@ -3,8 +3,8 @@
 import asyncio
 import time
 
-from benchmarks.fleet import Fleet
-from benchmarks.measure import Sample, Workload, bench, ran_once
+from benchmarks.fleet import our_workers
+from benchmarks.measure import Sample, Workload, bench, quantiles, ran_once
 from benchmarks.server import Server
 from benchmarks.tasks import QUEUE
 
@@ -17,7 +17,7 @@ async def run(server: Server) -> Sample:
     """Return the median in ms, and the tail."""
     async with bench(server) as it:
         await it.app.resume(QUEUE)
-        async with Fleet(it.database.dsn, 1, WARM_UP + COUNT, 10) as fleet:
+        async with our_workers(it.database.dsn, 1, WARM_UP + COUNT, 10) as fleet:
             await asyncio.sleep(1)
             sent = []
             for number in range(WARM_UP + COUNT):
@@ -29,9 +29,8 @@ async def run(server: Server) -> Sample:
                 await asyncio.sleep(0.01)
             began = fleet.seen.began_at()
             faults = ran_once(fleet.seen.runs_of_each())
-    waits = sorted((at - was) * 1000 for at, was in list(zip(began, sent, strict=True))[WARM_UP:])
-    details = {f"p{percent}_ms": waits[min(COUNT - 1, COUNT * percent // 100)] for percent in (50, 95, 99)}
-    return Sample(details["p50_ms"], details | {"max_ms": waits[-1]}, faults)
+    details = quantiles([at - was for at, was in list(zip(began, sent, strict=True))[WARM_UP:]])
+    return Sample(details["p50_ms"], details, faults)
 
 
 WORKLOADS = [Workload("latency", "idle: enqueue to start, median of 100", "ms", run)]
