@@ -6,6 +6,7 @@ STAMP := $(VENV)/.installed
 
 DEMO := $(BIN)/python examples/demo_run.py
 BENCH := $(BIN)/python -m benchmarks
+BENCH_PEERS_ARGS ?= --page docs/operating/benchmarks.md
 PYTEST_ARGS ?= -n 3 --dist worksteal
 # The releases for `make test-postgres`, and what is run on each: all that talks to the server.
 POSTGRES ?= 15 16 17 18
@@ -24,7 +25,7 @@ SEEDS ?= 1
 CHAOS_RESULTS ?= .chaos/results.jsonl
 CHAOS_ARGS ?=
 
-.PHONY: setup demo test test-postgres faults check bench chaos soak machine interleavings clean lock
+.PHONY: setup demo test test-postgres faults check bench bench-peers bench-check chaos soak machine interleavings clean lock
 
 setup: $(STAMP)
 
@@ -84,6 +85,13 @@ endif
 
 bench: setup
 	@$(BENCH)
+
+# The peers' environments are made on the first run, which needs the package registries and, for two of them, node.
+bench-peers: setup
+	@$(BENCH).peers $(BENCH_PEERS_ARGS)
+
+bench-check: setup
+	@$(BENCH).check
 
 # Real workers and a real Postgres, killed, stopped and cut off under load: about twelve seconds a seed.
 chaos: setup
