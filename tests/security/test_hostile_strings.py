@@ -221,7 +221,7 @@ CALLS = [
 
 
 def test_what_sql_is_given(db: Db) -> None:
-    made = set()
+    made: set[str] = set()
     for text in STORABLE:
         for query in CALLS:
             try:
