@@ -10,7 +10,7 @@ from pgconductor.engine import AlikeExecutions, NewExecution
 from pgconductor.errors import ConfigurationError, EncodeError, NotInvocable
 from pgconductor.ids import new_id, new_ids
 from pgconductor.options import NO_OPTIONS, CallOptions
-from pgconductor.task import Call, Task, check_call, check_calls
+from pgconductor.task import Call, Task, check_call
 
 BYTES_MAX: Final = 256 * 1024 * 1024
 
@@ -50,10 +50,9 @@ class CallPlan:
 
         Raises:
             NotInvocable: As for `row`.
-            ConfigurationError: They are not a sequence of calls, or name different connections.
+            ConfigurationError: They name different connections.
             EncodeError: The payloads are too large together.
         """
-        check_calls(calls, "invoke_many")
         for name in {call.task for call in calls}:
             self._check_task(name)
         merged = {id(call.options): call.options for call in calls}

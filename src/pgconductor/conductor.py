@@ -25,7 +25,7 @@ from pgconductor.options import Options, TaskOptions, parse_options
 from pgconductor.registration import make_reference, make_task
 from pgconductor.run import Run
 from pgconductor.schema import check_schema_name
-from pgconductor.task import Call, Task
+from pgconductor.task import Call, Task, check_calls
 
 if TYPE_CHECKING:
     from pgconductor.context import BatchContext, Context
@@ -548,6 +548,7 @@ class Conductor(Generic[D]):
         return CallPlan(parse_options("invoke", **options), self.tasks)
 
     async def _enqueue_calls(self, plan: CallPlan, calls: Sequence[Call[Any]]) -> list[str]:
+        check_calls(calls, "invoke_many")
         alike = plan.alike(calls)
         if alike is not None:
             return await self._clients.here().enqueue_alike(alike)
