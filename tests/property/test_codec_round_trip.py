@@ -9,7 +9,7 @@ from typing import Any
 from uuid import UUID
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
@@ -90,7 +90,7 @@ def test_plain_json_comes_back_equal_without_an_annotation(value: Any) -> None:
 
 
 @pytest.mark.parametrize(("annotation", "values"), TYPED, ids=[str(kind) for kind, _ in TYPED])
-@settings(max_examples=50)
+@settings(max_examples=50, suppress_health_check=[HealthCheck.too_slow])  # the machine may be busy
 @given(data=st.data())
 def test_annotated_value_comes_back_equal(annotation: Any, values: st.SearchStrategy[Any], data: st.DataObject) -> None:
     value = data.draw(values)
@@ -108,7 +108,7 @@ def _stored_or_refused(codec: Codec[Any], value: Any) -> tuple[str | None, Encod
 
 @pytest.mark.covers("F57")
 @pytest.mark.parametrize("annotation", [Any, list[Any], Record | None, float, dict[str, int], Model | None])
-@settings(max_examples=50)
+@settings(max_examples=50, suppress_health_check=[HealthCheck.too_slow])  # the machine may be busy
 @given(value=anything | records | models | finite)
 def test_any_value_is_stored_exactly_or_refused(annotation: Any, value: Any) -> None:
     codec: Codec[Any] = codec_for(annotation)
