@@ -59,6 +59,9 @@ def build(admin: str, schema: str = "pgconductor") -> Town:
 def demolish(town: Town) -> None:
     """Give everything back to the administrator, and remove the roles."""
     with psycopg.connect(town.admin, autocommit=True) as conn:
+        # a session that ends drops its temporary tables, which its role owns, a moment later
+        gone = "select pg_terminate_backend(pid, 10000) from pg_stat_activity where usename = any(%s)"
+        conn.execute(gone, ([town.login(kind) for kind in EVERYBODY],))
         for role in [*map(town.login, EVERYBODY), *map(town.role, KINDS)]:
             conn.execute(f"reassign owned by {role} to current_user".encode())
             conn.execute(f"drop owned by {role} cascade".encode())
