@@ -29,12 +29,14 @@ class Line:
     reason: str = ""
 
 
-_OPEN = (
-    *(f"F{number}" for number in (32, 33, 48, *range(81, 96))),
-    *("P38", "P39", "P47", "P48"),
-)
+_NO_DASHBOARD = "the dashboard is not written yet, and nothing else serves requests"
 
-REASONS: dict[str, str] = dict.fromkeys(_OPEN, "no test yet")
+REASONS: dict[str, str] = {
+    "F89": _NO_DASHBOARD,
+    "F90": _NO_DASHBOARD,
+    "F92": _NO_DASHBOARD,
+    "F95": "the lock file pins every package by hash; an audit asks a service on the network, which no test does",
+}
 """Lines without a test here, and why."""
 
 
