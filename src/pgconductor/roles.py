@@ -5,10 +5,9 @@ from typing import Final
 
 from pgconductor.errors import ConfigurationError
 from pgconductor.queries import quote
-from pgconductor.schema import DEFAULT_SCHEMA, check_schema_name
+from pgconductor.schema import DEFAULT_SCHEMA, IDENTIFIER_BYTES_MAX, check_schema_name
 
 KINDS: Final = ("owner", "worker", "enqueuer", "reader")
-_NAME_BYTES_MAX: Final = 63
 
 _SCRIPT: Final = """\
 -- The roles of the engine in schema {title}. Run it after `pgconductor migrate`, as a superuser, or as a
@@ -101,9 +100,9 @@ def roles_sql(names: Names, schema: str = DEFAULT_SCHEMA) -> str:
 
 def _check_name(kind: str, name: str) -> None:
     place, size = f"--{kind} {name!r}", len(name.encode(errors="replace"))
-    if not 1 <= size <= _NAME_BYTES_MAX:
+    if not 1 <= size <= IDENTIFIER_BYTES_MAX:
         raise ConfigurationError(
-            place, f"a role's name has 1 to {_NAME_BYTES_MAX} bytes, this has {size}", "shorten it"
+            place, f"a role's name has 1 to {IDENTIFIER_BYTES_MAX} bytes, this has {size}", "shorten it"
         )
     if not name.isprintable():
         raise ConfigurationError(place, "is not printable", "use letters, digits and _")

@@ -50,6 +50,7 @@ from pgconductor.errors import ConfigurationError, ServerError
 from pgconductor.route import STANDBY, STANDBY_REMEDY, connection_string, finds_standbys_only
 
 DEFAULT_SCHEMA = "pgconductor"
+IDENTIFIER_BYTES_MAX = 63  # Postgres cuts longer names
 STOP_SECONDS_MAX = 60.0  # how long workers get to stop before a migration that breaks them
 
 Connection: TypeAlias = psycopg.Connection[Any]
@@ -62,7 +63,6 @@ select set_config('statement_timeout', '0', true), set_config('lock_timeout', ca
 _LOCK_SECONDS_MAX = 60  # how long a step is tried again
 _STOP_POLL_SECONDS = 0.1
 _LOCK_KEY = 1002  # beside those of the functions: 0 to 63 trees, 1000 and 1001 timers and sweep
-_NAME_BYTES_MAX = 63
 _RESERVED = ("public", "information_schema", "$user")
 
 _BOOTSTRAP = """\
@@ -273,8 +273,8 @@ def check_schema_name(schema: str) -> str:
     if not isinstance(cast("object", schema), str):
         raise ConfigurationError(place, "a schema's name is a text", 'write schema="pgconductor"')
     size = len(schema.encode(errors="replace"))
-    if not 1 <= size <= _NAME_BYTES_MAX:
-        raise ConfigurationError(place, f"a schema's name has 1 to {_NAME_BYTES_MAX} bytes, this has {size}")
+    if not 1 <= size <= IDENTIFIER_BYTES_MAX:
+        raise ConfigurationError(place, f"a schema's name has 1 to {IDENTIFIER_BYTES_MAX} bytes, this has {size}")
     if "\0" in schema or any("\ud800" <= char <= "\udfff" for char in schema):
         raise ConfigurationError(place, "Postgres stores neither NUL nor lone surrogates")
     if schema in _RESERVED or schema.startswith("pg_"):

@@ -1,6 +1,7 @@
 """From the results of many seeds to a page, and to a file for programs."""
 
 import json
+import os
 import platform
 import statistics
 from collections import Counter
@@ -74,15 +75,9 @@ def summary(found: Found) -> str:
 def write(found: Found, folder: Path) -> None:
     """Write `chaos.md` and `chaos.json`."""
     sums = aggregate(found)
-    about = {"python": platform.python_version(), "cores": _cores(), "system": platform.system()}
+    about = {"python": platform.python_version(), "cores": os.cpu_count(), "system": platform.system()}
     (folder / "chaos.json").write_text(json.dumps(about | sums, indent=2) + "\n")
     (folder / "chaos.md").write_text(_page(sums, found))
-
-
-def _cores() -> int:
-    import os
-
-    return os.cpu_count() or 0
 
 
 def _page(sums: dict[str, Any], found: Found) -> str:

@@ -13,41 +13,33 @@ from tests.sql.support import Db, array, at, claim, count, enqueue, register, ro
 Enqueue: TypeAlias = Callable[..., list[str]]
 
 
-def one_by_one(
-    db: Db,
-    *payloads: str,
-    task: str | None = "work",
-    queue: str | None = None,
-    priority: int = 0,
-    again: bool = False,
-    ids: list[str] | None = None,
-) -> list[str]:
-    ids = ids or [str(uuid4()) for _ in payloads]
+def one_by_one(db: Db, ids: list[str], payloads: tuple[str, ...], call: tuple[Any, ...], *, again: bool) -> None:
     for id, payload in zip(ids, payloads, strict=True):
         marks = "cast(%s as uuid), %s, %s, cast(%s as smallint), cast(%s as json), %s, %s"
-        db.execute(f"select enqueue_one({marks})", (id, task, queue, priority, payload, again, at(0)))
-    return ids
+        db.execute(f"select enqueue_one({marks})", (id, *call, payload, again, at(0)))
 
 
-def alike(
-    db: Db,
-    *payloads: str,
-    task: str | None = "work",
-    queue: str | None = None,
-    priority: int = 0,
-    again: bool = False,
-    ids: list[str] | None = None,
-) -> list[str]:
-    ids = ids or [str(uuid4()) for _ in payloads]
+def alike(db: Db, ids: list[str], payloads: tuple[str, ...], call: tuple[Any, ...], *, again: bool) -> None:
     marks = "cast(%s as uuid[]), %s, %s, cast(%s as smallint), cast(%s as json), %s, %s"
-    parameters = (array(ids), task, queue, priority, f"[{','.join(payloads)}]", again, at(0))
-    db.execute(f"select enqueue_alike({marks})", parameters)
-    return ids
+    db.execute(f"select enqueue_alike({marks})", (array(ids), *call, f"[{','.join(payloads)}]", again, at(0)))
 
 
 @pytest.fixture(params=[one_by_one, alike])
-def plainly(request: pytest.FixtureRequest) -> Any:
-    return request.param
+def plainly(request: pytest.FixtureRequest) -> Enqueue:
+    def send(
+        db: Db,
+        *payloads: str,
+        task: str | None = "work",
+        queue: str | None = None,
+        priority: int = 0,
+        again: bool = False,
+        ids: list[str] | None = None,
+    ) -> list[str]:
+        ids = ids or [str(uuid4()) for _ in payloads]
+        request.param(db, ids, payloads, (task, queue, priority), again=again)
+        return ids
+
+    return send
 
 
 def without_identity(db: Db, id: str) -> dict[str, Any]:

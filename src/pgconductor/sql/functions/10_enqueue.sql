@@ -1,7 +1,8 @@
 -- enqueue: create executions, from anywhere. Called by the client (its own connection or the caller's), and by SQL.
 -- States: none -> ready, or scheduled when a time is given. Locks: dedupe keys; the execution that a replace changes.
 -- Returns a JSON array of ids in the order of the calls. A repeated id (a reply was lost) is accepted once.
--- Errors: PC003 a payload is too large; a name that is none violates the tables' checks. PC002 replace of an execution that has started is not an error, the earlier id is returned.
+-- Errors: PC003 a payload is too large; a name that is none violates the tables' checks. A replace of an execution that
+-- has started is no error: the earlier id is returned.
 
 -- Finds the lanes of (task, queue) pairs and makes what is missing. A null queue is the task's own.
 create or replace function ensure_lanes(p_tasks text[], p_queues text[]) returns void
