@@ -30,6 +30,8 @@ from tests.waiting import until
 
 ROOT = Path(__file__).parents[2]
 TIMING = Timing(beat=0.2, expiry=2.0, sweep=0.2)
+_OWN_OPTIONS = "-c search_path=pgconductor,public -c statement_timeout=0 -c lock_timeout=0"
+"""Of the sessions of the tests themselves, which are spared what a test has set for those of its database."""
 _PROXIED = {"sslmode": "disable", "gssencmode": "disable"}
 
 
@@ -90,7 +92,7 @@ class Worker:
         """
         code = await self.ended()
         assert (self.faults(), code) == ([point], -signal.SIGKILL), self.log[-3000:]
-        self._world.rows("select sweep('0 seconds')")
+        await self._world.declared_dead(self.pid)
 
     async def halted(self, point: str) -> None:
         """Wait until the armed fault has stopped it, as SIGSTOP does."""
@@ -122,8 +124,7 @@ class Worker:
     @property
     def boot_id(self) -> str | None:
         """The id under which the database knows it now."""
-        found = self._world.rows("select id::text from workers where pid = %s", self.pid)
-        return found[0]["id"] if found else None
+        return self._world.boot_id_of(self.pid)
 
     async def rejoined(self, old_id: str | None) -> None:
         """Wait until it has noticed that it lost its leases, and works under another id."""
@@ -131,7 +132,7 @@ class Worker:
 
     def _is_known(self) -> bool:
         assert self.process.poll() is None, self.log[-3000:]
-        return bool(self._world.rows("select 1 from workers where pid = %s", self.pid))
+        return self.boot_id is not None
 
 
 class World:
@@ -218,13 +219,13 @@ class World:
     def _ask(self, query: str, parameters: tuple[object, ...]) -> list[DictRow]:
         if self._connection is None or self._connection.closed:
             self._connection = psycopg.Connection[DictRow].connect(
-                self.dsn, autocommit=True, row_factory=dict_row, options="-c search_path=pgconductor,public"
+                self.dsn, autocommit=True, row_factory=dict_row, options=_OWN_OPTIONS
             )
         return self._connection.execute(query.encode(), parameters).fetchall()
 
     def execute(self, script: str) -> None:
         """Run statements that give no rows, such as those that change the database itself."""
-        with psycopg.connect(self.dsn, autocommit=True, options="-c search_path=pgconductor,public") as conn:
+        with psycopg.connect(self.dsn, autocommit=True, options=_OWN_OPTIONS) as conn:
             for statement in script.split(";"):
                 conn.execute(statement.encode())
 
@@ -265,6 +266,18 @@ class World:
         )
         return len(found)
 
+    def boot_id_of(self, pid: int) -> str | None:
+        """Return the id under which the database knows a process."""
+        found = self.rows("select id::text from workers where pid = %s", pid)
+        return found[0]["id"] if found else None
+
+    async def declared_dead(self, pid: int) -> None:
+        """Have everybody taken for dead until a process is that has ended.
+
+        Once may not be enough: its last beat or sweep may be under way in its session, and a sweep waits for nobody.
+        """
+        await until(lambda: bool(self.rows("select sweep('0 seconds')")) and self.boot_id_of(pid) is None)
+
     # ------------------------------------------------------------ the end
 
     async def converges(self, seconds_max: float = 60.0) -> None:
@@ -276,7 +289,7 @@ class World:
             worker.send(signal.SIGTERM)
         for worker in self.workers:
             await worker.ended()
-        with psycopg.connect(self.dsn, autocommit=True) as conn:
+        with psycopg.connect(self.dsn, autocommit=True, options=_OWN_OPTIONS) as conn:
             invariants.check_quiescent(conn)
         self.ledger.check(self.rows)
 

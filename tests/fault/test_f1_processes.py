@@ -64,7 +64,7 @@ async def test_f1_22_a_child_process_whose_parent_was_killed_ends_though_its_han
     parent.wait()
     child = int((tmp_path / "pid").read_text())
     await until(lambda: not is_alive(child))
-    world.rows("select sweep('0 seconds')")
+    await world.declared_dead(parent.pid)
     assert world.execution(run.id)["error"]["type"] == "pgconductor.errors.WorkerLost"
 
 

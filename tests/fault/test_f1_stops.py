@@ -85,7 +85,7 @@ async def test_f7_64_a_handler_that_ends_its_process_uses_up_its_crashes_and_spa
     for _ in range(5):
         worker = world.worker()
         assert await worker.ended() == 9
-        world.rows("select sweep('0 seconds')")
+        await world.declared_dead(worker.pid)
     assert world.facts(culprit.id) == ("failed", 1, 5)
     with pytest.raises(ExecutionFailed, match="lost 5 times"):
         await culprit.result(10)

@@ -49,7 +49,7 @@ async def test_f3_30_a_transaction_begun_while_postgres_is_away_waits_for_it(wor
 @pytest.mark.covers("F31")
 async def test_f3_31_sessions_terminated_at_random_under_load_lose_nothing(world: World) -> None:
     choose = random.Random(31)  # noqa: S311
-    for worker in [world.worker(), world.worker()]:
+    for worker in [world.worker(timing=SLOWER), world.worker(timing=SLOWER)]:
         await worker.up()
     runs = await app.invoke_many([program.bind(WORK) for _ in range(60)])
     count = 0
