@@ -354,7 +354,10 @@ async def test_connections_that_the_server_ended_are_replaced(app: Conductor, db
     task = app.create_task(add)
     await asyncio.gather(*(task.invoke(n) for n in range(8)))
 
-    db.execute("select pg_terminate_backend(pid) from pg_stat_activity where application_name like 'pgconductor%'")
+    db.execute(
+        "select pg_terminate_backend(pid) from pg_stat_activity"
+        " where datname = current_database() and application_name like 'pgconductor%'"
+    )
     await task.invoke(8)
 
     assert len(executions(db)) == 9

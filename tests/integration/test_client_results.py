@@ -126,7 +126,10 @@ async def test_an_end_while_the_listener_was_cut_off_is_found(app: Conductor, db
     await listening(app)
     claim_all(db)
 
-    db.execute("select pg_terminate_backend(pid) from pg_stat_activity where application_name like '%listener'")
+    db.execute(
+        "select pg_terminate_backend(pid) from pg_stat_activity"
+        " where datname = current_database() and application_name like '%listener'"
+    )
     complete(db, str(run.id), {"charge_id": "ch_1"})
 
     assert await waiter == Receipt("ch_1")
@@ -259,7 +262,8 @@ async def test_an_end_that_is_being_committed_is_not_missed(app: Conductor, data
         worker.execute("begin")
         complete(worker, str(run.id), {"charge_id": "ch_1"})
         waiter = asyncio.create_task(run.result())
-        while not db.execute("select from pg_locks where not granted").fetchall():  # noqa: ASYNC110
+        blocked = "select from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'"
+        while not db.execute(blocked).fetchall():  # noqa: ASYNC110
             await asyncio.sleep(0.005)
         worker.execute("commit")
 

@@ -111,7 +111,9 @@ async def test_a_migration_gives_way_to_a_call_that_holds_one_table_and_needs_an
     with psycopg.connect(database) as call:
         call.execute("lock table pgconductor.task in access share mode")
         migrating = asyncio.create_task(asyncio.to_thread(later.command, "migrate"))
-        waiting = "select from pg_locks where relation = 'task'::regclass and not granted"
+        waiting = """
+            select from pg_locks l join pg_database d on d.oid = l.database
+            where d.datname = current_database() and l.relation = 'task'::regclass and not l.granted"""
         await until(lambda: bool(rows(database, waiting)))
         call.execute("select from pgconductor.execution")
         call.commit()
