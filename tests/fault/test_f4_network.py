@@ -68,12 +68,12 @@ async def test_f4_46_half_of_the_workers_cut_off_for_longer_than_a_lease_are_rep
 
 @pytest.mark.covers("F49")
 async def test_f4_49_a_dead_host_before_the_living_one_is_passed_over(world: World) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        dead_port = taken.getsockname()[1]  # nobody listens there once this is closed
-    hosts, ports = "127.0.0.1,127.0.0.1", f"{dead_port},{world.proxy.port}"
-    run = await program.invoke(WORK)
-    world.worker(dsn=make_conninfo(world.proxied_dsn, host=hosts, port=ports))
-    await run.result(30)
+    with socket.socket() as deaf:
+        deaf.bind(("127.0.0.1", 0))  # it never listens, and keeps the port from others who would
+        hosts, ports = "127.0.0.1,127.0.0.1", f"{deaf.getsockname()[1]},{world.proxy.port}"
+        run = await program.invoke(WORK)
+        world.worker(dsn=make_conninfo(world.proxied_dsn, host=hosts, port=ports))
+        await run.result(30)
     assert world.facts(run.id) == UNHARMED
 
 

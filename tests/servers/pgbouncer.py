@@ -1,6 +1,7 @@
 """A PgBouncer in transaction mode before a server of the tests."""
 
 import contextlib
+import secrets
 import socket
 import subprocess
 import tempfile
@@ -16,6 +17,8 @@ from pgconductor.binaries import server_account
 PROGRAM = Path("/usr/sbin/pgbouncer")
 MISSING = "" if PROGRAM.exists() else f"{PROGRAM} is not installed (Debian: pgbouncer)"
 START_SECONDS_MAX = 20.0
+_PORTS = range(10_000, 20_000)  # apart from those of embedded servers, and of connections going out
+_PORT_TRIES_MAX = 5
 REFUSING = "extra_float_digits"
 IGNORING = "extra_float_digits,options"
 _SETTINGS = """\
@@ -37,6 +40,10 @@ max_client_conn = 200
 """
 
 
+class PortTaken(Exception):
+    """Somebody else listens on the port."""
+
+
 class Pooler:
     """A running PgBouncer.
 
@@ -50,10 +57,8 @@ class Pooler:
     def __init__(self, server: str, folder: Path, ignored: str, pool_size: int) -> None:
         self._given = {key: str(value) for key, value in conninfo_to_dict(server).items()}
         self._folder = folder
-        self._port = _free_port()
         self.log_file = folder / "pgbouncer.log"
-        self._write(ignored, pool_size)
-        self._process = self._start()
+        self._process = self._start_on_a_free_port(ignored, pool_size)
 
     def address(self, database: str) -> str:
         """Return the address of a database through the pooler."""
@@ -89,8 +94,19 @@ class Pooler:
         for path in (self._folder, *self._folder.iterdir()):
             account.own(path)
 
+    def _start_on_a_free_port(self, ignored: str, pool_size: int) -> "subprocess.Popen[bytes]":
+        """Start it; on another port if somebody takes the port between the look and the start."""
+        for _ in range(_PORT_TRIES_MAX - 1):
+            self._port = _free_port()
+            self._write(ignored, pool_size)
+            with contextlib.suppress(PortTaken):
+                return self._start()
+        self._port = _free_port()
+        self._write(ignored, pool_size)
+        return self._start()
+
     def _start(self) -> "subprocess.Popen[bytes]":
-        account = server_account()
+        account, logged = server_account(), self._log()
         process = subprocess.Popen(
             [PROGRAM, "-q", self._folder / "pgbouncer.ini"],
             user=account.uid,
@@ -100,11 +116,15 @@ class Pooler:
             stderr=subprocess.DEVNULL,
         )
         deadline = time.monotonic() + START_SECONDS_MAX
-        while not _answers(self._port):
-            assert process.poll() is None, self.log_file.read_text(errors="replace")
+        while f"listening on 127.0.0.1:{self._port}" not in self._log()[len(logged) :]:
+            if process.poll() is not None:
+                raise PortTaken if "in use" in self._log() else AssertionError(self._log())
             assert time.monotonic() < deadline, "pgbouncer does not answer"
             time.sleep(0.02)
         return process
+
+    def _log(self) -> str:
+        return self.log_file.read_text(errors="replace") if self.log_file.exists() else ""
 
 
 @contextlib.contextmanager
@@ -119,12 +139,9 @@ def pooled(server: str, *, ignored: str = REFUSING, pool_size: int = 5) -> Gener
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _answers(port: int) -> bool:
-    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
-        return True
-    return False
+    """Return a port on which nobody listens now."""
+    while True:
+        port = secrets.choice(_PORTS)
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
