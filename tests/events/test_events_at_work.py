@@ -24,6 +24,7 @@ from pgconductor import (
     invocable,
 )
 from pgconductor.errors import ConfigurationError
+from tests import waiting
 from tests.events.support import emit as emit_by_sql
 from tests.integration.conftest import Working
 
@@ -50,9 +51,7 @@ class Shipped(BaseModel):
 
 async def until(db: Db, query: str, *parameters: object) -> None:
     """Wait until a query has a row."""
-    async with asyncio.timeout(20):
-        while not db.execute(query.encode(), parameters).fetchall():  # noqa: ASYNC110 (the database has no event)
-            await asyncio.sleep(0.01)
+    await waiting.until(lambda: bool(db.execute(query.encode(), parameters).fetchall()))
 
 
 WAITS = "select 1 from event_wait"

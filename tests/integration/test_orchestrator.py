@@ -175,7 +175,7 @@ async def test_a_start_that_raises_leaves_nothing_running(database: str, db: Db)
         db.execute("alter function gone rename to register_orchestrator")
         assert closed == ["lifespan"]
         await until(lambda: connections(db) == [])
-        assert threading.active_count() <= threads + 1
+        await until(lambda: threading.active_count() <= threads + 1)
         assert db.execute("select from orchestrator").rowcount == 0
 
 
@@ -208,9 +208,8 @@ async def test_a_handler_that_blocks_the_loop_keeps_its_lease_and_is_reported(
     rows = db.execute("select attempt, crashes from executions").fetchall()
     assert [tuple(row.values()) for row in rows] == [(1, 0)]
     reports = [record.getMessage() for record in caplog.records if "event loop has been blocked" in record.getMessage()]
-    assert len(reports) == 1
-    assert "task 'block'" in reports[0]
-    assert "in block" in reports[0]
+    (report,) = [each for each in reports if "task 'block'" in each]  # a busy machine may stall the loop besides
+    assert "in block" in report
 
 
 @pytest.mark.covers("P49")

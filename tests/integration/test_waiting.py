@@ -404,15 +404,18 @@ async def test_wait_refuses_a_child_given_twice_and_a_count_out_of_bounds(app: A
 async def test_a_wait_that_times_out_returns_what_there_is_in_every_run(app: App, db: Db, working: Working) -> None:
     seen: list[list[str]] = []
 
+    given_up = asyncio.Event()
+
     @app.task
-    async def child(ctx: Context, seconds: float) -> None:
-        await ctx.sleep("nap", seconds)
+    async def child(ctx: Context) -> None:
+        await given_up.wait()
 
     @app.task
     async def parent(ctx: Context) -> list[str]:
-        slow = await ctx.start("slow", child.bind(0.5))
+        slow = await ctx.start("slow", child.bind())
         done, pending = await ctx.wait("briefly", [slow], timeout=0.05)
         seen.append([each.step for each in pending])
+        given_up.set()
         await slow.result()
         return [each.step for each in done]
 
@@ -452,10 +455,11 @@ async def test_a_result_that_comes_too_late_is_waited_for_again_by_the_next_atte
 
 async def test_a_late_result_that_was_caught_stays_late(app: App, working: Working) -> None:
     seen: list[str] = []
+    given_up = asyncio.Event()
 
     @app.task
     async def child(ctx: Context) -> str:
-        await ctx.sleep("nap", 0.3)
+        await given_up.wait()
         return "value"
 
     @app.task
@@ -465,6 +469,7 @@ async def test_a_late_result_that_was_caught_stays_late(app: App, working: Worki
             await started.result(timeout=0.01)
         except TimeoutError as error:
             seen.append(str(error))
+        given_up.set()
         return await started.result()
 
     async with working():

@@ -145,7 +145,7 @@ async def test_a_session_reads_committed_with_start_up_options_and_without(
 async def test_a_session_repeats_what_is_harmless_and_tells_of_what_is_not(database: str, db: Db) -> None:
     async with Conductor(database) as app:
         session = Session(database, "victim")
-        kill = "select pg_terminate_backend(pid) from pg_stat_activity where application_name = 'victim'"
+        kill = "select pg_terminate_backend(pid, 10000) from pg_stat_activity where application_name = 'victim'"
         await session.run(app.engine.register_queues(["a"]))
         assert db.execute(kill).rowcount == 1
         assert await session.run(app.engine.register_queues(["a"]))

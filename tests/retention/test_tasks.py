@@ -1,5 +1,6 @@
 """keep_completed and keep_failed, as tasks declare them and callers meet them."""
 
+import asyncio
 from datetime import timedelta
 from typing import Any
 
@@ -35,13 +36,18 @@ async def test_what_tasks_declare_is_what_the_database_knows(app: App, db: Db, w
 
 
 async def test_who_waits_for_what_is_removed_at_once_gets_its_value(app: App, db: Db, working: Working) -> None:
+    somebody_waits = asyncio.Event()
+
     @app.task(keep_completed=False)
     async def add(ctx: Context, a: int, b: int) -> int:
-        await ctx.sleep("until somebody waits", 0.2)
+        await somebody_waits.wait()
         return a + b
 
     async with working():
-        assert await (await add.invoke(2, 3)).result(20) == 5
+        result = asyncio.create_task((await add.invoke(2, 3)).result(20))
+        await until(lambda: bool(db.execute("select from watch").fetchall()))
+        somebody_waits.set()
+        assert await result == 5
 
 
 async def test_the_result_of_a_removed_execution_is_not_found(app: App, db: Db, working: Working) -> None:
