@@ -76,14 +76,21 @@ class Fleet:
         return [process.pid for process in self._processes]
 
     async def __aenter__(self) -> Self:
-        """Wait until all are connected."""
+        """Wait until all are connected. If they do not come to that, none of them stays."""
+        try:
+            await self._until_ready()
+        except BaseException as error:
+            await self.__aexit__(type(error), error, error.__traceback__)
+            raise
+        return self
+
+    async def _until_ready(self) -> None:
         deadline = time.monotonic() + READY_SECONDS_MAX
         while not all(path.exists() for path in self._ready):
             self.check()
             if time.monotonic() > deadline:
                 raise TimeoutError("the workers are not ready")
             await asyncio.sleep(0.01)
-        return self
 
     def go(self) -> None:
         """Tell those that wait for it to begin."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.fleet import Fleet, our_workers
 from benchmarks.server import Counted, Database, Server
-from benchmarks.tasks import Tasks, queue_names, register
+from benchmarks.tasks import QUEUE, Tasks, register
 from pgconductor import Conductor
 
 LIMIT_SECONDS = 120.0
@@ -55,22 +55,20 @@ class Bench:
     database: Database
     app: Conductor[None]
     tasks: Tasks
-    queues: int = 1
 
     async def resume(self) -> None:
         """Let the workers begin."""
-        for queue in queue_names(self.queues):
-            await self.app.resume(queue)
+        await self.app.resume(QUEUE)
 
 
 @asynccontextmanager
-async def bench(server: Server, *, queues: int = 1) -> AsyncIterator[Bench]:
-    """Yield a client on a fresh database. Its queues are paused, so that workers connect before the clock starts."""
+async def bench(server: Server, *, paused: bool = True) -> AsyncIterator[Bench]:
+    """Yield a client on a fresh database. Its queue is paused, so that workers connect before the clock starts."""
     async with server.database() as database, Conductor(database.dsn) as app:
         tasks = register(app, lambda _: None)
-        for queue in queue_names(queues):
-            await app.pause(queue)
-        yield Bench(database, app, tasks, queues)
+        if paused:
+            await app.pause(QUEUE)
+        yield Bench(database, app, tasks)
 
 
 @dataclass
@@ -82,11 +80,6 @@ class Drained:
     cpu_seconds: float
     runs_of_each: list[int]
     began_at: list[float]
-    finished_at: float
-
-    def from_first(self, jobs: int) -> float:
-        """Return jobs a second from the start of the first handler on: the connecting of a peer is not its work."""
-        return jobs / (self.finished_at - min(at for at in self.began_at if at))
 
 
 async def drain(it: Bench, *, jobs: int, executions: int, workers: int = 1, limit: float = LIMIT_SECONDS) -> Drained:
@@ -100,15 +93,15 @@ async def drain(it: Bench, *, jobs: int, executions: int, workers: int = 1, limi
         limit: The seconds after which it has failed.
     """
     await it.database.settle_down()
-    async with our_workers(it.database.dsn, workers, jobs, CONCURRENCY, queues=it.queues) as fleet:
+    async with our_workers(it.database.dsn, workers, jobs, CONCURRENCY) as fleet:
         await it.database.begin_counting()
         cpu, began_at = fleet.cpu_seconds(), time.perf_counter()
         await it.resume()
         await until_done(it.database, fleet, jobs, DONE, limit)
-        seconds, finished_at = time.perf_counter() - began_at, time.time()
+        seconds = time.perf_counter() - began_at
         counted = await it.database.counted()
         cpu = fleet.cpu_seconds() - cpu
-        drained = Drained(seconds, counted, cpu, fleet.seen.runs_of_each(), fleet.seen.began_at(), finished_at)
+        drained = Drained(seconds, counted, cpu, fleet.seen.runs_of_each(), fleet.seen.began_at())
     done = await it.database.value("select count(*) from pgconductor.execution where outcome = 'completed'")
     if done != executions:
         raise RuntimeError(f"{done} executions completed, not {executions}")

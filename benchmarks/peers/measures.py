@@ -43,12 +43,13 @@ def drained(kind: str, jobs: int, *, workers: int = 1, size: int = 0, per_job: i
         async with peer.database() as database:
             await peer.enqueue(database, kind, count, size=size)
             await database.settle_down()
-            async with peer.workers(database, workers, count) as fleet:
+            async with peer.gate(database) as gate, peer.workers(database, workers, count) as fleet:
                 fleet.go()
+                opened_at = await gate.open(workers)
                 await until_done(database, fleet, count, done)
                 finished_at = time.time()
-                runs, began_at = await _marks(fleet)
-        rate = count * per_job / (finished_at - min(at for at in began_at if at))
+                runs, _ = await _marks(fleet)
+        rate = count * per_job / (finished_at - opened_at)
         return Sample(rate, {"jobs": float(count)}, ran_once(runs))
 
     return measure
@@ -103,14 +104,14 @@ async def _first(peer: Peer, field: str | None) -> float:
         if field:
             await peer.fill(database, field, first, beside.MILLION, beside.CHUNK)
         await database.settle_down()
-        async with peer.workers(database, 1, count) as fleet:
+        async with peer.gate(database) as gate, peer.workers(database, 1, count) as fleet:
             fleet.go()
+            opened_at = await gate.open(1)
             await until_done(database, fleet, first, "select true")
             runs, began_at = await _marks(fleet, first)
     if max(runs) > 1:
         raise RuntimeError("jobs ran twice")
-    began = sorted(at for at in began_at if at)
-    return (first - 1) / (began[first - 1] - began[0])
+    return first / (sorted(at for at in began_at if at)[first - 1] - opened_at)
 
 
 async def _marks(fleet: Fleet, count: int | None = None) -> tuple[list[int], list[float]]:

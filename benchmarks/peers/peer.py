@@ -4,13 +4,14 @@ import asyncio
 import json
 import os
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import psycopg
 
 from benchmarks.fleet import Fleet
+from benchmarks.gate import Gate, closed
 from benchmarks.measure import NotAvailableError
 from benchmarks.peers.environments import ROOT, Package, ensure
 from benchmarks.server import Database, Server
@@ -90,6 +91,10 @@ class Peer:
         for start in range(first, first + count, chunk):
             await database.execute(statement.format(first=start, last=min(first + count, start + chunk) - 1))
 
+    def gate(self, database: Database) -> AbstractAsyncContextManager[Gate]:
+        """Return a gate before its jobs."""
+        return closed(database.dsn, self.about["table"])
+
     def workers(self, database: Database, size: int, count: int) -> Fleet:
         """Return worker processes that wait for `go`."""
 
@@ -111,8 +116,11 @@ class Peer:
         try:
             output, errors = await asyncio.wait_for(process.communicate(), CALL_SECONDS_MAX)
         except TimeoutError:
-            process.kill()
-            raise
+            raise TimeoutError(f"{arguments[0]} took more than {CALL_SECONDS_MAX} s") from None
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
         if process.returncode:
             raise RuntimeError(f"{arguments[0]} left with {process.returncode}: {errors.decode()[-1500:]}")
         return json.loads(output.decode().strip().splitlines()[-1])

@@ -40,8 +40,7 @@ def _by(workers: int, count: int = COUNT, *, removed: bool = False) -> Measure:
 
 
 def drained_sample(drained: Drained, count: int, details: dict[str, float]) -> Sample:
-    """Return jobs a second, from the resume on, with what a comparison takes: from the first handler on."""
-    details |= {"from_first": drained.from_first(count)}
+    """Return jobs a second, from the resume on."""
     return Sample(count / drained.seconds, details, ran_once(drained.runs_of_each))
 
 

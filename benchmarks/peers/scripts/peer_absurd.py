@@ -33,6 +33,7 @@ def _done(kind: str, result: str = "") -> str:
 
 class Absurd(Peer):
     package = "absurd-sdk"
+    table = "absurd.t_bench"
     done = {
         **{kind: _done(kind) for kind in ("noop", "padded", "fail")},
         "parent": _done("parent", "params->'i'"),

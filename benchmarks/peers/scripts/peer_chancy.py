@@ -27,6 +27,7 @@ async def noop(*, i: int, padding: str) -> None:
 
 class ChancyPeer(Peer):
     package = "chancy"
+    table = "chancy_jobs"
     done = {"noop": DONE, "padded": DONE}  # the backoff of a failed job is whole seconds, with jitter
     fill = COPY.format(value="")
     delayed = COPY.format(value=", 'scheduled_at', now() + interval '1 day'")

@@ -81,6 +81,7 @@ def fan() -> int:
 
 class Dbos(Peer):
     package = "dbos"
+    table = "dbos.workflow_status"
     # a workflow is not retried as a whole: only its steps are
     done = {kind: DONE.format(kind=kind) for kind in ("noop", "padded", "steps", "parent", "fan")}
     fill = COPY

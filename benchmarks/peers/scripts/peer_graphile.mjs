@@ -13,6 +13,7 @@ const fill = (column, value) => `
 const about = {
   version: fromEnvironment("graphile-worker/package.json").version,
   done: { noop: done, padded: done }, // the backoff of a failed job is fixed, and begins at seconds
+  table: "graphile_worker._private_jobs",
   fill: fill("", ""),
   delayed: fill(", run_at", ", now() + interval '1 day'"),
   bulk: true,

@@ -29,6 +29,7 @@ class Noop:
 
 class ObanPeer(Peer):
     package = "oban"
+    table = "oban_jobs"
     done = {"noop": DONE, "padded": DONE}  # a failed job waits for its backoff and for the stager
     fill = FILL.format(column="", state="available", value="")
     delayed = FILL.format(column=", scheduled_at", state="scheduled", value=", now() + interval '1 day'")

@@ -11,6 +11,7 @@ const fill = (column, value) => `
 const about = {
   version: fromEnvironment("pg-boss/package.json").version,
   done: { noop: done, padded: done }, // a failure fails the whole batch that a handler was given
+  table: "pgboss.job",
   fill: fill("", ""),
   delayed: fill(", start_after", ", now() + interval '1 day'"),
   bulk: true,

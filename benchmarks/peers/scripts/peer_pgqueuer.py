@@ -23,6 +23,7 @@ select 0, 'noop', convert_to(g::text, 'UTF8'), 'queued'{value} from generate_ser
 
 class Pgqueuer(Peer):
     package = "pgqueuer"
+    table = "pgqueuer"
     done = {"noop": DONE, "padded": DONE, "fail": DONE}
     fill = FILL.format(column="", value="")
     delayed = FILL.format(column=", execute_after", value=", now() + interval '1 day'")

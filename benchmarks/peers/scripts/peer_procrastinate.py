@@ -17,6 +17,7 @@ select 'bench', 'noop', jsonb_build_object('i', g, 'padding', ''){value} from ge
 
 class Procrastinate(Peer):
     package = "procrastinate"
+    table = "procrastinate_jobs"
     done = {"noop": DONE, "padded": DONE, "fail": DONE}
     fill = FILL.format(column="", value="")
     delayed = FILL.format(column=", scheduled_at", value=", now() + interval '1 day'")

@@ -97,10 +97,10 @@ async function worker(peer, directory, number, count) {
 
 const ROLES = { enqueue, latency, produce, worker, setup: (peer) => peer.setup() };
 
-// about: {version, done, fill, delayed, bulk}; open: returns the peer, connected.
+// about: {version, table, done, fill, delayed, bulk}; open: returns the peer, connected.
 export async function main(about, open) {
   const [role, ...args] = process.argv.slice(2);
   const answer = role === "about" ? about : await ROLES[role](await open(role), ...args);
-  console.log(JSON.stringify(answer ?? null));
-  process.exit(0);
+  // written to the end before leaving: a pipe takes 64 KB at once
+  process.stdout.write(`${JSON.stringify(answer ?? null)}\n`, () => process.exit(0));
 }

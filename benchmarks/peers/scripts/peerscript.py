@@ -30,6 +30,7 @@ class Peer:
 
     Attributes:
         package: Its distribution.
+        table: What a worker has to read before it can run anything; locked until all are connected.
         done: Of each kind of job that it knows, the query that counts the finished ones; `{count}` is that of all.
         fill: The statement that enqueues the no-op jobs from `{first}` to `{last}`; for a million at a time.
         delayed: The same with a start tomorrow.
@@ -37,6 +38,7 @@ class Peer:
     """
 
     package: ClassVar[str]
+    table: ClassVar[str]
     done: ClassVar[dict[str, str]]
     fill: ClassVar[str | None] = None
     delayed: ClassVar[str | None] = None
@@ -80,7 +82,7 @@ def main(kind: type[Peer], run: Callable[[Any], Any] = asyncio.run) -> None:
     role, *arguments = sys.argv[1:]
     if role == "about":
         version = importlib.metadata.version(kind.package)
-        fields = ("done", "fill", "delayed", "bulk")
+        fields = ("table", "done", "fill", "delayed", "bulk")
         print(json.dumps({"version": version} | {name: getattr(kind, name) for name in fields}))
         return
     peer = kind(os.environ["BENCH_DSN"], json.loads(os.environ["BENCH_SETTINGS"]))
