@@ -1,5 +1,7 @@
 """One environment a peer, in `.peers/` of the repository: a virtual environment, or a folder of node modules.
 
+BENCH_PEERS_HOME names another place, which several checkouts can share.
+
 An environment that stands and is of the pinned versions is left as it is. One that cannot be made does not end a run:
 the peer is shown as not measured, with the reason.
 """
@@ -16,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-HOME = ROOT / ".peers"
+HOME = Path(os.environ.get("BENCH_PEERS_HOME") or ROOT / ".peers").absolute()
 SCRIPTS = Path(__file__).parent / "scripts"
 PEERS = Path(__file__).parent / "peers.toml"
 INSTALL_SECONDS_MAX = 600

@@ -39,8 +39,8 @@ class Comparison:
         return [OURS, OURS_REMOVED, *(package.name for package in self.packages)]
 
     def rows(self) -> Iterator[Row]:
-        """Yield the rows that have a figure of ours."""
-        return (row for row in ROWS if self.results.figure(row.measure, OURS, row.detail) is not None)
+        """Yield the rows that anybody was tried in."""
+        return (row for row in ROWS if self.results.was_tried(row.measure))
 
     def print(self, console: Console) -> None:
         """Print the tables."""
@@ -75,7 +75,7 @@ class Comparison:
         yield "Floors", [["floor", "rows/s"], *([name, self._text(Row("", "", name), name)] for name in FLOORS)]
 
     def _ratios(self, row: Row) -> list[str]:
-        ours = self.results.figure(row.measure, OURS, row.detail) or 0.0
+        ours = self.results.figure(row.measure, OURS, row.detail)
         leader = best(self.results.peers(row.measure, detail=row.detail), lower=row.lower)
         floor = row.floor and self.results.figure(row.floor, row.floor)
         return [
@@ -84,8 +84,8 @@ class Comparison:
             self._text(row, OURS),
             self._text(row, leader[0]) if leader else "n/a",
             leader[0] if leader else "",
-            f"{ours / leader[1]:.2f}" if leader and leader[1] else "",
-            f"{ours / floor:.3f}" if floor else "",
+            f"{ours / leader[1]:.2f}" if ours is not None and leader and leader[1] else "",
+            f"{ours / floor:.3f}" if ours is not None and floor else "",
             f"{ORIGINAL[row.measure][1]:.3f}" if row.measure in ORIGINAL else "",
         ]
 
@@ -109,20 +109,16 @@ class Comparison:
         text = figure(median or 0.0)
         if row.tail:
             text += f" / {figure(self.results.figure(row.measure, contender, row.tail) or 0.0)}"
-        return text + (f" ({figure(min(values))} … {figure(max(values))})" if len(values) > 1 else "")
+        text += f" ({figure(min(values))} … {figure(max(values))})" if len(values) > 1 else ""
+        faults = [fault for sample in cell.samples for fault in sample.faults]
+        return "; ".join([text, *(f"failed once: {reason}" for reason in cell.failures), *faults])
 
     # ---------------------------------------------------------------- files
 
     def write_json(self, path: Path) -> None:
         """Write every sample."""
         measures = {
-            measure: {
-                name: {"rounds": [{"value": s.value, **s.details, "faults": s.faults} for s in cell.samples]}
-                if cell.samples
-                else {"missing": cell.missing}
-                for name, cell in row.items()
-            }
-            for measure, row in self.results.cells.items()
+            measure: {name: cell.to_json() for name, cell in row.items()} for measure, row in self.results.cells.items()
         }
         targets = [dict(zip(("target", "bound", "measured", "verdict"), line, strict=True)) for line in self._targets()]
         content = {"at": _now(), **self.conditions, "versions": self.results.versions, "measures": measures}

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from statistics import median
+from typing import Any
 
 from benchmarks.measure import Sample
 from benchmarks.peers.rows import OURS, OURS_REMOVED
@@ -10,17 +11,45 @@ from benchmarks.peers.rows import OURS, OURS_REMOVED
 
 @dataclass
 class Cell:
-    """The samples of one contender; without any, why not."""
+    """The samples of one contender; without any, why not.
+
+    Attributes:
+        samples: One a round.
+        seconds: What each took, with all that belongs to it.
+        missing: Why there is none.
+        failures: What went wrong in rounds that have no sample.
+    """
 
     samples: list[Sample] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
     missing: str = "not in this run"
+    failures: list[str] = field(default_factory=list)
+
+    def add(self, sample: Sample, seconds: float) -> None:
+        """Take a round."""
+        self.samples.append(sample)
+        self.seconds.append(round(seconds, 1))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `from_json` reads."""
+        rounds = [{"value": s.value, **s.details, "faults": s.faults} for s in self.samples]
+        if rounds:
+            return {"rounds": rounds, "seconds": self.seconds, "failures": self.failures}
+        return {"missing": self.missing, "failures": self.failures}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "Cell":
+        """Return a cell of an earlier run. What failed or was left out there is tried again."""
+        cell = cls()
+        for entry, seconds in zip(content.get("rounds", ()), content.get("seconds", ()), strict=True):
+            details = dict(entry)
+            value, faults = details.pop("value"), details.pop("faults")
+            cell.add(Sample(value, details, faults), seconds)
+        return cell
 
     def values(self, detail: str) -> list[float]:
-        """Return a figure of every round. Rates of drains count from the start of the first handler."""
-        name = (
-            "from_first" if detail == "value" and self.samples and "from_first" in self.samples[0].details else detail
-        )
-        return [sample.value if name == "value" else sample.details[name] for sample in self.samples]
+        """Return a figure of every round."""
+        return [sample.value if detail == "value" else sample.details[detail] for sample in self.samples]
 
 
 @dataclass
@@ -51,6 +80,15 @@ class Results:
         chosen = names if among is None else names & set(among)
         found = {name: self.figure(measure, name, detail) for name in sorted(chosen)}
         return {name: figure for name, figure in found.items() if figure is not None}
+
+    def was_tried(self, measure: str) -> bool:
+        """Tell whether a measure was taken of anybody, with whatever success."""
+        return any(cell.samples or cell.failures for cell in self.cells.get(measure, {}).values())
+
+    def take_over(self, measures: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
+        """Take the samples of an earlier run."""
+        for measure, row in measures.items():
+            self.cells[measure] = {name: Cell.from_json(content) for name, content in row.items()}
 
     @property
     def faults(self) -> list[str]:

@@ -17,31 +17,54 @@ class Plan:
 
     Attributes:
         measure: Its name, of ours and of the peers.
-        every_round: Or in the first round alone.
+        seconds: What it takes a contender on two cores, on average; for the estimate.
+        seconds_max: What it may take one, before it counts as hung.
+        every_round: Or once, after the rounds.
         slow_too: Whether peers that get a share of the jobs are measured without `--full`.
         quick: Whether it is part of a `--quick` run.
         huge: Whether it runs only with `--huge`.
     """
 
     measure: str
+    seconds: float
+    seconds_max: float = 120.0
     every_round: bool = True
     slow_too: bool = True
     quick: bool = True
     huge: bool = False
 
 
-def _once(measure: str, *, huge: bool = False) -> Plan:
-    return Plan(measure, every_round=False, slow_too=False, quick=False, huge=huge)
+def _once(measure: str, seconds: float, seconds_max: float = 120.0, *, huge: bool = False) -> Plan:
+    return Plan(measure, seconds, seconds_max, every_round=False, slow_too=False, quick=False, huge=huge)
 
 
 PLANS = [
-    *(Plan(measure) for measure in ("enqueue", "enqueue-bulk", "drain-1", "drain-2", "latency", "parents", "steps")),
-    *(Plan(measure) for measure in ("in-a-row", "invoke-all")),
-    *(_once(measure) for measure in ("drain-long-1", "drain-long-2", "steady", "fan-out", "failing")),
-    *(_once(measure) for measure in ("payload-1k", "payload-100k", "beside-ready", "beside-delayed")),
-    *(_once(measure) for measure in ("beside-finished", "beside-queues", "snapshot", "idle")),
-    *(_once(measure, huge=True) for measure in ("beside-10m-ready", "beside-10m-finished")),
+    Plan("enqueue", 2),
+    Plan("enqueue-bulk", 2),
+    Plan("drain-1", 4),
+    Plan("drain-2", 4),
+    Plan("latency", 8),
+    Plan("parents", 4),
+    Plan("steps", 4),
+    Plan("in-a-row", 6),
+    Plan("invoke-all", 2),
+    _once("drain-long-1", 10),
+    _once("drain-long-2", 8),
+    _once("steady", 15),
+    _once("fan-out", 10),
+    _once("failing", 3),
+    _once("payload-1k", 2),
+    _once("payload-100k", 2),
+    _once("beside-ready", 15, 240),
+    _once("beside-delayed", 15, 240),
+    _once("beside-finished", 6),
+    _once("beside-queues", 4),
+    _once("snapshot", 45, 330),
+    _once("idle", 24),
+    _once("beside-10m-ready", 160, 1_200, huge=True),
+    _once("beside-10m-finished", 60, 1_200, huge=True),
 ]
+FLOOR_SECONDS_MAX = 60.0
 
 
 @dataclass(frozen=True)

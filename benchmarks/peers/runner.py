@@ -1,6 +1,8 @@
 """The order of a run: floors and measures, round after round, contender after contender."""
 
+import asyncio
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,8 +13,8 @@ from rich.markup import escape
 from benchmarks.measure import NotAvailableError, Sample
 from benchmarks.peers.measures import MEASURES
 from benchmarks.peers.peer import Peer
-from benchmarks.peers.results import Results
-from benchmarks.peers.rows import FLOORS, OURS, OURS_REMOVED, PLANS, REMOVED, Plan
+from benchmarks.peers.results import Cell, Results
+from benchmarks.peers.rows import FLOOR_SECONDS_MAX, FLOORS, OURS, OURS_REMOVED, PLANS, REMOVED, Plan
 from benchmarks.report import figure
 from benchmarks.server import Server
 from benchmarks.workloads import ALL
@@ -20,6 +22,9 @@ from benchmarks.workloads import ALL
 WORKLOADS = {workload.name: workload for workload in ALL}
 
 Take = Callable[[], Awaitable[Sample]]
+
+GIVEN_UP_AFTER = 2  # times that a contender hung, or failures of one measure
+REASON_LENGTH_MAX = 120
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,7 @@ class Form:
     quick: bool
     full: bool
     huge: bool
+    minutes: float
 
     def plans(self) -> list[Plan]:
         """Return what is measured."""
@@ -38,70 +44,120 @@ class Form:
             return [plan for plan in PLANS if any(plan.measure.startswith(name) for name in self.only)]
         return [plan for plan in PLANS if (plan.quick or not self.quick) and (self.huge or not plan.huge)]
 
-    def includes(self, plan: Plan, round_number: int, share: float = 1.0) -> bool:
-        """Tell whether a contender that gets this share of the jobs is measured in a round."""
-        is_slow = share < 1 and not (plan.slow_too or self.full)
-        return not is_slow and (plan.every_round or round_number == 0)
+    def includes(self, plan: Plan, share: float = 1.0) -> bool:
+        """Tell whether a contender that gets this share of the jobs is measured."""
+        return share == 1 or plan.slow_too or self.full
+
+    def estimate(self, shares: Sequence[float]) -> float:
+        """Return about how many minutes it takes with peers of these shares."""
+        seconds = len(FLOORS) * 2.0 * self.rounds
+        for plan in self.plans():
+            peers = sum(self.includes(plan, share) for share in shares) if plan.measure in MEASURES else 0
+            contenders = 1 + (plan.measure in REMOVED) + peers
+            seconds += plan.seconds * contenders * (self.rounds if plan.every_round else 1)
+        return seconds / 60
 
     def __str__(self) -> str:
         """Say it for the page."""
         once = ", ".join(plan.measure for plan in self.plans() if not plan.every_round)
-        return f"{self.rounds} interleaved rounds" + (
-            f"; in the first alone: {once}" if once and self.rounds > 1 else ""
-        )
+        return f"{self.rounds} interleaved rounds" + (f"; once, after them: {once}" if once else "")
 
 
 class Runner:
-    """Takes the measures, contender after contender, and prints each figure as it comes."""
+    """Takes the measures, contender after contender, and prints each figure as it comes.
 
-    def __init__(self, console: Console, server: Server, peers: list[Peer], results: Results, form: Form) -> None:
+    Args:
+        console: Where to.
+        server: The server.
+        peers: Whom to measure beside ours.
+        results: Filled; what is in it is not taken again.
+        form: How the run was asked for.
+        keep: Called when something was added.
+    """
+
+    def __init__(
+        self,
+        console: Console,
+        server: Server,
+        peers: list[Peer],
+        results: Results,
+        form: Form,
+        keep: Callable[[], None] = lambda: None,
+    ) -> None:
         self.console = console
         self.server = server
         self.peers = peers
         self.results = results
         self.form = form
+        self._keep = keep
+        self._ends_at = time.monotonic() + form.minutes * 60
+        self._hung: Counter[str] = Counter()
 
     async def run(self) -> None:
-        """Take all rounds."""
+        """Take all rounds, then what is taken once."""
+        plans = self.form.plans()
         for number in range(self.form.rounds):
             for floor in FLOORS:
-                await self._take(floor, floor, self._ours(floor))
-            for place, plan in enumerate(self.form.plans()):
+                await self._take(floor, floor, self._ours(floor), number, FLOOR_SECONDS_MAX)
+            for place, plan in enumerate(plan for plan in plans if plan.every_round):
                 await self._measure(plan, number, turn=number + place)
+        for place, plan in enumerate(plan for plan in plans if not plan.every_round):
+            await self._measure(plan, 0, turn=place)
 
     async def _measure(self, plan: Plan, number: int, turn: int) -> None:
         """Take one measure of everybody; who begins changes from turn to turn."""
-        takes: list[tuple[str, Take]] = []
-        if self.form.includes(plan, number):
-            takes.append((OURS, self._ours(plan.measure)))
-            if plan.measure in REMOVED:
-                takes.append((OURS_REMOVED, self._ours(REMOVED[plan.measure])))
+        takes: list[tuple[str, Take]] = [(OURS, self._ours(plan.measure))]
+        if plan.measure in REMOVED:
+            takes.append((OURS_REMOVED, self._ours(REMOVED[plan.measure])))
         measure = MEASURES.get(plan.measure)
         for peer in self.peers:
             if measure is None:
                 self.results.cell(plan.measure, peer.name).missing = "not measured"
-            elif self.form.includes(plan, number, peer.share):
+            elif self.form.includes(plan, peer.share):
                 takes.append((peer.name, partial(measure, peer)))
-        turn %= max(1, len(takes))
+        turn %= len(takes)
         for contender, take in takes[turn:] + takes[:turn]:
-            await self._take(plan.measure, contender, take)
+            await self._take(plan.measure, contender, take, number, plan.seconds_max)
 
     def _ours(self, name: str) -> Take:
         return partial(WORKLOADS[name].run, self.server)
 
-    async def _take(self, measure: str, contender: str, take: Take) -> None:
-        cell, began_at = self.results.cell(measure, contender), time.monotonic()
-        if cell.missing == "n/a" or cell.missing.startswith("failed"):
+    async def _take(self, measure: str, contender: str, take: Take, number: int, seconds_max: float) -> None:
+        cell = self.results.cell(measure, contender)
+        if len(cell.samples) > number or cell.missing == "n/a" or self._is_left_out(cell, contender):
             return
+        began_at = time.monotonic()
         try:
-            sample = await take()
+            async with asyncio.timeout(seconds_max):
+                sample = await take()
         except NotAvailableError as reason:
             cell.missing = str(reason)
             return
         except Exception as error:  # noqa: BLE001 (a peer that fails is shown as such, and the run goes on)
-            cell.missing = f"failed: {type(error).__name__}"
-            self.console.print(f"[red]{measure}: {contender} failed[/] {escape(repr(error)[:1000])}")
-            return
-        cell.samples.append(sample)
-        seconds = time.monotonic() - began_at
-        self.console.print(f"[dim]{measure}: {contender} {figure(cell.values('value')[-1])} ({seconds:.0f} s)[/]")
+            self._failed(measure, contender, cell, error, time.monotonic() - began_at)
+        else:
+            cell.add(sample, time.monotonic() - began_at)
+            self.console.print(
+                f"[dim]{measure}: {contender} {figure(cell.values('value')[-1])} ({cell.seconds[-1]:.0f} s)[/]"
+            )
+        self._keep()
+
+    def _is_left_out(self, cell: Cell, contender: str) -> bool:
+        """Tell whether there is no use or no time to try, so that the run ends; the cell says so."""
+        if len(cell.failures) >= GIVEN_UP_AFTER:
+            return True
+        if self._hung[contender] >= GIVEN_UP_AFTER:
+            cell.missing = f"not measured: hung {GIVEN_UP_AFTER} times before"
+        elif time.monotonic() > self._ends_at:
+            cell.missing = f"not measured: {self.form.minutes:g} minutes were over"
+        else:
+            return False
+        return True
+
+    def _failed(self, measure: str, contender: str, cell: Cell, error: Exception, seconds: float) -> None:
+        is_hung = isinstance(error, TimeoutError)
+        self._hung[contender] += is_hung
+        reason = str(error) or (f"took more than {seconds:.0f} s" if is_hung else type(error).__name__)
+        cell.failures.append(reason.strip().splitlines()[-1][-REASON_LENGTH_MAX:])
+        cell.missing = f"failed: {cell.failures[-1]}"
+        self.console.print(f"[red]{measure}: {contender} failed after {seconds:.0f} s[/] {escape(reason[-1000:])}")
