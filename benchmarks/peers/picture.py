@@ -43,7 +43,7 @@ def _bars(results: Results, row: Row) -> list[tuple[str, float]]:
 
 def _panel(row: Row, bars: list[tuple[str, float]], left: int, top: int) -> str:
     largest = max(value for _, value in bars) or 1
-    better = "less is better" if row.lower else "more is better"
+    better = ("p50, " if row.tail else "") + ("less is better" if row.lower else "more is better")
     lines = [f'<text x="{left}" y="{top + 12}" class="head">{escape(row.title)}</text>']
     lines.append(f'<text x="{left}" y="{top + 26}" class="unit">{escape(row.unit)}, {better}</text>')
     for place, (name, value) in enumerate(bars):

@@ -1,6 +1,6 @@
 """What a comparison shows, and when each of it is measured."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 OURS = "pgconductor"
 OURS_REMOVED = "pgconductor, finished work removed"
@@ -34,35 +34,35 @@ class Plan:
     huge: bool = False
 
 
-def _once(measure: str, seconds: float, seconds_max: float = 120.0, *, huge: bool = False) -> Plan:
-    return Plan(measure, seconds, seconds_max, every_round=False, slow_too=False, quick=False, huge=huge)
+def _once(measure: str, seconds: float, seconds_max: float = 120.0, *, slow_too: bool = True) -> Plan:
+    return Plan(measure, seconds, seconds_max, every_round=False, slow_too=slow_too, quick=False)
 
 
 PLANS = [
-    Plan("enqueue", 2),
-    Plan("enqueue-bulk", 2),
-    Plan("drain-1", 4),
-    Plan("drain-2", 4),
+    Plan("enqueue", 1.5),
+    Plan("enqueue-bulk", 1),
+    Plan("drain-1", 3.5),
+    Plan("drain-2", 3.5),
     Plan("latency", 8),
-    Plan("parents", 4),
-    Plan("steps", 4),
-    Plan("in-a-row", 6),
-    Plan("invoke-all", 2),
-    _once("drain-long-1", 10),
-    _once("drain-long-2", 8),
-    _once("steady", 15),
-    _once("fan-out", 10),
-    _once("failing", 3),
-    _once("payload-1k", 2),
-    _once("payload-100k", 2),
-    _once("beside-ready", 15, 240),
-    _once("beside-delayed", 15, 240),
-    _once("beside-finished", 6),
-    _once("beside-queues", 4),
+    Plan("parents", 2.5),
+    Plan("steps", 3),
+    Plan("in-a-row", 5),
+    Plan("invoke-all", 1),
     _once("snapshot", 45, 330),
     _once("idle", 24),
-    _once("beside-10m-ready", 160, 1_200, huge=True),
-    _once("beside-10m-finished", 60, 1_200, huge=True),
+    _once("beside-finished", 6),
+    _once("beside-queues", 4),
+    _once("drain-long-1", 9, slow_too=False),
+    _once("drain-long-2", 7, slow_too=False),
+    _once("failing", 2.5),
+    _once("payload-1k", 2),
+    _once("payload-100k", 2),
+    _once("fan-out", 6),
+    _once("steady", 15),
+    _once("beside-ready", 12, 240, slow_too=False),
+    _once("beside-delayed", 12, 240, slow_too=False),
+    replace(_once("beside-10m-ready", 160, 1_200), huge=True),
+    replace(_once("beside-10m-finished", 60, 1_200), huge=True),
 ]
 FLOOR_SECONDS_MAX = 60.0
 
