@@ -3,6 +3,9 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 from inspect import isawaitable
+from typing import Any
+
+import psycopg
 
 SECONDS_MAX = 60.0
 
@@ -15,3 +18,8 @@ async def until(is_true: Callable[[], bool | Awaitable[bool]], seconds_max: floa
             if await answer if isawaitable(answer) else answer:
                 return
             await asyncio.sleep(0.01)
+
+
+async def until_row(db: psycopg.Connection[Any], query: str, *parameters: object) -> None:
+    """Wait until a query has a row."""
+    await until(lambda: bool(db.execute(query.encode(), parameters).fetchall()))

@@ -115,14 +115,14 @@ def main(
 
 
 def _measured(console: Console, packages: Sequence[Package], form: Form, output: Path, *, resume: bool) -> Comparison:
-    results = Results()
+    results, pinned = Results(), read_packages()
     try:
         with running_server(over_tcp=True) as server:
             conditions = {"machine": machine.describe(), "server": server.describe(), "form": str(form)}
-            conditions["settings"] = {package.name: dict(package.settings) for package in read_packages()}
+            conditions["settings"] = {package.name: dict(package.settings) for package in pinned}
             if resume and output.exists():
                 _take_over(json.loads(output.read_text()), conditions, results)
-            shown = [each for each in read_packages() if each in packages or each.name in results.versions]
+            shown = [each for each in pinned if each in packages or each.name in results.versions]
             comparison = Comparison(results, conditions, shown)
             run(_compare(console, server, packages, comparison, form, output))
     except KeyboardInterrupt:

@@ -44,7 +44,7 @@ class Form:
             return [plan for plan in PLANS if any(plan.measure.startswith(name) for name in self.only)]
         return [plan for plan in PLANS if (plan.quick or not self.quick) and (self.huge or not plan.huge)]
 
-    def includes(self, plan: Plan, share: float = 1.0) -> bool:
+    def includes(self, plan: Plan, share: float) -> bool:
         """Tell whether a contender that gets this share of the jobs is measured."""
         return share == 1 or plan.slow_too or self.full
 
@@ -82,7 +82,7 @@ class Runner:
         peers: list[Peer],
         results: Results,
         form: Form,
-        keep: Callable[[], None] = lambda: None,
+        keep: Callable[[], None],
     ) -> None:
         self.console = console
         self.server = server

@@ -24,9 +24,9 @@ from pgconductor import (
     invocable,
 )
 from pgconductor.errors import ConfigurationError
-from tests import waiting
 from tests.events.support import emit as emit_by_sql
 from tests.integration.conftest import Working
+from tests.waiting import until_row
 
 App = Conductor[None]
 Db = psycopg.Connection[dict[str, Any]]
@@ -47,11 +47,6 @@ class Amount:
 
 class Shipped(BaseModel):
     order_id: int
-
-
-async def until(db: Db, query: str, *parameters: object) -> None:
-    """Wait until a query has a row."""
-    await waiting.until(lambda: bool(db.execute(query.encode(), parameters).fetchall()))
 
 
 WAITS = "select 1 from event_wait"
@@ -242,7 +237,7 @@ async def test_a_wait_returns_the_payload(app: App, db: Db, working: Working, em
 
     async with working():
         run = await order.invoke(7)
-        await until(db, WAITS)
+        await until_row(db, WAITS)
         assert await run.state() == "waiting"
         await app.emit(paid, Paid(8, 3))
         if emitter == "client":
@@ -281,7 +276,7 @@ async def test_waits_side_by_side_are_answered_as_events_come(app: App, db: Db, 
     async with working():
         run = await order.invoke()
         await app.emit(paid, Paid(1))
-        await until(db, "select 1 from step where kind = 'wait_for' and status = 'completed'")
+        await until_row(db, "select 1 from step where kind = 'wait_for' and status = 'completed'")
         await app.emit(shipped, Shipped(order_id=9))
         await app.emit(paid, Paid(2))
         assert await run.result(20) == [9, 1, 2]
@@ -317,7 +312,7 @@ async def test_an_uncaught_timeout_fails_the_attempt_and_the_next_one_waits_afre
 
     async with working():
         run = await order.invoke()
-        await until(db, "select 1 from event_wait where round = 1")
+        await until_row(db, "select 1 from event_wait where round = 1")
         await app.emit(paid, Paid(1))
         assert await run.result(20) == 2
 
@@ -331,7 +326,7 @@ async def test_a_cancelled_wait_ends_at_once(app: App, db: Db, working: Working)
 
     async with working():
         run = await order.invoke()
-        await until(db, WAITS)
+        await until_row(db, WAITS)
         assert await run.cancel()
         assert (await run.state(), db.execute(WAITS).fetchall()) == ("cancelled", [])
 
@@ -345,7 +340,7 @@ async def test_a_redriven_execution_hears_the_event(app: App, db: Db, working: W
 
     async with working():
         run = await order.invoke()
-        await until(db, WAITS)
+        await until_row(db, WAITS)
         await run.cancel()
         assert await app.retry(run.id)
         await app.emit(paid, Paid(3))
@@ -361,7 +356,7 @@ async def test_a_payload_that_is_not_of_the_type_fails_the_execution(app: App, d
 
     async with working():
         run = await order.invoke()
-        await until(db, WAITS)
+        await until_row(db, WAITS)
         emit_by_sql(db, {"order_id": "seven"})
         with pytest.raises(ExecutionFailed, match="order_id"):
             await run.result(20)
@@ -378,7 +373,7 @@ async def test_a_wait_that_now_means_another_event_is_a_mismatch(app: App, db: D
 
     async with working():
         run = await order.invoke()
-        await until(db, WAITS)
+        await until_row(db, WAITS)
         await app.emit(paid, Paid(1))
         with pytest.raises(ExecutionFailed, match=r"wait_for of 'order\.paid'"):
             await run.result(20)
@@ -408,9 +403,9 @@ async def test_a_wait_under_a_step_that_runs_is_answered(app: App, db: Db, worki
 
     async with working():
         run = await order.invoke()
-        await until(db, WAITS)
+        await until_row(db, WAITS)
         await app.emit(paid, Paid(4))
-        await until(db, "select 1 from step where kind = 'wait_for' and status = 'completed'")
+        await until_row(db, "select 1 from step where kind = 'wait_for' and status = 'completed'")
         gate.set()
         assert await run.result(20) == 4
 

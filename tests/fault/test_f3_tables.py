@@ -1,6 +1,7 @@
 """F3, 39 and 40: locks and snapshots that last, no vacuum, indexes made anew under load. Slower, and right."""
 
 import asyncio
+import contextlib
 
 import psycopg
 import pytest
@@ -81,9 +82,7 @@ async def _reindex_until_no_deadlock_victim(world: World, table: str) -> None:
     A transaction that has read through the index, and now wants to write to the table, holds what the reindex wants and
     wants what it holds. Postgres ends either of the two: the engine goes on by itself, the operator's command does not.
     """
-    for _ in range(REINDEX_TRIES_MAX - 1):
-        try:
+    for _ in range(REINDEX_TRIES_MAX):
+        with contextlib.suppress(psycopg.errors.DeadlockDetected):
             return await asyncio.to_thread(world.execute, f"reindex table {table}")
-        except psycopg.errors.DeadlockDetected:
-            continue
-    return await asyncio.to_thread(world.execute, f"reindex table {table}")
+    pytest.fail(f"the reindex of {table} was the victim of {REINDEX_TRIES_MAX} deadlocks")

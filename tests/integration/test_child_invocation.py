@@ -20,8 +20,8 @@ from pgconductor import (
     RetryPolicy,
     SyncContext,
 )
-from tests import waiting
 from tests.integration.conftest import Working
+from tests.waiting import until_row
 
 App = Conductor[None]
 Db = psycopg.Connection[dict[str, Any]]
@@ -30,11 +30,6 @@ AT_ONCE = RetryPolicy(first=0.01, max=0.01)
 
 def rows(db: Db, query: str, *parameters: object) -> list[dict[str, Any]]:
     return db.execute(query.encode(), parameters).fetchall()
-
-
-async def until(db: Db, query: str, *parameters: object) -> None:
-    """Wait until a query has a row."""
-    await waiting.until(lambda: bool(rows(db, query, *parameters)))
 
 
 async def test_c1_a_parked_parent_holds_no_slot_and_no_lease(app: App, db: Db, working: Working) -> None:
@@ -51,7 +46,7 @@ async def test_c1_a_parked_parent_holds_no_slot_and_no_lease(app: App, db: Db, w
 
     async with working(concurrency=1) as orchestrator:
         run = await parent.invoke()
-        await until(db, "select 1 from executions where task = 'child' and state = 'running'")
+        await until_row(db, "select 1 from executions where task = 'child' and state = 'running'")
         assert await run.state() == "waiting"
         assert rows(db, "select running_count from workers where id = %s", orchestrator.id) == [{"running_count": 1}]
         gate.set()
@@ -171,7 +166,7 @@ async def test_c5_a_child_that_is_too_late_raises_and_is_cancelled_with_its_subt
 
     async with working():
         run = await parent.invoke()
-        await until(db, "select 1 from executions where task = 'leaf' and state = 'waiting'")
+        await until_row(db, "select 1 from executions where task = 'leaf' and state = 'waiting'")
         db.execute("update step set due_at = clock_timestamp() where execution_id = %s", (run.id,))
         db.execute("update timer set due_at = clock_timestamp() where execution_id = %s", (run.id,))
         assert await run.result(20) == "Child execution timed out after 5m"
@@ -195,7 +190,7 @@ async def test_c5_a_kept_child_goes_on_and_keeps_its_own_state(app: App, db: Db,
 
     async with working():
         assert await (await parent.invoke()).result(20) == "late"
-        await until(db, "select 1 from executions where task = 'slow' and state = 'completed'")
+        await until_row(db, "select 1 from executions where task = 'slow' and state = 'completed'")
     assert rows(db, "select result from executions where task = 'slow'") == [{"result": 5}]
 
 
@@ -234,7 +229,7 @@ async def test_c6_a_cancelled_child_raises_in_its_parent(app: App, db: Db, worki
 
     async with working():
         run = await parent.invoke()
-        await until(db, "select 1 from executions where task = 'child' and state = 'waiting'")
+        await until_row(db, "select 1 from executions where task = 'child' and state = 'waiting'")
         (child_row,) = rows(db, "select id from executions where task = 'child'")
         assert await app.cancel(child_row["id"], reason="not needed")
         assert await run.result(20) == "not needed"
@@ -263,7 +258,7 @@ async def test_c6_cancelling_a_parent_cancels_its_attached_descendants_and_not_t
 
     async with working():
         run = await top.invoke()
-        await until(
+        await until_row(
             db, "select 1 from executions where task in ('leaf', 'apart') and state = 'waiting' having count(*) = 2"
         )
         assert await run.cancel("enough")
@@ -459,7 +454,7 @@ async def test_c11_a_woken_parent_goes_before_fresh_work(app: App, db: Db, worki
     @app.task
     async def other(ctx: Context, n: int) -> None:
         if not order:
-            await until(db, "select 1 from executions where task = 'parent' and state = 'ready'")
+            await until_row(db, "select 1 from executions where task = 'parent' and state = 'ready'")
         order.append("other")
 
     await app.invoke_many([parent.bind(), *[other.bind(n) for n in range(20)]])

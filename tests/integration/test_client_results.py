@@ -14,6 +14,7 @@ from pgconductor.client import LoopClient
 from pgconductor.errors import ConductorError, DecodeError
 from pgconductor.stored_error import error_to_json
 from tests.sql.support import Db, claim, complete, fail, register, session, settle
+from tests.waiting import until_row
 
 
 @dataclass
@@ -263,8 +264,7 @@ async def test_an_end_that_is_being_committed_is_not_missed(app: Conductor, data
         complete(worker, str(run.id), {"charge_id": "ch_1"})
         waiter = asyncio.create_task(run.result())
         blocked = "select from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'"
-        while not db.execute(blocked).fetchall():  # noqa: ASYNC110
-            await asyncio.sleep(0.005)
+        await until_row(db, blocked)
         worker.execute("commit")
 
     assert await waiter == Receipt("ch_1")

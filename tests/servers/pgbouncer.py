@@ -96,14 +96,12 @@ class Pooler:
 
     def _start_on_a_free_port(self, ignored: str, pool_size: int) -> "subprocess.Popen[bytes]":
         """Start it; on another port if somebody takes the port between the look and the start."""
-        for _ in range(_PORT_TRIES_MAX - 1):
+        for _ in range(_PORT_TRIES_MAX):
             self._port = _free_port()
             self._write(ignored, pool_size)
             with contextlib.suppress(PortTaken):
                 return self._start()
-        self._port = _free_port()
-        self._write(ignored, pool_size)
-        return self._start()
+        raise PortTaken(f"{_PORT_TRIES_MAX} ports, one after the other")
 
     def _start(self) -> "subprocess.Popen[bytes]":
         account, logged = server_account(), self._log()
