@@ -5,6 +5,11 @@ pool that is exhausted must not either, so they do not share a connection. The t
 own, where a call that gets no answer can be given up. What it learns it hands to the main loop: cancel signals, that
 the process was declared dead, and work that the sweep took over from others.
 
+A beat waits for its answer no longer than until the next one is due; then it takes its connection along, which may be a
+silent one. To connect it may take the whole trust, since that can last longer than from beat to beat, past a dead host
+or on a busy machine. And where answers are what lasts longer, the limit doubles from beat to beat until one comes; else
+none ever would, and a database that is only slow would cost the process its leases.
+
 Beside the beat it runs the sweep, but not where the beat before it got no answer: the process could sweep itself.
 After a long time without answers it lets a whole lease go by before it sweeps again: where the server was away, or
 this process stood still, the others must be given the time to show that they live. The engine asks when the server
@@ -112,6 +117,7 @@ class Heartbeat:
         self._engine = engine
         self._membership = membership
         self._timing = membership.timing
+        self._answer_limit = membership.timing.beat
         self._listener = listener
         self._pulse = pulse
         self._main = asyncio.get_running_loop()
@@ -165,19 +171,22 @@ class Heartbeat:
         await session.close()
 
     async def _guard(self, work: Awaitable[None]) -> None:
+        began_at = time.monotonic()
         try:
             await work
         except TimeoutError:
             self.error_count += 1
-            log.warning("no answer from Postgres within %s s", self._timing.beat)
+            log.warning("no answer from Postgres within %.1f s", time.monotonic() - began_at)
         except Exception:
             self.error_count += 1
             log.exception("the heartbeat failed; it goes on")
 
     async def _beat(self, session: Session) -> None:
-        id, asked_at = self._membership.id, time.monotonic()
+        id, asked_at, trust, limit = self._membership.id, time.monotonic(), self._timing.trust, self._answer_limit
+        self._answer_limit = max(limit, min(2 * limit, trust))  # a later answer would confirm nothing
         # A call that is repeated after a broken connection would count from its first try: too early, never too late.
-        beat = await session.run(self._engine.beat(id, self.is_stopping), timeout=self._timing.beat)
+        beat = await session.run(self._engine.beat(id, self.is_stopping), timeout=trust, answer_timeout=limit)
+        self._answer_limit = self._timing.beat
         now = time.monotonic()
         if self.answered_at and now - self.answered_at > self._timing.expiry / 2:
             self._sweeps_from = now + self._timing.expiry

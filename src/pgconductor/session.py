@@ -120,12 +120,14 @@ class Session:
         """How many tries in a row have failed."""
         return self._judge.failure_count
 
-    async def run(self, query: "Query[T]", *, timeout: float | None = None) -> T:
+    async def run(self, query: "Query[T]", *, timeout: float | None = None, answer_timeout: float | None = None) -> T:
         """Run one engine call.
 
         Args:
             query: What to call.
             timeout: Seconds for all tries together; None waits for as long as it takes.
+            answer_timeout: Seconds for the answer on a connection that is open, so that a silent one is given up before
+                the time is over which opening another may take; None is no such limit.
 
         Returns:
             What the query reads from the answer.
@@ -137,26 +139,24 @@ class Session:
             ConductorError: The engine refused. Nothing happened.
             psycopg.Error: The server refused. Nothing happened.
         """
-        if timeout is None:
-            async with self._lock:
-                return await self._run(query)
         async with asyncio.timeout(timeout), self._lock:
-            return await self._run(query)
+            return await self._run(query, answer_timeout)
 
     async def close(self) -> None:
         """Close the connection; calls under way fail with `ConnectionLost`."""
         self._closed = True
         await self._drop()
 
-    async def _run(self, query: "Query[T]") -> T:
+    async def _run(self, query: "Query[T]", answer_timeout: float | None) -> T:
         while True:
             is_connecting = True
             try:
                 connection = self._connection or await self._connect()
                 is_connecting = False
-                answer = await ask(
-                    connection, query.statement.encode(), query.parameters, is_pooled=self.route.is_pooled
-                )
+                async with asyncio.timeout(answer_timeout):
+                    answer = await ask(
+                        connection, query.statement.encode(), query.parameters, is_pooled=self.route.is_pooled
+                    )
             except psycopg.Error as error:
                 await self._recover(error, is_connecting, query.harmless)
             except FailedOver as error:

@@ -21,6 +21,7 @@ from tests.fault.programs import Program, caught, child, detached, fail, started
 
 
 @pytest.mark.covers("F30", "F31", "F44", "F45")
+@pytest.mark.timeout(300)  # above the seed's own limit, which says what is missing
 async def test_chaos_a_drawn_seed_keeps_every_promise(mortal_server: EmbeddedServer, tmp_path: Path) -> None:
     seed = int(os.environ.get("PGCONDUCTOR_CHAOS_SEED") or random.SystemRandom().randrange(10**9))
     print(f"PGCONDUCTOR_CHAOS_SEED={seed}")  # noqa: T201 (pytest shows it when the test fails)

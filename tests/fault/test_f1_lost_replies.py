@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from pgconductor.engine import Engine
+from pgconductor.membership import Timing
 from pgconductor.task import Task
 from tests.fault.programs import app, child, children, gate, plain_program, program, sleep, step, transaction
 from tests.fault.supervisor import World
@@ -18,6 +19,7 @@ from tests.waiting import until
 Programs = Task[[list[Any]], list[Any]]
 BOTH = pytest.mark.parametrize("task", [program, plain_program], ids=["async", "plain"])
 UNHARMED = ("completed", 1, 0)
+SLOWER = Timing(beat=0.5, expiry=6.0, sweep=0.5)  # a lease is to outlast a busy machine's pause to connect again
 
 
 @pytest.mark.covers("F3", "F45", "P5")
@@ -151,8 +153,8 @@ async def test_f4_45_every_third_reply_swallowed_under_load(world: World, call: 
     work = [step("a"), transaction("t"), sleep("nap", 0.05), children("c", [step("x")], [step("y")]), step("b")]
     runs = await app.invoke_many([program.bind(work) for _ in range(15)])
     rule = world.proxy.arm("swallow", call, nth=3, again=True)
-    world.worker(through=True)
-    world.worker(through=True)
+    world.worker(through=True, timing=SLOWER)
+    world.worker(through=True, timing=SLOWER)
     await asyncio.gather(*(run.result(60) for run in runs))
     assert rule.fired.is_set()
     assert {world.facts(run.id) for run in runs} == {UNHARMED}

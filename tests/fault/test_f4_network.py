@@ -78,6 +78,22 @@ async def test_f4_49_a_dead_host_before_the_living_one_is_passed_over(world: Wor
 
 
 @pytest.mark.covers("F49")
+async def test_f4_49_no_lease_is_lost_where_connecting_takes_longer_than_from_beat_to_beat(world: World) -> None:
+    beating = "select pid from pg_stat_activity where application_name = 'pgconductor heartbeat'"
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # it takes connections and says nothing, for 2 s
+        hosts, ports = "127.0.0.1,127.0.0.1", f"{silent.getsockname()[1]},{world.proxy.port}"
+        dsn = make_conninfo(world.proxied_dsn, host=hosts, port=ports, connect_timeout=2)
+        worker = await world.worker(dsn=dsn, timing=Timing(beat=0.5, expiry=6.0, sweep=0.5)).up()
+        await until(lambda: bool(world.rows(beating)))
+        old_id, old_pid = worker.boot_id, world.rows(beating)[0]["pid"]
+        world.rows("select pg_terminate_backend(%s)", old_pid)
+        await until(lambda: [row["pid"] for row in world.rows(beating)] not in ([], [old_pid]))
+        connected_at = world.one("select clock_timestamp()")
+        await until(lambda: bool(world.rows("select 1 from orchestrator where beat_at > %s", connected_at)))
+    assert worker.boot_id == old_id
+
+
+@pytest.mark.covers("F49")
 async def test_f4_49_a_password_that_was_changed_is_told_and_work_goes_on_when_it_is_put_right(world: World) -> None:
     role = f"worker_{uuid4().hex[:12]}"
     world.execute(f"create role {role} login superuser password 'first'")

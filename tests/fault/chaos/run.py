@@ -39,8 +39,8 @@ CONVERGE_SECONDS_MAX = 20.0
 STALL_SECONDS_MAX = 12.0
 """So long, after that, nothing may go without an end: more than a takeover, a reconnect and the longest sleep."""
 SEED_SECONDS_MAX = 240.0
-FIRE_SECONDS_MAX = 20.0
-STOP_SECONDS_MAX = 20.0
+FIRE_SECONDS_MAX = 60.0
+STOP_SECONDS_MAX = 60.0
 BAIT_SECONDS = 0.3
 KEEPALIVE_SECONDS = 3.0
 

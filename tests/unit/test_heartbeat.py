@@ -1,0 +1,50 @@
+"""What the heartbeat does about answers that take long."""
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from pgconductor import heartbeat
+from pgconductor.engine import Beat, Engine, Moved
+from pgconductor.heartbeat import Heartbeat, Pulse
+from pgconductor.membership import Membership, Timing
+from tests.waiting import until
+
+TIMING = Timing(beat=0.02, expiry=2.0, sweep=3600.0)
+
+
+class FarSession:
+    """A connection whose answers take longer than the time between two beats."""
+
+    def __init__(self, dsn: str, name: str) -> None: ...
+
+    async def run(self, query: object, *, timeout: float, answer_timeout: float) -> Beat:
+        async with asyncio.timeout(answer_timeout):
+            await asyncio.sleep(8 * TIMING.beat)
+        return Beat(alive=True, cancel=[])
+
+    async def close(self) -> None: ...
+
+
+class Nobody:
+    """Hears nothing."""
+
+    def on_cancel(self, ids: list[str]) -> None: ...
+    def on_declared_dead(self, id: str) -> None: ...
+    def on_stop_requested(self, id: str) -> None: ...
+    def on_swept(self, moved: Moved) -> None: ...
+    def running_now(self) -> str:
+        return ""
+
+
+async def test_a_beat_whose_answer_takes_longer_than_a_beat_is_waited_for_in_the_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    session: Any = FarSession
+    monkeypatch.setattr(heartbeat, "Session", session)
+    beating = Heartbeat("", Engine("pgconductor"), Membership(TIMING), Nobody(), Pulse())
+    beating.start()
+    await until(lambda: beating.answered_at > 0)
+    assert beating.error_count >= 1
+    beating.stop()
