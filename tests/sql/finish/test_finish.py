@@ -7,9 +7,12 @@ from tests.sql.support import (
     cancel,
     chain,
     claim,
+    claim_one,
     count,
+    enqueue,
     fail,
     finish,
+    invoke,
     op,
     parent_and_child,
     row,
@@ -100,3 +103,27 @@ def test_the_children_of_a_failed_parent_are_cancelled_to_any_depth(db: Db) -> N
     assert states(db, ids) == ["cancelled", "cancelled", "cancelled", "running"]
     finish(db, ids[3])
     assert state(db, ids[3]) == "cancelled"
+
+
+def test_an_answer_reads_no_steps_of_others_whatever_was_planned(db: Db) -> None:
+    """The statements of a session are planned while there are few steps, and stay as they are."""
+    ids = chain(db, 2)
+    db.execute("vacuum analyze step")
+    finish(db, ids[2])
+    save(db, ids[1], *[f"step {n}" for n in range(500)], token=1)
+    enqueue(db)
+    invoke(db, claim_one(db, tasks=["work"], token=2), token=2)
+    child = claim_one(db, tasks=["child"], limit=1, token=3)
+    with db.transaction():
+        before = steps_read(db)
+        finish(db, child, token=3)
+        assert steps_read(db) - before < 20
+
+
+def steps_read(db: Db) -> int:
+    """Return how many rows of steps this transaction has read."""
+    found = db.execute(
+        "select seq_tup_read + coalesce(idx_tup_fetch, 0) as read from pg_stat_xact_user_tables"
+        " where schemaname = 'pgconductor' and relname = 'step'"
+    ).fetchone()
+    return int(found["read"]) if found else 0

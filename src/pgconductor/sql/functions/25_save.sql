@@ -12,37 +12,24 @@
 create or replace function open_operations(p_ops json, p_now timestamptz) returns int[]
 language plpgsql volatile set search_path from current as $$
 declare
+  v_children new_child[];
   v_opened uuid[];
-  v_new new_execution[];
 begin
   perform check_sizes(p_ops);
   perform check_fan_outs(p_ops);
-  -- headers of fan-outs, sleeps and waits
-  insert into step (execution_id, name, round, index, kind, status, keep_on_timeout, created_at, finished_at, due_at,
-                    error, child_task, event_where)
-  select o.id, o.name, o.round, 0, o.kind,
-         case when json_array_length(o.children) = 0 then 'completed' else 'pending' end::step_status,
-         coalesce(o.keep, false), p_now, case when json_array_length(o.children) = 0 then p_now end,
-         coalesce(o.due_at, p_now + make_interval(secs => o.due_in)), o.timeout_error, o.event, o."where"
-  from json_to_recordset(p_ops) as o(id uuid, name text, round smallint, kind step_kind, due_at timestamptz,
-    due_in float8, keep boolean, timeout_error json, children json, event text, "where" jsonb)
-  where o.kind not in ('invoke', 'start')
-  on conflict do nothing;
-  perform listen(waits_of(p_ops), p_now);
+  v_children := children_to_open(p_ops, p_now);
+  -- an invocation or a start is the row of its one child; anything else has a row of its own
+  if json_array_length(p_ops) > (select count(*) from unnest(v_children) c where c.index = 0) then
+    perform open_headers(p_ops, p_now);
+  end if;
 
-  -- one row a child
   with opened as (
     insert into step (execution_id, name, round, index, kind, status, keep_on_timeout, created_at, finished_at, due_at,
                       child_id, child_task, error)
-    select o.id, o.name, o.round, case when o.kind = 'invoke_all' then c.ordinality else 0 end, o.kind,
-           case when o.detached then 'completed' else 'pending' end::step_status, coalesce(o.keep, false), p_now,
-           case when o.detached then p_now end,
-           case when o.kind <> 'invoke_all' then coalesce(o.due_at, p_now + make_interval(secs => o.due_in)) end,
-           (c.value ->> 'id')::uuid, c.value ->> 'task', o.timeout_error
-    from json_to_recordset(p_ops) as o(id uuid, name text, round smallint, kind step_kind, due_at timestamptz,
-      due_in float8, keep boolean, detached boolean, timeout_error json, children json)
-    cross join lateral json_array_elements(o.children) with ordinality c
-    where o.children is not null
+    select c.parent_id, c.name, c.round, c.index, c.kind,
+           case when c.detached then 'completed' else 'pending' end::step_status, c.keep, p_now,
+           case when c.detached then p_now end, c.expires_at, c.id, c.task, c.timeout_error
+    from unnest(v_children) c
     on conflict do nothing
     returning child_id
   )
@@ -50,19 +37,59 @@ begin
   if v_opened is null then
     return '{}'::int[];
   end if;
+  if cardinality(v_opened) < cardinality(v_children) then
+    v_children := array(select c from unnest(v_children) c where c.id = any(v_opened));
+  end if;
+  return insert_executions(child_executions(v_children), p_now);
+end $$;
 
+-- The rows of what is more than its one child: fan-outs with their counters, sleeps and waits.
+create or replace function open_headers(p_ops json, p_now timestamptz) returns void
+language plpgsql volatile set search_path from current as $$
+begin
+  with opened as (
+    insert into step (execution_id, name, round, index, kind, status, keep_on_timeout, created_at, finished_at, due_at,
+                      error, child_task, event_where)
+    select o.id, o.name, o.round, 0, o.kind,
+           case when json_array_length(o.children) = 0 then 'completed' else 'pending' end::step_status,
+           coalesce(o.keep, false), p_now, case when json_array_length(o.children) = 0 then p_now end,
+           coalesce(o.due_at, p_now + make_interval(secs => o.due_in)), o.timeout_error, o.event, o."where"
+    from json_to_recordset(p_ops) as o(id uuid, name text, round smallint, kind step_kind, due_at timestamptz,
+      due_in float8, keep boolean, timeout_error json, children json, event text, "where" jsonb)
+    where o.kind not in ('invoke', 'start')
+    on conflict do nothing
+    returning execution_id, name, round
+  )
   insert into wait_item (execution_id, name, round, kind, left_count, next_index)
   select o.id, o.name, o.round, o.kind, json_array_length(o.children), o."window" + 1
   from json_to_recordset(p_ops) as o(id uuid, name text, round smallint, kind step_kind, "window" int, children json)
+  join opened n on n.execution_id = o.id and n.name = o.name and n.round = o.round
   where o.kind = 'invoke_all' and json_array_length(o.children) > 0
   on conflict do nothing;
-
-  v_new := child_executions(p_ops, v_opened, p_now);
-  return insert_executions(v_new, p_now);
+  perform listen(waits_of(p_ops), p_now);
 end $$;
 
--- The rows of new children. Those beyond a fan-out's window are due at infinity until one before them ends.
-create or replace function child_executions(p_ops json, p_opened uuid[], p_now timestamptz) returns new_execution[]
+-- The children that operations ask for, in their order. Those beyond a fan-out's window are due at infinity until one
+-- before them ends. Read once, since what is nested costs the most to read.
+create or replace function children_to_open(p_ops json, p_now timestamptz) returns new_child[]
+language sql stable set search_path from current as $$
+  select array_agg(row(
+    o.id, o.name, o.round, case when o.kind = 'invoke_all' then c.ordinality else 0 end, o.kind,
+    coalesce(o.detached, false), coalesce(o.keep, false),
+    case when o.kind <> 'invoke_all' then coalesce(o.due_at, p_now + make_interval(secs => o.due_in)) end,
+    o.timeout_error, c.id, c.task, c.queue, c.payload, coalesce(c.priority, 0),
+    case when c.ordinality > o."window" then 'infinity'
+         else coalesce(c.run_at, p_now + make_interval(secs => c.delay)) end)::new_child order by o.place, c.ordinality)
+  from rows from (json_to_recordset(p_ops) as (id uuid, name text, round smallint, kind step_kind, due_at timestamptz,
+    due_in float8, keep boolean, detached boolean, timeout_error json, "window" int, children json)) with ordinality
+    as o(id, name, round, kind, due_at, due_in, keep, detached, timeout_error, "window", children, place)
+  cross join lateral rows from (json_to_recordset(o.children) as (id uuid, task text, queue text, payload json,
+    priority smallint, delay float8, run_at timestamptz)) with ordinality as c
+  where c.ordinality = 1 or o.kind = 'invoke_all'
+$$;
+
+-- The executions of new children.
+create or replace function child_executions(p_children new_child[]) returns new_execution[]
 language plpgsql volatile set search_path from current as $$
 declare
   v_tasks text[];
@@ -70,36 +97,21 @@ declare
   v_lanes int[];
 begin
   select array_agg(x.task), array_agg(x.queue) into v_tasks, v_queues
-  from (select distinct c.task, c.queue
-        from json_array_elements(p_ops) o
-        cross join lateral json_to_recordset(case json_typeof(o -> 'children') when 'array' then o -> 'children' end)
-          as c(id uuid, task text, queue text)) x;
+  from (select distinct c.task, c.queue from unnest(p_children) c) x;
   v_lanes := lanes_of(v_tasks, v_queues);
   return (
     select array_agg(row(
-      c.id, c.lane, nextval('execution_ord'), coalesce(c.priority, 0),
-      case when c.detached then 0 else p.depth + 1 end,
-      case when not c.detached then p.id end, case when not c.detached then c.name end,
+      c.id, c.lane, nextval('execution_ord'), c.priority, case when c.detached then 0 else p.depth + 1 end,
+      case when not c.detached then c.parent_id end, case when not c.detached then c.name end,
       case when not c.detached then c.round end, case when not c.detached then c.index end,
-      case when not c.detached then coalesce(p.root_id, p.id) end,
+      case when not c.detached then coalesce(p.root_id, c.parent_id) end,
       null, null, c.payload, c.due_at, null, null)::new_execution)
-    from (
-      select o.id as parent, o.name, o.round, coalesce(o.detached, false) as detached, c.id, c.payload, c.priority,
-             x.lane, case when o.kind = 'invoke_all' then c.ordinality else 0 end as index,
-             case when c.ordinality > o."window" then 'infinity'
-                  else coalesce(c.run_at, p_now + make_interval(secs => c.delay)) end as due_at
-      from rows from (json_to_recordset(p_ops) as (id uuid, name text, round smallint, kind step_kind,
-        detached boolean, "window" int, children json)) with ordinality
-        as o(id, name, round, kind, detached, "window", children, place)
-      cross join lateral rows from (json_to_recordset(o.children) as (id uuid, task text, queue text, payload json,
-        priority smallint, delay float8, run_at timestamptz)) with ordinality as c
-      join unnest(v_tasks, v_queues, v_lanes) as x(task, queue, lane)
-        on x.task = c.task and x.queue is not distinct from c.queue
-      where o.children is not null
-      order by o.place, c.ordinality
-    ) c
-    cross join lateral (select * from execution k where k.id = c.parent offset 0) p
-    where c.id = any(p_opened));
+    from (select c.*, x.lane
+          from unnest(p_children) with ordinality as c
+          join unnest(v_tasks, v_queues, v_lanes) as x(task, queue, lane)
+            on x.task = c.task and x.queue is not distinct from c.queue
+          order by c.ordinality) c
+    cross join lateral (select depth, root_id from execution k where k.id = c.parent_id offset 0) p);
 end $$;
 
 -- p_steps: [{id, token, name, round, kind, value, event?: {id, name, payload}}]; p_ops: as open_operations takes them,

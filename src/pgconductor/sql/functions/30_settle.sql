@@ -91,7 +91,7 @@ language plpgsql volatile set search_path from current as $$
 declare
   v_lanes int[] := '{}'::int[];
   v_ops json;
-  v_answered uuid[];
+  v_found record;
 begin
   select json_agg(o) into v_ops from unnest(p_parked) p cross join lateral json_array_elements(p.ops) o;
   if v_ops is not null then
@@ -99,25 +99,43 @@ begin
   end if;
   perform count_waits(p_parked, p_now);
 
-  v_answered := array(
-    select distinct p.id from unnest(p_parked) p
-    cross join lateral json_to_recordset(p.awaits) as a(name text, round smallint, kind step_kind, awaited boolean)
-    cross join lateral (select * from step k where k.execution_id = p.id and k.name = a.name and k.round = a.round and k.index = 0 offset 0) s
-    where a.awaited and s.status <> 'pending');
+  select array_agg(f.id) as ids, array_agg(f.is_cached) as is_cached, array_agg(f.unseen_since) as unseen_since,
+         array_agg(f.due_at) as due_at,
+         coalesce(array_agg(f.id) filter (where f.is_answered), '{}') as answered,
+         bool_or(f.due_at is not null) as has_due
+  into v_found from found_at_park(p_parked) f;
   insert into wait (execution_id, parked_at, cached_by, cached_seq)
-  select p.id, p_now, case when p.cached then p_orchestrator end, unseen_since(p.id, p.awaits)
-  from unnest(p_parked) p;
-  insert into timer (execution_id, due_at)
-  select p.id, min(s.due_at) from unnest(p_parked) p
-  cross join lateral json_to_recordset(p.awaits) as a(name text, round smallint, awaited boolean)
-  cross join lateral (select * from step k where k.execution_id = p.id and k.name = a.name and k.round = a.round and k.index = 0 offset 0) s
-  where a.awaited and s.due_at is not null and p.id <> all(v_answered)
-  group by p.id;
+  select f.id, p_now, case when f.is_cached then p_orchestrator end, f.unseen_since
+  from unnest(v_found.ids, v_found.is_cached, v_found.unseen_since) as f(id, is_cached, unseen_since);
+  if v_found.has_due then
+    insert into timer (execution_id, due_at)
+    select f.id, f.due_at from unnest(v_found.ids, v_found.due_at) as f(id, due_at)
+    where f.due_at is not null and f.id <> all(v_found.answered);
+  end if;
   update execution e set started_at = p.claimed_at
   from unnest(p_parked) p where e.id = p.id and e.started_at is null
-    and e.id = any(array(select id from unnest(p_parked)));
-  return merge(row(v_lanes, '{}')::effects, wake(v_answered));
+    and e.id = any(v_found.ids);
+  return merge(row(v_lanes, '{}')::effects, wake(v_found.answered));
 end $$;
+
+-- What stands in the database of operations that parked executions have open: whether one that is awaited has been
+-- answered, when the first is due, and after which position in step_seq the worker has seen nothing. Operations that it
+-- thought open may have been answered while it ran.
+create or replace function found_at_park(p_parked settlement[])
+returns table (id uuid, is_cached boolean, is_answered boolean, due_at timestamptz, unseen_since bigint)
+language sql volatile set search_path from current as $$
+  select p.id, p.cached, coalesce(f.is_answered, false), f.due_at,
+         least((select last_value from step_seq), f.first_answer - 1)
+  from unnest(p_parked) p
+  cross join lateral (
+    select bool_or(a.awaited and s.index = 0 and s.status <> 'pending') as is_answered,
+           min(s.due_at) filter (where a.awaited and s.index = 0) as due_at,
+           min(s.seq) filter (where s.status <> 'pending') as first_answer
+    from json_to_recordset(p.awaits) as a(name text, round smallint, awaited boolean)
+    cross join lateral (
+      select index, status, due_at, seq from step k
+      where k.execution_id = p.id and k.name = a.name and k.round = a.round offset 0) s) f
+$$;
 
 -- Makes a row a wait on started children, with how many of them are still to answer.
 create or replace function count_waits(p_parked settlement[], p_now timestamptz) returns void
@@ -125,8 +143,7 @@ language plpgsql volatile set search_path from current as $$
 declare
   v_full answer[];
 begin
-  if not exists (select from unnest(p_parked) p cross join lateral json_array_elements(p.awaits) a
-                 where a -> 'members' is not null) then
+  if not exists (select from unnest(p_parked) p where position('"members"' in p.awaits::text) > 0) then
     return;
   end if;
   insert into wait_link (execution_id, child_step, item_name, item_round)
@@ -153,28 +170,23 @@ begin
   perform write_answers(v_full, p_now);
 end $$;
 
--- The position in step_seq after which the worker that parked has seen nothing. Operations it thought open may have
--- been answered while it ran.
-create or replace function unseen_since(p_execution uuid, p_open json) returns bigint
-language sql volatile set search_path from current as $$
-  select least(
-    (select last_value from step_seq),
-    (select min(s.seq) - 1 from json_to_recordset(p_open) as a(name text, round smallint)
-     cross join lateral (select * from step k where k.execution_id = p_execution and k.name = a.name and k.round = a.round offset 0) s
-     where s.status <> 'pending'))
-$$;
-
 -- Makes executions ready again, at once or after their delay. Those released keep their place before fresh work.
 create or replace function requeue(p_again settlement[], p_now timestamptz) returns effects
 language plpgsql volatile set search_path from current as $$
+declare
+  v_fresh record;
 begin
   update execution e
   set failures = e.failures + (a.outcome = 'retried')::int, error = coalesce(a.error, e.error),
       started_at = coalesce(e.started_at, a.claimed_at)
   from unnest(p_again) a where e.id = a.id and e.id = any(array(select id from unnest(p_again)));
-  update step s set dropped = true, seq = nextval('step_seq')
-  from unnest(p_again) a cross join lateral json_to_recordset(a.fresh) as f(name text, round smallint)
-  where s.execution_id = a.id and s.name = f.name and s.round = f.round;
+  for v_fresh in
+    select a.id, f.name, f.round
+    from unnest(p_again) a cross join lateral json_to_recordset(a.fresh) as f(name text, round smallint)
+  loop
+    update step set dropped = true, seq = nextval('step_seq')
+    where execution_id = v_fresh.id and name = v_fresh.name and round = v_fresh.round;
+  end loop;
   insert into timer (execution_id, due_at)
   select id, p_now + make_interval(secs => delay) from unnest(p_again) where delay > 0;
   return row(make_ready(array(
@@ -228,38 +240,41 @@ create or replace function settle_held(p_orchestrator uuid, p_held settlement[],
 language plpgsql volatile set search_path from current as $$
 declare
   v_ids uuid[];
-  v_held settlement[];
   v_flagged uuid[];
   v_again settlement[];
   v_parked settlement[];
+  v_crashed uuid[];
   v_over ended[];
   v_ended ended[];
   v_effects effects := row('{}'::int[], '{}'::text[]);
 begin
   perform lock_for_settle(p_held);
   -- a first try of this very call may have gone on while its sender had given it up
-  v_held := array(select distinct on (h.id) h from unnest(p_held) h
-                  cross join lateral (select * from lease k where k.execution_id = h.id offset 0) l
-                  where l.orchestrator_id = p_orchestrator and l.claimed_at = h.claimed_at);
-  v_flagged := array(select e.id from unnest(v_held) h cross join lateral (select * from execution k where k.id = h.id offset 0) e
-                     where e.cancel_requested_at is not null);
-  select array_agg(h) filter (where h.outcome in ('retried', 'released', 'crashed')),
-         array_agg(h) filter (where h.outcome = 'parked'),
-         array_agg(row(h.id, h.outcome, h.result, h.error)::ended) filter (where h.outcome in ('completed', 'failed'))
-  into v_again, v_parked, v_ended
-  from unnest(v_held) h where h.id <> all(v_flagged);
+  select array_agg(h.id), coalesce(array_agg(h.id) filter (where h.is_flagged), '{}'),
+         array_agg(h.held) filter (where not h.is_flagged and h.outcome in ('retried', 'released', 'crashed')),
+         array_agg(h.held) filter (where not h.is_flagged and h.outcome = 'parked'),
+         array_agg(row(h.id, h.outcome, (h.held).result, (h.held).error)::ended)
+           filter (where not h.is_flagged and h.outcome in ('completed', 'failed'))
+  into v_ids, v_flagged, v_again, v_parked, v_ended
+  from (select distinct on (p.id) p.id, p.outcome, e.cancel_requested_at is not null as is_flagged, p as held
+        from unnest(p_held) p
+        cross join lateral (select orchestrator_id, claimed_at from lease k where k.execution_id = p.id offset 0) l
+        cross join lateral (select cancel_requested_at from execution k where k.id = p.id offset 0) e
+        where l.orchestrator_id = p_orchestrator and l.claimed_at = p.claimed_at) h;
   if coalesce(cardinality(v_again), 0) + coalesce(cardinality(v_parked), 0) + coalesce(cardinality(v_ended), 0)
-     + cardinality(v_flagged) < cardinality(v_held) then
+     + cardinality(v_flagged) < coalesce(cardinality(v_ids), 0) then
     raise exception 'an outcome is not one of those that settle knows' using errcode = 'PC003';
   end if;
 
   update execution e set failures = e.failures + 1
   where e.id = any(array(select x.id from unnest(v_ended) x where x.outcome = 'failed'));
-  update execution e set crashes = e.crashes + 1
-  where e.id = any(array(select a.id from unnest(v_again) a where a.outcome = 'crashed'));
-  v_over := crashed_too_often(array(select a.id from unnest(v_again) a where a.outcome = 'crashed'));
-  v_again := array(select a from unnest(v_again) a where not exists (select from unnest(v_over) o where o.id = a.id));
-  v_ended := v_ended || v_over;
+  if v_again is not null then
+    v_crashed := array(select a.id from unnest(v_again) a where a.outcome = 'crashed');
+    update execution e set crashes = e.crashes + 1 where e.id = any(v_crashed);
+    v_over := crashed_too_often(v_crashed);
+    v_again := array(select a from unnest(v_again) a where not exists (select from unnest(v_over) o where o.id = a.id));
+    v_ended := v_ended || v_over;
+  end if;
   if cardinality(v_again) > 0 then
     v_effects := merge(v_effects, requeue(v_again, p_now));
   end if;
@@ -272,7 +287,6 @@ begin
   if cardinality(v_ended) > 0 then
     v_effects := merge(v_effects, finish(v_ended, p_now));
   end if;
-  v_ids := array(select h.id from unnest(v_held) h);
   delete from lease where execution_id = any(v_ids);
   v_effects := merge(v_effects, row(release_permits(v_ids), '{}')::effects);
   return v_effects;

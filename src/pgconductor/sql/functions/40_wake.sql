@@ -44,57 +44,64 @@ language sql stable set search_path from current as $$
   where l.execution_id = p_execution and l.item_name = p_name and l.item_round = p_round and s.status <> 'pending'
 $$;
 
--- Writes outcomes into pending steps, each once; returns those it wrote.
-create or replace function write_answers(p_answers answer[], p_now timestamptz) returns answer[]
+-- Writes outcomes into pending steps, each once. Returns what it wrote by who counts it: answered are executions that
+-- may wait for the operation itself, started are children that a wait may name, members are those of a fan-out.
+-- An insert that always conflicts, since it reaches each row by its key: an update that is joined with the answers is
+-- planned as a scan of all steps there are, when that was done while there were few.
+create or replace function write_answers(
+  p_answers answer[], p_now timestamptz, out p_answered uuid[], out p_started answer[], out p_members answer[]
+)
 language plpgsql volatile set search_path from current as $$
-declare
-  v_written answer[];
 begin
   with written as (
-    update step s
-    set status = a.status, value = a.value, finished_at = p_now,
-        error = case when a.status = 'timed_out' then s.error else a.error end,
-        seq = nextval('step_seq')
-    from unnest(p_answers) a
-    where s.execution_id = a.execution_id and s.name = a.name and s.round = a.round and s.index = a.index
-      and s.status = 'pending'
-    returning row(s.execution_id, s.name, s.round, s.index, s.status, null, null)::answer as answer
+    insert into step as s (execution_id, name, round, index, kind, created_at, status, value, finished_at, error)
+    select k.execution_id, k.name, k.round, k.index, k.kind, k.created_at, a.status, a.value, p_now,
+           case when a.status = 'timed_out' then k.error else a.error end
+    from unnest(p_answers) a cross join lateral (
+      select * from step k where k.execution_id = a.execution_id and k.name = a.name and k.round = a.round
+        and k.index = a.index and k.status = 'pending' offset 0) k
+    on conflict (execution_id, name, round, index) do update
+    set status = excluded.status, value = excluded.value, finished_at = excluded.finished_at, error = excluded.error,
+        seq = excluded.seq
+    where s.status = 'pending'
+    returning s.execution_id, s.kind, s.index,
+              row(s.execution_id, s.name, s.round, s.index, s.status, null, null)::answer as answer
   )
-  select array_agg(answer) into v_written from written;
-  return v_written;
+  select coalesce(array_agg(w.execution_id) filter (where w.index = 0 and w.kind <> 'start'), '{}'),
+         array_agg(w.answer) filter (where w.kind = 'start'), array_agg(w.answer) filter (where w.index > 0)
+  into p_answered, p_started, p_members from written w;
 end $$;
 
 -- Answers operations and wakes the executions that need no more.
 create or replace function answer(p_answers answer[], p_now timestamptz) returns effects
 language plpgsql volatile set search_path from current as $$
 declare
-  v_written answer[] := write_answers(p_answers, p_now);
-  v_counted uuid[];
-  v_single uuid[];
-  v_lanes int[];
+  v_written record;
+  v_ids uuid[];
+  v_lanes int[] := '{}'::int[];
 begin
-  if v_written is null then
-    return row('{}'::int[], '{}'::text[])::effects;
+  select * into v_written from write_answers(p_answers, p_now);
+  v_ids := v_written.p_answered;
+  if v_written.p_members is not null then
+    v_lanes := release_next(v_written.p_members, p_now);
+    v_ids := v_ids || count_fan_outs(v_written.p_members, p_now);
   end if;
-  v_lanes := release_next(v_written, p_now);
-  v_counted := count_fan_outs(v_written, p_now) || count_links(v_written, p_now);
-  v_single := array(
-    select w.execution_id from unnest(v_written) w
-    cross join lateral (select * from step k where k.execution_id = w.execution_id and k.name = w.name and k.round = w.round and k.index = w.index offset 0) s
-    where w.index = 0 and s.kind <> 'start');
-  return merge(row(v_lanes, '{}')::effects, wake(v_counted || v_single));
+  if v_written.p_started is not null then
+    v_ids := v_ids || count_links(v_written.p_started, p_now);
+  end if;
+  return merge(row(v_lanes, '{}')::effects, wake(v_ids));
 end $$;
 
 -- Counts answered children of fan-outs; answers the fan-outs that are complete and returns their executions.
-create or replace function count_fan_outs(p_written answer[], p_now timestamptz) returns uuid[]
+create or replace function count_fan_outs(p_members answer[], p_now timestamptz) returns uuid[]
 language plpgsql volatile set search_path from current as $$
 declare
   v_full answer[];
 begin
   with counted as (
     update wait_item i set left_count = i.left_count - w.count
-    from (select execution_id, name, round, count(*)::int as count from unnest(p_written)
-          where index > 0 group by 1, 2, 3) w
+    from (select execution_id, name, round, count(*)::int as count from unnest(p_members)
+          group by 1, 2, 3) w
     where i.execution_id = w.execution_id and i.name = w.name and i.round = w.round
     returning i.execution_id, i.name, i.round, i.left_count
   )
@@ -105,11 +112,11 @@ begin
   end if;
   delete from wait_item i using unnest(v_full) f
   where i.execution_id = f.execution_id and i.name = f.name and i.round = f.round;
-  return array(select execution_id from unnest(write_answers(v_full, p_now)));
+  return (write_answers(v_full, p_now)).p_answered;
 end $$;
 
 -- Counts answered children for the waits that name them; answers the waits that are full.
-create or replace function count_links(p_written answer[], p_now timestamptz) returns uuid[]
+create or replace function count_links(p_started answer[], p_now timestamptz) returns uuid[]
 language plpgsql volatile set search_path from current as $$
 declare
   v_full answer[];
@@ -117,9 +124,9 @@ begin
   with counted as (
     update wait_item i set left_count = i.left_count - w.count
     from (select l.execution_id, l.item_name, l.item_round, count(*)::int as count
-          from unnest(p_written) a
-          join wait_link l on l.execution_id = a.execution_id and l.child_step = a.name
-          where a.index = 0 group by 1, 2, 3) w
+          from unnest(p_started) a cross join lateral (
+            select * from wait_link l where l.execution_id = a.execution_id and l.child_step = a.name offset 0) l
+          group by 1, 2, 3) w
     where i.execution_id = w.execution_id and i.name = w.item_name and i.round = w.item_round
     returning i.execution_id, i.name, i.round, i.left_count
   )
@@ -129,12 +136,12 @@ begin
   if v_full is null then
     return '{}'::uuid[];
   end if;
-  return array(select execution_id from unnest(write_answers(v_full, p_now)));
+  return (write_answers(v_full, p_now)).p_answered;
 end $$;
 
 -- Makes the next held children of a fan-out with a window ready, one for each that ended inside the window. They are due
 -- now, and from now on they may expire.
-create or replace function release_next(p_written answer[], p_now timestamptz) returns int[]
+create or replace function release_next(p_members answer[], p_now timestamptz) returns int[]
 language plpgsql volatile set search_path from current as $$
 declare
   v_item record;
@@ -143,9 +150,9 @@ declare
 begin
   for v_item in
     select i.execution_id, i.name, i.round, i.next_index, count(*)::int as ended
-    from unnest(p_written) w
+    from unnest(p_members) w
     join wait_item i on i.execution_id = w.execution_id and i.name = w.name and i.round = w.round
-    where w.index > 0 and w.index < i.next_index
+    where w.index < i.next_index
     group by i.execution_id, i.name, i.round
   loop
     select array_agg(child_id) as ids, max(index) as index into v_next
@@ -177,11 +184,18 @@ declare
   v_answers answer[];
   v_effects effects := row('{}'::int[], '{}'::text[]);
 begin
-  update execution e
-  set outcome = x.outcome, result = x.result, error = x.error, finished_at = p_now,
-      started_at = coalesce(e.started_at, l.claimed_at)
-  from unnest(p_ended) x left join lateral (select * from lease k where k.execution_id = x.id offset 0) l on true
-  where e.id = x.id and e.id = any(v_ids);
+  with done as (
+    update execution e
+    set outcome = x.outcome, result = x.result, error = x.error, finished_at = p_now,
+        started_at = coalesce(e.started_at, l.claimed_at)
+    from unnest(p_ended) x
+    left join lateral (select claimed_at from lease k where k.execution_id = x.id offset 0) l on true
+    where e.id = x.id and e.id = any(v_ids)
+    returning e.parent_id, e.parent_step, e.parent_round, e.parent_index, x.outcome, x.result, x.error
+  )
+  select array_agg(row(d.parent_id, d.parent_step, d.parent_round, d.parent_index, d.outcome::text::step_status,
+                       d.result, d.error)::answer) into v_answers
+  from done d where d.parent_id is not null;
   delete from wait_item where execution_id = any(v_ids);
   delete from wait_link where execution_id = any(v_ids);
   delete from event_wait where execution_id = any(v_ids);
@@ -190,10 +204,6 @@ begin
   if cardinality(v_open) > 0 then
     v_effects := cancel_locked(v_open, 'its parent ended', p_now);
   end if;
-  select array_agg(row(e.parent_id, e.parent_step, e.parent_round, e.parent_index, e.outcome::text::step_status,
-                       x.result, x.error)::answer) into v_answers
-  from unnest(p_ended) x cross join lateral (select * from execution k where k.id = x.id offset 0) e
-  where e.parent_id is not null;
   if v_answers is not null then
     v_effects := merge(v_effects, answer(v_answers, p_now));
   end if;

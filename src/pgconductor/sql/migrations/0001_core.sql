@@ -185,6 +185,11 @@ create type new_execution as (
   id uuid, lane_id int, ord bigint, priority smallint, depth smallint, parent_id uuid, parent_step text,
   parent_round smallint, parent_index int, root_id uuid, dedupe_key text, trigger text, payload json, due_at timestamptz
 );
+create type new_child as (
+  parent_id uuid, name text, round smallint, index int, kind step_kind, detached boolean, keep boolean,
+  expires_at timestamptz, timeout_error json, id uuid, task text, queue text, payload json, priority smallint,
+  due_at timestamptz
+);
 create type settlement as (
   id uuid, outcome text, result json, error json, delay float8, ops json, awaits json, fresh json, cached boolean,
   claimed_at timestamptz
