@@ -102,13 +102,17 @@ class Saved(Struct):
 
 
 class Moved(Struct):
-    """What an operation set in motion besides itself; `prune`: whether a prune would find something."""
+    """What an operation set in motion besides itself; `prune`: whether a prune would find something.
+
+    `gave_up`: a sweep met a lock that others hold on to, here, and did nothing.
+    """
 
     result: str = ""
     lost: int = 0
     queues: list[int] | None = None
     watchers: list[str] | None = None
     prune: bool = False
+    gave_up: str | None = None
 
 
 class Enqueued(Struct):
@@ -156,10 +160,11 @@ class Outstanding(Struct):
 
 
 class Pruned(Struct):
-    """How much was removed, and whether there is more to do now."""
+    """How much was removed, and whether there is more to do now; `gave_up` as in `Moved`."""
 
     removed: int
     more: bool
+    gave_up: str | None = None
 
 
 class Named(Struct):

@@ -10,7 +10,10 @@ silent one. To connect it may take the whole trust, since that can last longer t
 or on a busy machine. And where answers are what lasts longer, the limit doubles from beat to beat until one comes; else
 none ever would, and a database that is only slow would cost the process its leases.
 
-Beside the beat it runs the sweep, but not where the beat before it got no answer: the process could sweep itself.
+Beside the beat it runs the sweep, on the same connection, so a sweep must not hold up the beats behind it: it gives up
+at a lock that others hold on to, and after a limit that leaves time for the next beat. What it did not do stays to be
+done; the next sweep, of any process, finds it. There is no sweep where the beat before it got no answer: the process
+could sweep itself.
 After a long time without answers it lets a whole lease go by before it sweeps again: where the server was away, or
 this process stood still, the others must be given the time to show that they live. The engine asks when the server
 was started for the same reason, which does not cover the time that its recovery took.
@@ -106,12 +109,14 @@ class Heartbeat:
     Attributes:
         is_stopping: Passed on with the beats.
         error_count: How many beats and sweeps have failed.
+        gave_up_count: How many sweeps and prunes met a lock that others held on to.
         answered_at: When the last answer to a beat came, whatever it said.
     """
 
     def __init__(self, dsn: str, engine: "Engine", membership: Membership, listener: Listener, pulse: Pulse) -> None:
         self.is_stopping = False
         self.error_count = 0
+        self.gave_up_count = 0
         self.answered_at = 0.0
         self._dsn = dsn
         self._engine = engine
@@ -163,7 +168,7 @@ class Heartbeat:
             is_due = began_at - swept_at >= self._timing.sweep * 0.9
             if is_due and began_at <= self.answered_at and began_at >= self._sweeps_from and not self._ended:
                 swept_at = began_at
-                await self._guard(self._sweep(session))
+                await self._guard(self._sweep_in_time(session))
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(max(0.0, began_at + self._timing.beat - time.monotonic())):
                     await self._poke.wait()
@@ -200,8 +205,13 @@ class Heartbeat:
         if beat.cancel:
             self._tell(self._listener.on_cancel, beat.cancel)
 
+    async def _sweep_in_time(self, session: Session) -> None:
+        async with asyncio.timeout(self._timing.sweep_limit):
+            await self._sweep(session)
+
     async def _sweep(self, session: Session) -> None:
-        moved = await session.run(self._engine.sweep(self._timing.expiry), timeout=self._timing.expiry)
+        moved = await session.run(self._engine.sweep(self._timing.expiry))
+        self._note("sweep", moved.gave_up)
         if moved.lost:
             log.warning("took over %d executions of processes that stopped beating", moved.lost)
         if moved.lost or moved.queues or moved.watchers:
@@ -212,9 +222,15 @@ class Heartbeat:
     async def _prune(self, session: Session) -> None:
         """Remove what has been kept long enough: a batch, and more of them while there is time before the next beat."""
         until = time.monotonic() + self._timing.beat * PRUNE_SHARE
-        while (await session.run(self._engine.prune(), timeout=self._timing.expiry)).more and not self._ended:
+        while (pruned := await session.run(self._engine.prune())).more and not self._ended:
             if time.monotonic() > until:
                 return
+        self._note("prune", pruned.gave_up)
+
+    def _note(self, what: str, gave_up: str | None) -> None:
+        if gave_up is not None:
+            self.gave_up_count += 1
+            log.warning("the %s gave up at a lock that others hold on to; the next one tries again: %s", what, gave_up)
 
     def _tell(self, hear: Callable[[T], None], fact: T) -> None:
         with contextlib.suppress(RuntimeError):  # the main loop has just closed

@@ -27,6 +27,11 @@ class Timing:
         """How long after the start of a confirmed beat the process may still begin steps."""
         return self.expiry * 0.75
 
+    @property
+    def sweep_limit(self) -> float:
+        """How long a sweep may take: it holds up the next beat, which must be answered before the trust is over."""
+        return self.trust - self.beat
+
 
 class Membership:
     """The process' boot id and whether it still holds. Read from the loop, confirmed from the heartbeat's thread."""

@@ -46,6 +46,26 @@ def test_a_completed_execution_goes_after_its_time_and_not_before(db: Db) -> Non
     assert exists(db, id) == [False]
 
 
+def test_a_prune_gives_up_at_a_lock_that_others_hold_on_to_and_removes_nothing(db: Db, database: str) -> None:
+    keep(db)
+    id = completed(db)
+    with session(database) as other, other.transaction():
+        other.execute(b"lock table execution in share mode")
+        answer = call(db, "prune", 1000, 10001, at(8 * DAY))
+        assert (answer["removed"], answer["more"]) == (0, False)
+        assert "gave_up" in answer
+        assert exists(db, id) == [True]
+    assert prune(db, 8 * DAY) == 1
+
+
+def test_a_prune_does_not_wait_for_the_disk(db: Db) -> None:
+    keep(db)
+    with db.transaction():
+        db.execute("set local synchronous_commit = on")
+        assert prune(db, 0) == 0
+        assert db.execute("show synchronous_commit").fetchall() == [{"synchronous_commit": "off"}]
+
+
 @pytest.mark.parametrize("ending", ["failed", "cancelled"])
 def test_what_failed_or_was_cancelled_goes_by_keep_failed(db: Db, ending: str) -> None:
     keep(db)

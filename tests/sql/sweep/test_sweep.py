@@ -67,6 +67,30 @@ def test_the_work_of_a_silent_process_is_ready_again(db: Db) -> None:
     assert count(db, "orchestrator") == 0
 
 
+@pytest.mark.parametrize("table", ["ready", "step"])
+def test_a_sweep_gives_up_at_a_lock_that_others_hold_on_to_and_does_nothing(db: Db, database: str, table: str) -> None:
+    register(db, "work")
+    id = enqueue(db)
+    claim(db)
+    with session(database) as other, other.transaction():
+        other.execute(f"lock table {table} in access exclusive mode".encode())
+        answer = sweep(db, 21)
+        assert answer["lost"] == 0
+        assert "gave_up" in answer
+        assert row(db, id)["crashes"] == 0
+    assert "gave_up" not in sweep(db, 21)
+    assert (state(db, id), row(db, id)["crashes"]) == ("ready", 1)
+
+
+def test_a_sweep_that_takes_nothing_over_is_held_up_by_no_lock_on_steps(db: Db, database: str) -> None:
+    register(db, "work")
+    enqueue(db)
+    claim(db)
+    with session(database) as other, other.transaction():
+        other.execute(b"lock table step, ready in access exclusive mode")
+        assert "gave_up" not in sweep(db, 5)
+
+
 def test_a_beat_keeps_the_work(db: Db) -> None:
     register(db, "work")
     id = enqueue(db)

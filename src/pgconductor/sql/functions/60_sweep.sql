@@ -163,29 +163,46 @@ end $$;
 
 -- Takes over from processes that stopped beating. No lease expires before the server has been up for as long as a
 -- lease lasts: an outage of the database is nobody's crash.
--- Returns {lost: how many executions were taken over, queues, watchers, prune: whether a prune would find something}.
+-- It waits no longer than its lock_timeout for any lock, and does nothing then: it shares a connection with the beats of
+-- its process, and others may wait for what it holds itself.
+-- Returns {lost: how many executions were taken over, queues, watchers, prune: whether a prune would find something,
+-- gave_up: in which statement it met a lock that others held on to}.
 create or replace function sweep(p_expiry interval default '20 seconds', p_now timestamptz default null) returns json
-language plpgsql volatile set search_path from current set enable_seqscan = off set enable_mergejoin = off set jit = off set plan_cache_mode = force_generic_plan as $$
+language plpgsql volatile set search_path from current set enable_seqscan = off set enable_mergejoin = off set jit = off set plan_cache_mode = force_generic_plan set lock_timeout = '1s' as $$
 declare
   v_now timestamptz := instant(p_now);
-  v_dead uuid[];
-  v_lost uuid[];
-  v_lanes int[];
-  v_effects effects;
+  v_context text;
 begin
   if not pg_try_advisory_xact_lock(hashtext(current_schema()), 1001)
      or (p_now is null and pg_postmaster_start_time() + p_expiry > v_now) then
     return json_build_object('lost', 0);
   end if;
-  v_dead := array(select id from orchestrator where beat_at < v_now - p_expiry order by id for update skip locked);
+  return take_over(p_expiry, v_now);
+exception when lock_not_available then
+  get stacked diagnostics v_context = pg_exception_context;
+  return json_build_object('lost', 0, 'gave_up', left(regexp_replace(v_context, '\s+', ' ', 'g'), 300));
+end $$;
+
+-- What the sweep does, of which there is one at a time.
+create or replace function take_over(p_expiry interval, p_now timestamptz) returns json
+language plpgsql volatile set search_path from current as $$
+declare
+  v_dead uuid[];
+  v_lost uuid[];
+  v_lanes int[];
+  v_effects effects := row('{}'::int[], '{}'::text[]);
+begin
+  v_dead := array(select id from orchestrator where beat_at < p_now - p_expiry order by id for update skip locked);
   v_lost := array(select execution_id from lease where orchestrator_id = any(v_dead));
-  v_effects := lose(v_lost, v_now);
+  if cardinality(v_lost) > 0 then
+    v_effects := lose(v_lost, p_now);
+  end if;
   delete from signal where orchestrator_id = any(v_dead);
   delete from orchestrator where id = any(v_dead);
-  perform prune_events(v_now);
-  v_lanes := v_effects.lane_ids || deliver_events(v_now) || sweep_limits(v_now);
+  perform prune_events(p_now);
+  v_lanes := v_effects.lane_ids || deliver_events(p_now) || sweep_limits(p_now);
   return json_build_object('lost', cardinality(v_lost), 'queues', queues_of(v_lanes),
-                           'watchers', v_effects.watchers, 'prune', is_prune_due(v_now));
+                           'watchers', v_effects.watchers, 'prune', is_prune_due(p_now));
 end $$;
 
 -- The ends of those among crashed executions whose crash budget is used up.

@@ -8,7 +8,8 @@
 -- Locks: one process at a time, by a lock that is tried and never waited for; then the root, passing over what others
 -- hold. A redrive holds its root, so nothing comes alive in a tree whose root is locked here. A dedupe key goes with
 -- its execution; who enqueues with it meanwhile waits for this transaction and is first.
--- Returns {removed: how many, more: whether to call again now}. Errors: none of its own.
+-- Returns {removed: how many, more: whether to call again now, gave_up: in which statement it met a lock that others
+-- held on to}. Errors: none of its own.
 -- Source: docs/guide/retention.md
 
 -- The smallest id that is made at an instant.
@@ -187,40 +188,53 @@ begin
 end $$;
 
 -- p_limit: of how many executions one call takes care at most, a tree counting as one; p_size_max: of a tree that goes whole.
+-- Gives up at a lock that others hold on to, as the sweep does.
 create or replace function prune(
   p_limit int default 1000, p_size_max int default 10001, p_now timestamptz default null
 ) returns json
-language plpgsql volatile set search_path from current set enable_seqscan = off set enable_mergejoin = off set jit = off set plan_cache_mode = force_generic_plan as $$
+language plpgsql volatile set search_path from current set enable_seqscan = off set enable_mergejoin = off set jit = off set plan_cache_mode = force_generic_plan set lock_timeout = '1s' as $$
 declare
   v_now timestamptz := instant(p_now);
+  v_context text;
+begin
+  if not pg_try_advisory_xact_lock(hashtext(current_schema() || '.prune'), 0) then
+    return json_build_object('removed', 0, 'more', false);
+  end if;
+  perform set_config('synchronous_commit', 'off', true);
+  return remove_due(p_limit, p_size_max, v_now);
+exception when lock_not_available then
+  get stacked diagnostics v_context = pg_exception_context;
+  return json_build_object('removed', 0, 'more', false, 'gave_up', left(regexp_replace(v_context, '\s+', ' ', 'g'), 300));
+end $$;
+
+-- What prune does, of which there is one at a time.
+create or replace function remove_due(p_limit int, p_size_max int, p_now timestamptz) returns json
+language plpgsql volatile set search_path from current as $$
+declare
   v_keep interval;
   v_some record;
   v_due uuid[];
   v_removed int;
   v_more boolean;
 begin
-  if not pg_try_advisory_xact_lock(hashtext(current_schema() || '.prune'), 0) then
-    return json_build_object('removed', 0, 'more', false);
-  end if;
-  perform set_config('synchronous_commit', 'off', true);
   delete from removed where execution_id = any(array(
     select execution_id from removed
-    where execution_id < first_id(v_now - interval '1 hour') and removed_at < v_now - interval '1 hour'
+    where execution_id < first_id(p_now - interval '1 hour') and removed_at < p_now - interval '1 hour'
     order by execution_id limit p_limit * 10));
-  v_removed := remove_rest(p_limit, v_now);
-  v_due := array(select execution_id from prune_later where look_at <= v_now order by look_at limit p_limit);
+  v_removed := remove_rest(p_limit, p_now);
+  v_due := array(select execution_id from prune_later where look_at <= p_now order by look_at limit p_limit);
   v_more := v_removed > 0 or cardinality(v_due) = p_limit;
   delete from prune_later where execution_id = any(v_due);
-  v_due := due_roots(v_due, null, v_now);
+  v_due := due_roots(v_due, null, p_now);
   for v_keep in
     select keep_completed_for from task where keep_completed_for is not null
     union select keep_failed_for from task where keep_failed_for is not null
   loop
-    select * into v_some from advance_cursor(v_keep, p_limit, v_now);
+    select * into v_some from advance_cursor(v_keep, p_limit, p_now);
     v_more := v_more or v_some.p_count = p_limit;
-    v_due := v_due || due_roots(v_some.p_roots, v_keep, v_now);
+    v_due := v_due || due_roots(v_some.p_roots, v_keep, p_now);
   end loop;
-  v_removed := v_removed + remove_roots(v_due, v_now, p_size_max);
+  v_removed := v_removed + remove_roots(v_due, p_now, p_size_max);
   return json_build_object('removed', v_removed, 'more', v_more or exists (select from prune_rest));
 end $$;
 
