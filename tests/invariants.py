@@ -248,11 +248,11 @@ ALWAYS: Mapping[str, str] = {
         union all
         select r.execution_id::text from ready r left join execution e on e.id = r.execution_id
         where e.id is null or e.outcome is not null or (r.lane_id, r.priority) is distinct from (e.lane_id, e.priority)
-           or r.ord not in (e.ord, e.ord - 4611686018427387904)
+           or r.ord >= 0 and r.ord <> e.ord
         union all
         select b.execution_id::text from backlog b left join execution e on e.id = b.execution_id
         where e.id is null or e.outcome is not null or (b.lane_id, b.priority) is distinct from (e.lane_id, e.priority)
-           or b.ord not in (e.ord, e.ord - 4611686018427387904) or b.is_start <> (b.ord >= 0)
+           or b.ord >= 0 and b.ord <> e.ord or b.is_start <> (b.ord >= 0)
            or not exists (select from backlog_key k where k.lane_id = b.lane_id and k.is_start = b.is_start
                           and k.keys = b.keys)
               and not exists (select from look k where k.lane_id = b.lane_id and k.is_start = b.is_start

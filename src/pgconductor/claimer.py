@@ -13,12 +13,14 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Final
 
 from pgconductor.engine import Claim, Claimed, Want
 from pgconductor.faults import InjectedFault, fault
 from pgconductor.membership import Membership
+from pgconductor.scan import Scan, Start
 from pgconductor.session import ConnectionLost, Session, backoff_seconds
 
 if TYPE_CHECKING:
@@ -80,6 +82,8 @@ class Claimer:
         self._poll_at = 0.0
         self._due_at = 0.0
         self._overdue_count = 0
+        self._scan = Scan()
+        self._head_at = _FOR_EVER
         self._stuck_at = 0.0
         self._reconcile_at = time.monotonic() + RECONCILE_SECONDS
         self._is_claiming = False
@@ -132,7 +136,8 @@ class Claimer:
     @property
     def is_quiet(self) -> bool:
         """Whether everything was looked at, nothing more is expected and no timer is due."""
-        return not self._is_claiming and not self._expected and min(self._poll_at, self._due_at) > time.monotonic()
+        has_looked = not self._is_claiming and not self._expected and self._head_at == _FOR_EVER
+        return has_looked and min(self._poll_at, self._due_at) > time.monotonic()
 
     # ------------------------------------------------------------ the loop
 
@@ -147,6 +152,7 @@ class Claimer:
             except (ConnectionLost, InjectedFault) as error:
                 log.warning("the outcome of a claim is unknown (%s): what it took is given back", error)
                 self._reconcile_at = 0.0
+                self._scan.forget()
                 self.look()
             except Exception:
                 self.error_count += 1
@@ -159,7 +165,7 @@ class Claimer:
         """Return when there is reason to claim."""
         while not self._is_stopping and not self._has_reason():
             self._wake.clear()
-            timeout = min(self._poll_at, self._due_at) - time.monotonic()
+            timeout = min(self._poll_at, self._due_at, self._head_at) - time.monotonic()
             if self._crew.is_held() or self._membership.is_fenced():
                 timeout = self.poll_seconds
             if self._crew.has_buffered:
@@ -178,7 +184,7 @@ class Claimer:
     def _has_reason(self) -> bool:
         if self._crew.is_held() or self._membership.is_fenced():
             return False
-        if min(self._poll_at, self._due_at) <= time.monotonic():
+        if min(self._poll_at, self._due_at, self._head_at) <= time.monotonic():
             return True
         return any(self._wants(queue_id) for queue_id in self._expected)
 
@@ -193,7 +199,8 @@ class Claimer:
             self._poll_at = now + self.poll_seconds * (2 if self._is_listening() else 1)
         if self._reconcile_at <= now:
             await self._reconcile()
-        wants = self._collect_wants(everything=is_poll or is_due)
+        wants = self._collect_wants(everything=is_poll or is_due or self._head_at <= now)
+        self._head_at = _FOR_EVER if self._head_at <= now else self._head_at
         if wants or is_due or is_poll:  # schedules are due whether or not there is a free slot
             await self._claim(wants, fire=is_due or is_poll)
 
@@ -209,30 +216,35 @@ class Claimer:
 
     async def _claim(self, wants: list[Want], *, fire: bool) -> None:
         self._token += 1
-        id, token = self._membership.id, self._token
+        id, token, start = self._membership.id, self._token, self._scan.start(time.monotonic())
+        query = self._engine.claim(id, token, wants, self._task_ids, fire=fire, ranges=self._scan.ranges(start))
         self._is_claiming = True
         try:
             fault("before_claim")
-            claim = await self._session.run(self._engine.claim(id, token, wants, self._task_ids, fire=fire))
+            claim = await self._session.run(query)
             fault("after_claim_reply")
         finally:
             self._is_claiming = False
         if claim is None:
             self._on_declared_dead(id)
         elif id == self._membership.id and not self._membership.is_fenced():
-            self._distribute(claim, wants, token, fired=fire)
+            self._set_due(claim.next_due, fired=fire)
+            self._on_schedules(claim.schedules)
+            self._expect_more(claim, wants, start)
+            self._distribute(claim, token)
 
-    def _distribute(self, claim: Claim, wants: list[Want], token: int, *, fired: bool) -> None:
-        self._set_due(claim.next_due, fired=fired)
-        self._on_schedules(claim.schedules)
+    def _expect_more(self, claim: Claim, wants: list[Want], start: Start) -> None:
+        """Expect more where as much came as was asked for; else look again at the head, if this did not."""
         claimed = claim.claimed or []
-        counts: dict[int, int] = {}
-        for each in claimed:
-            counts[each.queue_id] = counts.get(each.queue_id, 0) + 1
-        for want in wants:
-            if counts.get(want.queue, 0) >= want.limit:
-                self._expected.add(want.queue)
-        self._expected.update(claim.more or ())
+        self._scan.note(start, claim.last or (), claim.seconds, len(claimed) + len(wants), time.monotonic())
+        counts = Counter(each.queue_id for each in claimed)
+        full = {want.queue for want in wants if counts[want.queue] >= want.limit}
+        self._expected.update(full, claim.more or ())
+        if start is not Start.HEAD and len(full) < len(wants):
+            self._head_at = self._scan.head_at
+
+    def _distribute(self, claim: Claim, token: int) -> None:
+        claimed = claim.claimed or []
         if claim.closing:
             _set_closing(claimed, claim.closing)
         self.claim_count += 1
@@ -255,6 +267,7 @@ class Claimer:
         if moved is None:
             self._on_declared_dead(id)
         elif moved.queues:
+            self._scan.forget()
             log.info("claims whose replies were lost have been given back")
             self.expect(moved.queues)
 

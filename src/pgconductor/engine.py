@@ -19,6 +19,7 @@ from pgconductor.queries import Query as Query  # noqa: PLC0414 (who imports the
 from pgconductor.queries import Report, Reports, as_is, as_text, many_reports, reader
 from pgconductor.queries import quote as quote  # noqa: PLC0414
 from pgconductor.relations import TableShape, TriggerRow, TriggerStep
+from pgconductor.scan import Range
 from pgconductor.schedules import DueSchedule, Fired, FiredNow, FiredSchedule, NewSchedule
 
 NULL: Final = Raw(b"null")
@@ -74,13 +75,16 @@ class Claimed(Struct, array_like=True, gc=False):
 class Claim(Struct):
     """What one claim brought; `next_due` is in seconds from now, below zero when overdue; `schedules` are those due.
 
-    `closing`: of tasks with a window, in how many seconds it closes. `more`: queues with more limited work.
+    `closing`: of tasks with a window, in how many seconds it closes. `more`: queues with more limited work. `last`: how
+    far it came in which lanes, and `seconds`: how long it looked, both for `Scan`.
     """
 
     next_due: float | None = None
     claimed: list[Claimed] | None = None
     closing: dict[int, float] | None = None
     more: list[int] | None = None
+    last: list[tuple[int, int]] | None = None
+    seconds: float = 0.0
     schedules: list[DueSchedule] | None = None
 
 
@@ -429,11 +433,21 @@ class Engine(Reports):
         return self._query("register_subscriptions", "text json", (deployment, as_text(subscriptions)), as_is)
 
     def claim(
-        self, orchestrator: str, token: int, wants: Sequence[Want], tasks: Sequence[int], *, fire: bool = False
+        self,
+        orchestrator: str,
+        token: int,
+        wants: Sequence[Want],
+        tasks: Sequence[int],
+        *,
+        fire: bool = False,
+        ranges: Sequence[Range] | None = None,
     ) -> Query[Claim | None]:
         """See 20_claim.sql. None: the process was declared dead."""
-        parameters = (orchestrator, token, as_text(wants), list(tasks), fire, self._now())
-        return self._query("claim", "uuid bigint json int[] boolean timestamptz", parameters, _claim, harmless=False)
+        behind = None if ranges is None else as_text(ranges)
+        parameters = (orchestrator, token, as_text(wants), list(tasks), fire, self._now(), behind)
+        return self._query(
+            "claim", "uuid bigint json int[] boolean timestamptz json", parameters, _claim, harmless=False
+        )
 
     def save(
         self, orchestrator: str, steps: Sequence[SavedStep], operations: Sequence[Operation]

@@ -100,7 +100,7 @@ def undo_claim(world: World, id: UUID, cached_by: UUID | None = None, cached_seq
         """
         with undone as (delete from lease where execution_id = %s returning execution_id)
         insert into ready (lane_id, priority, ord, execution_id, cached_by, cached_seq)
-        select e.lane_id, e.priority, e.ord - 4611686018427387904, e.id, %s, %s
+        select e.lane_id, e.priority, late_ord(), e.id, %s, %s
         from undone u join execution e on e.id = u.execution_id returning 1
         """,
         id, cached_by, cached_seq,

@@ -7,7 +7,7 @@ import psycopg
 import pytest
 from psycopg.rows import DictRow
 
-from pgconductor import Conductor, Context, Orchestrator
+from pgconductor import Conductor, Context, Orchestrator, scan
 from tests.waiting import until
 
 App = Conductor[None]
@@ -155,6 +155,28 @@ async def test_polling_alone_finds_work(app: App) -> None:
     async with Orchestrator(app, workers=[worker], _listen=False):
         run = await work.invoke()
         assert await run.result(timeout=30) == "found"
+
+
+async def test_what_a_long_transaction_enqueued_is_found_though_claims_have_gone_on_behind_it(
+    app: App, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scan, "EXPLAINED_SECONDS", -0.1)  # every start counts as dear, so that the next goes deeper
+
+    @app.task
+    async def work(ctx: Context, number: int) -> int:
+        return number
+
+    worker = app.create_worker("default", poll_interval=3600)
+    async with (
+        Orchestrator(app, workers=[worker]),
+        await psycopg.AsyncConnection.connect(database) as conn,
+    ):
+        early = await work.with_options(conn=conn).invoke(0)
+        for number in range(1, 5):
+            assert await (await work.invoke(number)).result(timeout=30) == number
+        await conn.commit()
+        assert await (await work.invoke(5)).result(timeout=30) == 5
+        assert await early.result(timeout=30) == 0
 
 
 async def test_two_orchestrators_share_a_conductor_and_run_each_execution_once(app: App, db: Db) -> None:

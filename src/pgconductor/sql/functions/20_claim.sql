@@ -4,19 +4,29 @@
 -- taking. The commit is asynchronous: a claim that is lost in a crash of the server is simply claimed again.
 -- Returns null when the process was declared dead, else {next_due, schedules, closing, more, claimed: [[...]]}; closing:
 -- for tasks with a window, in how many seconds it closes; schedules: those that are due, as due_schedules tells of them;
--- more: queues whose limited work was not all looked at.
+-- more: queues whose limited work was not all looked at; last: [[lane, place]], how far this claim came in either kind of
+-- each priority; seconds: how long it looked for work.
+--
+-- A claim looks through its lanes from their heads, past the rows of what others have claimed, until vacuum removes them.
+-- That may be never: while a snapshot is held open, or vacuum is late. So a process that sees its claims become slow
+-- names the places that it came to before, in p_from, and the claim looks only behind them.
 
--- Splits a limit over lanes so that the best rows of all of them are taken, in (priority, order).
--- p_held: what limited lanes may add.
-create or replace function share_limit(p_lanes int[], p_limit int, p_held ready[]) returns table (lane_id int, take int)
+-- Splits a limit over ranges so that the best rows of all of them are taken, in the order of their places.
+-- p_held: what limited lanes may add, as ranges without bounds.
+create or replace function share_limit(p_ranges scan_range[], p_limit int, p_held ready[])
+returns table (range scan_range, take int)
 language sql stable set search_path from current as $$
-  select n.lane_id, count(*)::int
-  from (select r.lane_id
-        from (select r.* from unnest(p_lanes) l cross join lateral (
-                select * from ready r where r.lane_id = l order by r.priority desc, r.ord limit p_limit) r
-              union all select * from unnest(p_held)) r
-        order by r.priority desc, r.ord limit p_limit) n
-  group by n.lane_id
+  select n.range, count(*)::int
+  from (select f.range
+        from (select x::scan_range as range, r.place from unnest(p_ranges) x cross join lateral (
+                select place_of(r.priority, r.ord) as place from ready r
+                where r.lane_id = x.lane_id and place_of(r.priority, r.ord) > x.after_place
+                  and place_of(r.priority, r.ord) < x.before_place
+                order by place_of(r.priority, r.ord) limit p_limit) r
+              union all
+              select row(h.lane_id, null, null)::scan_range, place_of(h.priority, h.ord) from unnest(p_held) h) f
+        order by f.place limit p_limit) n
+  group by n.range
 $$;
 
 -- Which limited lanes of the wanted queues the claim should look at. Their tasks' locks are taken, in order.
@@ -41,8 +51,9 @@ end $$;
 
 -- Takes the best of a queue: what stands in ready, and what the limits of its limited lanes let in. What is limited is
 -- taken for free slots alone, and not ahead.
-create or replace function take_best(p_lanes int[], p_limited int[], p_limit int, p_free int, p_now timestamptz)
-returns ready[]
+create or replace function take_best(
+  p_ranges scan_range[], p_limited int[], p_limit int, p_free int, p_now timestamptz
+) returns ready[]
 language plpgsql volatile set search_path from current as $$
 declare
   v_lane int;
@@ -50,50 +61,55 @@ declare
   v_held ready[] := '{}'::ready[];
   v_taken ready[] := '{}'::ready[];
 begin
-  if p_limited is null and cardinality(p_lanes) = 1 then
-    return take_ready(p_lanes[1], p_limit);
+  if p_limited is null and cardinality(p_ranges) = 1 then
+    return take_ready(p_ranges[1], p_limit);
   end if;
   if p_free > 0 then
     foreach v_lane in array coalesce(p_limited, '{}') loop
       v_held := v_held || admissible(v_lane, least(p_free, p_limit), p_now);
     end loop;
   end if;
-  for v_share in select * from share_limit(p_lanes, p_limit, v_held) loop
-    if v_share.lane_id = any(p_limited) then
-      v_taken := v_taken || admit(v_share.lane_id, array(
-        select h from unnest(v_held) h where h.lane_id = v_share.lane_id
+  for v_share in select * from share_limit(p_ranges, p_limit, v_held) loop
+    v_lane := (v_share.range).lane_id;
+    if v_lane = any(p_limited) then
+      v_taken := v_taken || admit(v_lane, array(
+        select h from unnest(v_held) h where h.lane_id = v_lane
         order by h.priority desc, h.ord limit v_share.take), p_now);
     else
-      v_taken := v_taken || take_ready(v_share.lane_id, v_share.take);
+      v_taken := v_taken || take_ready(v_share.range, v_share.take);
     end if;
   end loop;
   return v_taken;
 end $$;
 
--- Removes and returns the first ready rows of one lane. Each statement can only be an index scan, whatever the planner
--- believes of the table: believed empty, a join would scan the whole backlog.
-create or replace function take_ready(p_lane int, p_take int) returns ready[]
+-- Removes and returns the first ready rows of a range. The inner statement can only be an index scan and the outer one
+-- goes to the very rows, whatever the planner believes of the table: believed empty, a join would scan the whole backlog.
+create or replace function take_ready(p_range scan_range, p_take int) returns ready[]
 language plpgsql volatile set search_path from current as $$
 declare
-  v_next record;
-  v_some ready[];
-  v_taken ready[] := '{}'::ready[];
+  v_taken ready[];
 begin
-  for v_next in
-    select n.priority, array_agg(n.ord) as ords
-    from (select priority, ord from ready where lane_id = p_lane
-          order by priority desc, ord limit p_take for update skip locked) n
-    group by n.priority
-  loop
-    with taken as (
-      delete from ready where lane_id = p_lane and priority = v_next.priority and ord = any(v_next.ords) returning *
-    )
-    select array_agg(row(t.lane_id, t.priority, t.ord, t.execution_id, t.cached_by, t.cached_seq)::ready)
-    into v_some from taken t;
-    v_taken := v_taken || v_some;
-  end loop;
+  with taken as (
+    delete from ready where ctid = any(array(
+      select ctid from ready
+      where lane_id = p_range.lane_id and place_of(priority, ord) > p_range.after_place
+        and place_of(priority, ord) < p_range.before_place
+      order by place_of(priority, ord) limit p_take for update skip locked))
+    returning *
+  )
+  select coalesce(array_agg(row(t.lane_id, t.priority, t.ord, t.execution_id, t.cached_by, t.cached_seq)::ready), '{}')
+  into v_taken from taken t;
   return v_taken;
 end $$;
+
+-- How far a claim came in either kind of each priority of a lane: [[lane, place]]. Limited lanes have no such places.
+create or replace function last_places(p_taken ready[], p_limited int[]) returns json
+language sql stable set search_path from current as $$
+  select json_agg(json_build_array(lane_id, place))
+  from (select lane_id, max(place_of(priority, ord)) as place from unnest(p_taken)
+        where p_limited is null or lane_id <> all(p_limited)
+        group by lane_id, place_of(priority, ord) >> 46) n
+$$;
 
 -- The recorded operations of a resumed execution, newest rounds included, as arrays; only those after p_since.
 create or replace function recorded_steps(p_execution uuid, p_since bigint default 0) returns json
@@ -104,10 +120,11 @@ language sql stable set search_path from current as $$
 $$;
 
 -- p_wants: [{queue, limit, free? (of the limit, what has a free slot)}]; p_tasks: the task ids that this process knows.
--- p_token: the process' own number of this claim, part of every lease it makes.
+-- p_token: the process' own number of this claim, part of every lease it makes. p_from: [{lane_id, after_place,
+-- before_place}], the ranges to look through in lanes that are named; the others are looked through from their heads.
 create or replace function claim(
   p_orchestrator uuid, p_token bigint, p_wants json, p_tasks int[], p_fire boolean default false,
-  p_now timestamptz default null
+  p_now timestamptz default null, p_from json default null
 ) returns json
 language plpgsql volatile set search_path from current set enable_seqscan = off set enable_mergejoin = off set enable_bitmapscan = off set jit = off set plan_cache_mode = force_generic_plan as $$
 declare
@@ -115,6 +132,8 @@ declare
   v_want record;
   v_limited int[];
   v_taken ready[] := '{}'::ready[];
+  v_began_at timestamptz;
+  v_seconds float8;
 begin
   if not hold_alive(p_orchestrator) then
     return null;
@@ -125,26 +144,34 @@ begin
   end if;
 
   v_limited := limited_lanes(p_wants, p_tasks, v_now);
+  v_began_at := clock_timestamp();
   for v_want in
-    select w."limit", coalesce(w.free, w."limit") as free, array_agg(l.id) filter (where not l.is_limited) as lanes,
+    select w."limit", coalesce(w.free, w."limit") as free, array_agg(f.range) filter (where not l.is_limited) as ranges,
            array_agg(l.id order by l.id) filter (where l.is_limited) as limited
     from json_to_recordset(p_wants) as w(queue int, "limit" int, free int)
     join queue q on q.id = w.queue and q.paused_at is null
     join lane l on l.queue_id = q.id and l.task_id = any(p_tasks)
     join task k on k.id = l.task_id
+    left join json_populate_recordset(null::scan_range, p_from) s on s.lane_id = l.id and not l.is_limited
+    cross join lateral (select coalesce(s, whole_lane(l.id)) as range) f
     -- a lateral row, since the planner may think it cheaper to hash the whole of ready for an exists (...)
     cross join lateral (
-      select from ready r where r.lane_id = l.id and not l.is_limited
+      select from ready r
+      where r.lane_id = l.id and not l.is_limited and place_of(r.priority, r.ord) > (f.range).after_place
+        and place_of(r.priority, r.ord) < (f.range).before_place
       union all select where l.is_limited and l.id = any(v_limited) limit 1) r
     where (k.window_start is null or closes_in(k, v_now) is not null)
     group by w.queue, w."limit", w.free
   loop
-    v_taken := v_taken || take_best(v_want.lanes, v_want.limited, v_want."limit", v_want.free, v_now);
+    v_taken := v_taken || take_best(v_want.ranges, v_want.limited, v_want."limit", v_want.free, v_now);
   end loop;
+
+  v_seconds := extract(epoch from clock_timestamp() - v_began_at);
 
   insert into lease (execution_id, orchestrator_id, token, claimed_at)
   select t.execution_id, p_orchestrator, p_token, v_now from unnest(v_taken) t;
   return json_build_object(
+    'seconds', v_seconds, 'last', last_places(v_taken, v_limited),
     'next_due', next_due(v_now), 'schedules', case when p_fire then due_schedules(v_now) end,
     'closing', (
       select json_object_agg(k.id, closes_in(k, v_now)) from task k
@@ -160,7 +187,7 @@ begin
         case when t.ord < 0 or e.started_at is not null then
           recorded_steps(e.id, case when t.cached_by = p_orchestrator then t.cached_seq else 0 end) end,
         e.trigger_kind, e.trigger_data)
-        order by t.priority desc, t.ord)
+        order by place_of(t.priority, t.ord))
       from unnest(v_taken) t
       cross join lateral (select * from execution k where k.id = t.execution_id offset 0) e
       cross join lateral (select * from lane k where k.id = t.lane_id offset 0) l));

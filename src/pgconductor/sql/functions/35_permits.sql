@@ -13,13 +13,14 @@
 -- limits, as the last of their locks. backlog_key is written under it alone. Whoever holds it waits for no row.
 
 -- Enters work into ready; that of limited lanes into the backlog. Returns the lanes.
-create or replace function put_ready(p_rows ready[]) returns int[]
+-- p_late: it is ready later than it was made, and its order number is old.
+create or replace function put_ready(p_rows ready[], p_late boolean default false) returns int[]
 language plpgsql volatile set search_path from current as $$
 declare
   v_count int;
 begin
   insert into ready (lane_id, priority, ord, execution_id, cached_by, cached_seq)
-  select r.lane_id, r.priority, r.ord, r.execution_id, r.cached_by, r.cached_seq
+  select r.lane_id, r.priority, case when p_late then late_ord() else r.ord end, r.execution_id, r.cached_by, r.cached_seq
   from unnest(p_rows) r join lane l on l.id = r.lane_id
   where not l.is_limited;
   get diagnostics v_count = row_count;
@@ -325,7 +326,7 @@ declare
   v_moved ready[];
 begin
   foreach v_lane in array v_limited loop
-    v_moved := take_ready(v_lane, 2147483647);
+    v_moved := take_ready(whole_lane(v_lane), 2147483647);
     perform hold_back(v_moved);
   end loop;
   with moved as (
@@ -335,7 +336,10 @@ begin
   select array_agg(row(m.lane_id, m.priority, m.ord, m.execution_id, m.cached_by, m.cached_seq)::ready)
   into v_moved from moved m;
   perform put_ready(v_moved);
-  -- what runs already counts
+  -- What runs already counts. Only a claim that was under way when the limits changed can have taken it without.
+  if not exists (select from task where id = any(p_tasks) and limits_changed_at > clock_timestamp() - interval '1 minute') then
+    return;
+  end if;
   insert into permit (execution_id, limit_id, key)
   select e.id, t.id, limit_key(t.key_path, e.payload)
   from lease s join execution e on e.id = s.execution_id join lane l on l.id = e.lane_id
@@ -354,6 +358,7 @@ begin
   perform lock_limits(array[p_task]);
   v_limited := exists (select from task_limit where task_id = p_task);
   update lane set is_limited = v_limited where task_id = p_task and is_limited <> v_limited;
+  update task set limits_changed_at = clock_timestamp() where id = p_task;
   delete from permit p where not exists (select from task_limit t where t.id = p.limit_id);
   delete from rate_use u where not exists (select from task_limit t where t.id = u.limit_id);
   perform align(array[p_task]);

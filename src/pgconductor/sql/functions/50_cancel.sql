@@ -18,15 +18,36 @@ begin
   return v_taken || take_out_of_ready(p_ids);
 end $$;
 
+-- What was ready from the start is found by its place; what became ready later has another, and is looked for among
+-- all of its kind. What runs is not looked for: only who holds the execution, as the caller does, could give it back.
 create or replace function take_out_of_ready(p_ids uuid[]) returns uuid[]
+language plpgsql volatile set search_path from current as $$
+declare
+  v_taken uuid[];
+  v_missed uuid[];
+begin
+  with taken as (
+    delete from ready r using execution e
+    where e.id = any(p_ids) and r.lane_id = e.lane_id and place_of(r.priority, r.ord) = place_of(e.priority, e.ord)
+      and r.execution_id = e.id
+    returning r.execution_id
+  )
+  select coalesce(array_agg(execution_id), '{}') into v_taken from taken;
+  v_missed := array(select id from unnest(p_ids) id
+                    where id <> all(v_taken) and not exists (select from lease where execution_id = id));
+  return case when cardinality(v_missed) = 0 then v_taken else v_taken || take_out_of_late(v_missed) end;
+end $$;
+
+create or replace function take_out_of_late(p_ids uuid[]) returns uuid[]
 language plpgsql volatile set search_path from current as $$
 declare
   v_taken uuid[];
 begin
   with taken as (
-    delete from ready r using execution e
-    where e.id = any(p_ids) and r.lane_id = e.lane_id and r.priority = e.priority
-      and r.ord in (e.ord, e.ord - 4611686018427387904) and r.execution_id = e.id
+    delete from ready r
+    using (select distinct lane_id, priority from execution where id = any(p_ids)) s, unnest(p_ids) id
+    where r.lane_id = s.lane_id and place_of(r.priority, r.ord) between place_of(s.priority, late_ord_min())
+      and place_of(s.priority, -1) and r.execution_id = id
     returning r.execution_id
   )
   select coalesce(array_agg(execution_id), '{}') into v_taken from taken;
@@ -53,7 +74,7 @@ begin
   select coalesce(array_agg(execution_id), '{}') into v_stopped from stopped;
   with stopped as (delete from timer where execution_id = any(v_ids) returning execution_id)
   select v_stopped || coalesce(array_agg(execution_id), '{}') into v_stopped from stopped;
-  v_stopped := v_stopped || take_out(v_ids);
+  v_stopped := v_stopped || take_out(array(select id from unnest(v_ids) id where id <> all(v_stopped)));
 
   with told as (
     insert into signal (orchestrator_id, execution_id)

@@ -64,7 +64,7 @@ begin
     order by t.due_at limit p_limit for update skip locked);
   delete from timer where execution_id = any(v_due);
   perform put_ready(array(
-    select row(lane_id, priority, ord, id, null, null)::ready from execution where id = any(v_due)));
+    select row(lane_id, priority, ord, id, null, null)::ready from execution where id = any(v_due)), true);
   perform tell(v_effects.watchers);
   perform open_gates(v_now);
   perform hint_at(v_woken);
@@ -193,7 +193,8 @@ declare
   v_effects effects := row('{}'::int[], '{}'::text[]);
 begin
   v_dead := array(select id from orchestrator where beat_at < p_now - p_expiry order by id for update skip locked);
-  v_lost := array(select execution_id from lease where orchestrator_id = any(v_dead));
+  -- nobody dead, nothing read: with a snapshot held open there are many dead rows here
+  v_lost := array(select execution_id from lease where cardinality(v_dead) > 0 and orchestrator_id = any(v_dead));
   if cardinality(v_lost) > 0 then
     v_effects := lose(v_lost, p_now);
   end if;

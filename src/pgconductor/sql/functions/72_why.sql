@@ -217,11 +217,11 @@ language sql stable set search_path from current as $$
     jsonb_build_object('ahead', ahead))
   from (select count(*) as ahead from (
     select from ready r
-    join (select coalesce((select o.ord from ready o where o.lane_id = p_run.lane_id and o.priority = p_run.priority
-            and o.ord in (p_run.ord, p_run.ord - 4611686018427387904) and o.execution_id = p_run.id),
-            p_run.ord) as ord) me on true
-    where r.lane_id = p_run.lane_id and (r.priority > p_run.priority
-      or r.priority = p_run.priority and r.ord < me.ord)
+    where r.lane_id = p_run.lane_id and place_of(r.priority, r.ord) < coalesce(
+      (select place_of(o.priority, o.ord) from ready o
+       where o.lane_id = p_run.lane_id and place_of(o.priority, o.ord) between
+         place_of(p_run.priority, late_ord_min()) and place_of(p_run.priority, -1) and o.execution_id = p_run.id),
+      place_of(p_run.priority, p_run.ord))
     limit 1000) a) n
 $$;
 

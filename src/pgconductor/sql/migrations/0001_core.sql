@@ -83,7 +83,8 @@ create table ready (
   cached_by uuid,
   cached_seq bigint
 ) with (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 20000, autovacuum_vacuum_cost_delay = 0);
-create unique index ready_order on ready (lane_id, priority desc, ord);
+-- The expression is place_of(priority, ord), written out.
+create unique index ready_order on ready (lane_id, (ord - priority::bigint * 140737488355328));
 
 create table lease (
   execution_id uuid primary key,
@@ -199,3 +200,5 @@ create type answer as (
   execution_id uuid, name text, round smallint, index int, status step_status, value json, error json
 );
 create type effects as (lane_ids int[], watchers text[]);
+-- Part of a lane: what stands between two places in it.
+create type scan_range as (lane_id int, after_place bigint, before_place bigint);

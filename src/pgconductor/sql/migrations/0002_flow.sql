@@ -5,7 +5,8 @@ alter table task
   add column window_end time,
   add column window_zone text check (octet_length(window_zone) <= 100)
     constraint window_is_whole check (num_nulls(window_start, window_end, window_zone) in (0, 3)),
-  add column expires_in interval;
+  add column expires_in interval,
+  add column limits_changed_at timestamptz;
 
 -- A limited lane's ready work stands in the backlog; every other lane never hears of limits.
 alter table lane add column is_limited boolean not null default false;

@@ -1,0 +1,105 @@
+"""Where in their lanes the claims of a process begin to look for work.
+
+A claim that begins at the head of a lane passes by the rows of everything that was claimed there, until vacuum removes
+them. Vacuum may be late, and while a snapshot is held open it removes none: then each claim costs more than the last.
+So a process remembers the last place that it came to in each section of a lane, and may begin behind it. Sections grow
+at their ends, so what stands before such a place is only what came late to it: what a long transaction committed, what
+a change of a limit or of a payload put back. It must be found too, before long.
+
+A claim therefore begins at the earliest of three starts that its process can afford: at the head, where it had come a
+second or two ago, where it came last. A start that cost more than its rows explain is not used again for twenty times
+of what was lost there. While vacuum keeps up, nothing is lost and every claim begins at the head; else the looks that
+begin early take a twentieth of the time each.
+"""
+
+from collections.abc import Iterable, Mapping
+from enum import IntEnum
+from typing import Final, TypeAlias
+
+from msgspec import Struct
+
+SECTION_BITS: Final = 46  # see place_of in 02_places.sql
+PLACE_MIN: Final = -(2**63)
+PLACE_MAX: Final = 2**63 - 1
+AGE_SECONDS: Final = 1.0
+PAUSE_FACTOR: Final = 20.0
+EXPLAINED_SECONDS: Final = 0.001
+EXPLAINED_SECONDS_EACH: Final = 50e-6
+
+Places: TypeAlias = Mapping[tuple[int, int], int]
+"""The last known place of each (lane, section)."""
+
+
+class Start(IntEnum):
+    """Where a claim begins in the lanes of which a place is known; the deepest first."""
+
+    HEAD = 0
+    EARLIER = 1
+    LAST = 2
+
+
+class Range(Struct):
+    """A part of a lane; neither end belongs to it."""
+
+    lane_id: int
+    after_place: int
+    before_place: int
+
+
+class Scan:
+    """The places that the claims of one process have come to, and what it cost to begin before them."""
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin at the heads: what was claimed may stand again where it stood."""
+        self._last: dict[tuple[int, int], int] = {}
+        self._aging: Places = {}
+        self._earlier: Places = {}
+        self._aging_since = 0.0
+        self._usable_at = [0.0, 0.0, 0.0]
+
+    @property
+    def head_at(self) -> float:
+        """When a claim may begin at the head, on the monotonic clock."""
+        return self._usable_at[Start.HEAD]
+
+    def start(self, now: float) -> Start:
+        """Return the earliest start that may be used."""
+        return next((each for each in (Start.HEAD, Start.EARLIER) if self._usable_at[each] <= now), Start.LAST)
+
+    def ranges(self, start: Start) -> list[Range] | None:
+        """Return what to look through in the lanes of which places are known; None: every lane, from its head."""
+        if start is Start.HEAD:
+            return None
+        return ranges_behind(self._last if start is Start.LAST else self._earlier)
+
+    def note(self, start: Start, last: Iterable[tuple[int, int]], seconds: float, item_count: int, now: float) -> None:
+        """Remember what a claim came to and what it cost.
+
+        Args:
+            start: Where it began.
+            last: The lane and the place of the last row it took of each section.
+            seconds: How long it looked for work, in the database.
+            item_count: How many rows and queues that was for.
+            now: The monotonic clock, as for `start`.
+        """
+        lost = seconds - EXPLAINED_SECONDS - EXPLAINED_SECONDS_EACH * item_count
+        self._usable_at[start] = now + max(0.0, PAUSE_FACTOR * lost)
+        for lane_id, place in last:
+            key = (lane_id, place >> SECTION_BITS)
+            self._last[key] = max(place, self._last.get(key, place))
+        if now - self._aging_since >= AGE_SECONDS:
+            self._earlier, self._aging, self._aging_since = self._aging, self._last.copy(), now
+
+
+def ranges_behind(places: Places) -> list[Range]:
+    """Return what is left of lanes without what stands in a section up to its place."""
+    ranges: list[Range] = []
+    for (lane_id, section), place in sorted(places.items()):
+        if not ranges or ranges[-1].lane_id != lane_id:
+            ranges.append(Range(lane_id, PLACE_MIN, PLACE_MAX))
+        ranges[-1].before_place = section << SECTION_BITS
+        ranges.append(Range(lane_id, place, PLACE_MAX))
+    return ranges

@@ -1,0 +1,25 @@
+-- Where work stands in its lane: by priority (higher first), then what became ready late before what was ready from the
+-- start, then by order number. One number says it, so that a claim can go on behind a place that it knows.
+-- Called by whatever reads or writes ready. States, locks, errors: none.
+--
+-- Order numbers come from one sequence. What is ready from the start keeps the number that it was made with. What
+-- becomes ready late (woken, retried, due, given back) draws one that is as new as that, moved below zero. So each of
+-- the two kinds of a priority grows at its end alone.
+
+-- The index of ready is by this expression, written out: a priority's kinds have 2^46 numbers each.
+create or replace function place_of(p_priority smallint, p_ord bigint) returns bigint
+language sql immutable parallel safe
+return p_ord - p_priority::bigint * 140737488355328;
+
+create or replace function late_ord_min() returns bigint
+language sql immutable parallel safe
+return -70368744177664;
+
+create or replace function late_ord() returns bigint
+language sql volatile
+return nextval('execution_ord') + late_ord_min();
+
+-- The first and the last place that there can be.
+create or replace function whole_lane(p_lane int) returns scan_range
+language sql immutable parallel safe
+return row(p_lane, -9223372036854775808, 9223372036854775807)::scan_range;

@@ -1,0 +1,81 @@
+"""Where claims begin to look, and what is left of a lane behind the places that they came to."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pgconductor.scan import AGE_SECONDS, PAUSE_FACTOR, SECTION_BITS, Range, Scan, Start, ranges_behind
+
+SECTION = 2**SECTION_BITS
+places = st.integers(-4 * SECTION, 4 * SECTION - 1)
+
+
+def holds(ranges: list[Range], lane_id: int, place: int) -> int:
+    return sum(each.lane_id == lane_id and each.after_place < place < each.before_place for each in ranges)
+
+
+@given(st.lists(st.tuples(st.integers(1, 3), places), min_size=1), st.data())
+def test_the_ranges_leave_out_what_was_passed_in_a_section_and_nothing_else(
+    taken: list[tuple[int, int]], data: st.DataObject
+) -> None:
+    last: dict[tuple[int, int], int] = {(lane, place // SECTION): place for lane, place in sorted(taken)}
+    ranges = ranges_behind(last)
+    lane: int = data.draw(st.sampled_from(sorted({lane for lane, _ in taken})))
+    looked_at: list[int] = [data.draw(places), *(place + n for _, place in taken for n in (-1, 0, 1))]
+    for place in looked_at:
+        key = (lane, place // SECTION)
+        assert holds(ranges, lane, place) == (key not in last or place > last[key])
+
+
+def test_the_best_priority_s_late_work_comes_first() -> None:
+    assert ranges_behind({(7, 0): 5, (7, -1): -9}) == [
+        Range(7, -(2**63), -SECTION),
+        Range(7, -9, 0),
+        Range(7, 5, 2**63 - 1),
+    ]
+
+
+def noted(scan: Scan, start: Start, now: float, *, lost: float = 0.0, place: int = 1) -> None:
+    scan.note(start, [(1, place)], 0.001 + 100 * 50e-6 + lost, 100, now)
+
+
+def test_while_nothing_is_lost_every_claim_begins_at_the_head() -> None:
+    scan = Scan()
+    for now in range(10):
+        assert scan.start(now) is Start.HEAD
+        noted(scan, Start.HEAD, now)
+    assert scan.ranges(Start.HEAD) is None
+
+
+def test_a_start_that_cost_too_much_is_not_used_again_for_twenty_times_of_that() -> None:
+    scan = Scan()
+    noted(scan, Start.HEAD, 100, lost=0.5)
+    assert scan.head_at == pytest.approx(100 + 0.5 * PAUSE_FACTOR)
+    assert [scan.start(now) for now in (100, scan.head_at - 0.01, scan.head_at)] == [
+        Start.EARLIER, Start.EARLIER, Start.HEAD,
+    ]  # fmt: skip
+    noted(scan, Start.EARLIER, 101, lost=0.05)
+    assert [scan.start(now) for now in (101, 101.9, 102.1)] == [Start.LAST, Start.LAST, Start.EARLIER]
+
+
+def test_the_earlier_start_is_where_claims_had_come_a_second_ago() -> None:
+    scan = Scan()
+    for now, place in [(100, 10), (100 + AGE_SECONDS, 20), (100 + 1.5 * AGE_SECONDS, 30)]:
+        noted(scan, Start.LAST, now, place=place)
+    assert scan.ranges(Start.EARLIER) == ranges_behind({(1, 0): 10})
+    assert scan.ranges(Start.LAST) == ranges_behind({(1, 0): 30})
+
+
+def test_a_place_that_was_passed_before_moves_nothing_back() -> None:
+    scan = Scan()
+    for place in (30, 10):
+        noted(scan, Start.HEAD, 100, place=place)
+    assert scan.ranges(Start.LAST) == ranges_behind({(1, 0): 30})
+
+
+def test_after_a_loss_claims_begin_at_the_heads() -> None:
+    scan = Scan()
+    noted(scan, Start.HEAD, 100, lost=5)
+    scan.forget()
+    assert scan.start(100) is Start.HEAD
+    assert scan.ranges(Start.LAST) == []
