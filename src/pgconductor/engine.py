@@ -15,6 +15,7 @@ from typing import Any, Final, Literal
 from msgspec import UNSET, Raw, Struct, UnsetType
 
 from pgconductor.events import Emitted, NewEvent, Subscription
+from pgconductor.id_array import IdArray
 from pgconductor.queries import Query as Query  # noqa: PLC0414 (who imports the engine has it from here)
 from pgconductor.queries import Report, Reports, as_is, as_text, many_reports, reader
 from pgconductor.queries import quote as quote  # noqa: PLC0414
@@ -405,8 +406,8 @@ class Engine(Reports):
 
     def enqueue_alike(self, calls: AlikeExecutions) -> Query[Enqueued]:
         """The same for plain calls that differ in their payloads only."""
-        ids, payloads = f"{{{','.join(calls.ids)}}}", f"[{','.join(calls.payloads)}]"
-        parameters = (ids, calls.task, calls.queue, calls.priority, payloads, False, self._now())
+        payloads = f"[{','.join(calls.payloads)}]"
+        parameters = (IdArray(calls.ids), calls.task, calls.queue, calls.priority, payloads, False, self._now())
         casts = "uuid[] text text smallint json boolean timestamptz"
         return self._query("enqueue_alike", casts, parameters, _enqueued, harmless=False)
 

@@ -10,9 +10,12 @@ fraction of method 3 of section 6.2.
 
 import os
 import time
+from collections.abc import Iterator
 from threading import Lock
+from typing import Final
 
-_VARIANTS = dict(zip("0123456789abcdef", "89ab" * 4, strict=True))  # two bits say the variant, two stay random
+_FRACTIONS: Final = [f"{fraction:03x}" for fraction in range(4096)]
+_VARIANTS: Final = bytes(0x80 | byte & 0x3F for byte in range(256))  # two bits say the variant, six stay random
 
 
 class IdMaker:
@@ -24,9 +27,15 @@ class IdMaker:
 
     def make(self, number: int) -> list[str]:
         """Return so many new ids, in rising order, as canonical text."""
-        first = self._reserve(number)
-        noise = os.urandom(8 * number).hex()
-        return [_text(f"{first + i:015x}", noise[16 * i : 16 * i + 16]) for i in range(number)]
+        noise = bytearray(os.urandom(8 * number))
+        noise[::8] = noise[::8].translate(_VARIANTS)
+        digits = noise.hex()
+        starts = iter(range(0, 16 * number, 16))
+        return [
+            f"{prefix}{fraction}-{digits[start : start + 4]}-{digits[start + 4 : start + 16]}"
+            for prefix, fractions in _instants(self._reserve(number), number)
+            for fraction, start in zip(fractions, starts, strict=False)
+        ]
 
     def _reserve(self, number: int) -> int:
         """Take the next so many instants, counted in 1/4096 of a millisecond."""
@@ -37,9 +46,15 @@ class IdMaker:
         return first
 
 
-def _text(instant: str, noise: str) -> str:
-    """Write 15 hexadecimal digits of time and 16 random ones as an id."""
-    return f"{instant[:8]}-{instant[8:12]}-7{instant[12:]}-{_VARIANTS[noise[0]]}{noise[1:4]}-{noise[4:]}"
+def _instants(first: int, number: int) -> Iterator[tuple[str, list[str]]]:
+    """Yield, for each millisecond that so many instants in a row touch, how its ids begin, and the fractions."""
+    while number:
+        millisecond, fraction = divmod(first, 4096)
+        digits = f"{millisecond:012x}"
+        fractions = _FRACTIONS[fraction : fraction + number]
+        yield f"{digits[:8]}-{digits[8:]}-7", fractions
+        first += len(fractions)
+        number -= len(fractions)
 
 
 new_ids = IdMaker().make

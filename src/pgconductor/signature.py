@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, cast, get_args, get_origin
 import msgspec
 
 from pgconductor.annotations import Unresolved, describe_type, hints_of, is_model, return_type, union_members
-from pgconductor.codec import UNTYPED, VALUE_BYTES_MAX, Codec, Raw, codec_for, too_large, write_json
+from pgconductor.codec import UNTYPED, VALUE_BYTES_MAX, Codec, Raw, codec_for, is_storable, too_large, write_json
 from pgconductor.errors import ConfigurationError, DecodeError, EncodeError
 from pgconductor.refusal import read_fault
 
@@ -79,9 +79,15 @@ class Signature:
             (each.name, write_json(each.name) + b":", each.codec.store, f"{_PAYLOAD}.{each.name}")
             for each in parameters
         )
-        self._read = cast("Callable[[Any], Any]", msgspec.json.Decoder(_document_type(parameters)).decode)
         self._has_plain_fields = all(
             each.default is _EMPTY and not each.is_positional_only and not each.codec.is_pydantic for each in parameters
+        )
+        self._document = _document_type(parameters, kw_only=not self._has_plain_fields)
+        self._read = cast("Callable[[Any], Any]", msgspec.json.Decoder(self._document).decode)
+        self._is_document = (
+            self._has_plain_fields
+            and not self.is_whole
+            and self._positional == tuple(parameter.name for parameter in parameters)
         )
 
     def encode_payload(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
@@ -101,6 +107,8 @@ class Signature:
         """
         if not (args or kwargs or self._required):
             return "{}"
+        if self._is_document and (document := self._write_document(args, kwargs)):
+            return document.decode()
         bound = self._bind(args, kwargs)
         if self.is_whole and bound:
             return self._encode_whole(*bound.values()).decode()
@@ -146,6 +154,15 @@ class Signature:
         """
         args, kwargs = self.decode_payload(raw)
         return args[0] if args else kwargs[self.parameters[0].name]
+
+    def _write_document(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bytes | None:
+        """Write all arguments at once, as `Codec.store` does with one; None says: look at each, to find the fault."""
+        try:
+            document = self._document(*args, **kwargs)
+            raw = write_json(document)
+            return raw if is_storable(raw) and self._read(raw) == document else None
+        except Exception:  # noqa: BLE001  (whatever it is, it comes again where it can be named)
+            return None
 
     def _bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         bound = dict(zip(self._positional, args, strict=False))
@@ -289,14 +306,14 @@ def return_codec_of(fn: Callable[..., Any]) -> Codec[Any]:
     return UNTYPED if written is _EMPTY else codec_for(written)
 
 
-def _document_type(parameters: tuple[Parameter, ...]) -> type[Any]:
+def _document_type(parameters: tuple[Parameter, ...], *, kw_only: bool) -> type[Any]:
     """Make the struct that a payload by name is read as; pydantic's members are left raw for pydantic."""
     fields: list[tuple[str, Any, Any]] = []
     for each in parameters:
         kind: Any = msgspec.Raw if each.codec.is_pydantic else each.codec.annotation
         default = msgspec.NODEFAULT if each.default is _EMPTY else msgspec.UNSET
         fields.append((each.name, kind, default))
-    return msgspec.defstruct("Payload", fields, kw_only=True, forbid_unknown_fields=True)
+    return msgspec.defstruct("Payload", fields, kw_only=kw_only, forbid_unknown_fields=True)
 
 
 def _declared(fn: Callable[..., Any], place: str) -> list[inspect.Parameter]:

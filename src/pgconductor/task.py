@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Generic, Protocol, cast
 
+from msgspec import Struct
 from typing_extensions import ParamSpec, TypeVar, Unpack
 
 from pgconductor.checks import check_sequence
@@ -57,10 +58,11 @@ class Client(Protocol):
         ...
 
 
-class Call(Generic[R_co]):
+class Call(Struct, Generic[R_co], gc=False, eq=False):
     """A task with its payload bound: what children, fan-out, bulk enqueue, schedules and assertions are given.
 
-    Made by `Task.bind`. Two calls are equal when their task and payload are.
+    Made by `Task.bind`. Two calls are equal when their task and payload are. The garbage collector does not follow
+    calls, of which a program may hold many thousands: they refer to nothing that refers to them.
 
     Attributes:
         task: The task's name.
@@ -70,20 +72,11 @@ class Call(Generic[R_co]):
         queue: The task's queue; `options.queue` wins.
     """
 
-    __slots__ = ("options", "payload", "queue", "returns", "task")
-
     task: str
     payload: str
     options: CallOptions
     returns: Returns
     queue: str
-
-    def __init__(self, task: str, payload: str, options: CallOptions, returns: Returns, queue: str) -> None:
-        self.task = task
-        self.payload = payload
-        self.options = options
-        self.returns = returns
-        self.queue = queue
 
     def __eq__(self, other: object) -> bool:
         """Compare task and payload."""

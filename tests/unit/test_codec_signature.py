@@ -273,3 +273,23 @@ def test_local_class_that_cannot_be_found_is_refused_with_the_remedy() -> None:
 
     with pytest.raises(ConfigurationError, match=r"task 'handler': .*define its class at module level"):
         _signature(handler)
+
+
+def test_an_argument_that_json_would_leave_out_is_refused() -> None:
+    def handler(_ctx: object, a: Any, b: int) -> None: ...
+
+    with pytest.raises(EncodeError) as caught:
+        signature_of(handler, "task").encode_payload((msgspec.UNSET, 1), {})
+    assert caught.value.path == "payload.a"
+
+
+def test_arguments_by_position_and_by_name_make_the_same_payload() -> None:
+    def handler(_ctx: object, a: int, b: str, c: list[int]) -> None: ...
+
+    signature = signature_of(handler, "task")
+    ways: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
+        ((1, "x", [2]), {}),
+        ((1,), {"c": [2], "b": "x"}),
+        ((), {"b": "x", "c": [2], "a": 1}),
+    ]
+    assert {signature.encode_payload(args, kwargs) for args, kwargs in ways} == {'{"a":1,"b":"x","c":[2]}'}

@@ -7,6 +7,8 @@ from uuid import uuid4
 import psycopg
 import pytest
 
+from pgconductor.id_array import IdArray
+from pgconductor.ids import new_ids
 from tests.flow.support import concurrency, limited, set_limit
 from tests.sql.support import Db, array, at, claim, count, enqueue, register, row, state
 
@@ -149,3 +151,9 @@ def test_a_plain_call_says_where_there_is_new_work(db: Db) -> None:
     marks = "cast(%s as uuid), 'work', null, cast(0 as smallint), cast('{}' as json)"
     answers = [db.execute(f"select enqueue_one({marks}) as it".encode(), (uuid4(),)).fetchone() for _ in range(2)]
     assert [answer and answer["it"]["queues"] for answer in answers] == [[queue["id"]]] * 2
+
+
+def test_a_list_of_ids_is_the_array_of_them(db: Db) -> None:
+    ids = new_ids(300)
+    row = db.execute("select cast(cast(%s as uuid[]) as text) as sent", (IdArray(ids),)).fetchone()
+    assert row == {"sent": array(ids)}

@@ -322,12 +322,12 @@ begin
       from rows from (unnest(p_ids), json_array_elements(p_payloads)) with ordinality as c(id, payload, place)),
       p_again => p_again, p_now => p_now);
   end if;
+  -- arrays are unfolded in the select list: after from, their rows would be stored before they are read
   v_ords := array(select nextval('execution_ord') from generate_subscripts(p_ids, 1));
   insert into execution (id, ord, created_at, lane_id, priority, payload)
-  select c.id, c.ord, v_now, v_lane, p_priority, c.payload
-  from rows from (unnest(p_ids, v_ords), json_array_elements(p_payloads)) as c(id, ord, payload);
+  select unnest(p_ids), unnest(v_ords), v_now, v_lane, p_priority, json_array_elements(p_payloads);
   insert into ready (lane_id, priority, ord, execution_id)
-  select v_lane, p_priority, c.ord, c.id from unnest(p_ids, v_ords) as c(id, ord);
+  select v_lane, p_priority, unnest(v_ords), unnest(p_ids);
   return ('{"queues":[' || v_queue || ']}')::json;
 end $$;
 
