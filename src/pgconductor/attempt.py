@@ -124,6 +124,10 @@ class Host(Protocol):
         """Run a function in a thread of the process's own."""
         ...
 
+    def save_transaction(self, step: SavedStep, /) -> Query[Literal["saved", "lost", "exists"]]:
+        """Build the call that stores a step in the transaction of its own writes."""
+        ...
+
     def transaction(self) -> AbstractAsyncContextManager[psycopg.AsyncConnection[Any]]:
         """Lend a connection."""
         ...

@@ -223,7 +223,7 @@ class Context(RunFacts[D]):
                             raise ConfigurationError(f"transaction {name!r}", "is a plain function", "use async def")
                         raw, copied = codec.store(await awaited, f"transaction {name!r}")
                     step = attempt.journal.finished(name, "transaction", raw)
-                    query = attempt.host.engine.save_transaction(attempt.host.orchestrator_id, step)
+                    query = attempt.host.save_transaction(step)
                     row = await (await conn.execute(query.statement.encode(), list(query.parameters))).fetchone()
                     accept_transaction(attempt, row[0] if row else None)
                     fault("before_transaction_commit")

@@ -457,11 +457,18 @@ class Engine(Reports):
         parameters = (orchestrator, as_text(steps), as_text(operations), self._now())
         return self._query("save", "uuid json json timestamptz", parameters, _saved)
 
-    def save_transaction(self, orchestrator: str, step: SavedStep) -> Query[Literal["saved", "lost", "exists"]]:
-        """See 25_save.sql. For the transaction that the step's own writes are in."""
+    def save_transaction(
+        self, orchestrator: str, step: SavedStep, idle_seconds: float
+    ) -> Query[Literal["saved", "lost", "exists"]]:
+        """See 25_save.sql; for the step's own transaction, which the server ends once it is idle for so long.
+
+        From here on no sweep can take over from its process, which may stand still.
+        """
         parameters = (orchestrator, step.id, step.token, step.name, step.round, bytes(step.value).decode(), self._now())
         casts = "uuid uuid bigint text smallint json timestamptz"
-        return self._query("save_transaction", casts, parameters, as_is, harmless=False)
+        query = self._query("save_transaction", casts, parameters, as_is, harmless=False)
+        statement = f"{query.statement}, set_config('idle_in_transaction_session_timeout', %s, true)"
+        return Query(statement, (*parameters, str(round(idle_seconds * 1000))), as_is, harmless=False)
 
     def settle(
         self, orchestrator: str, completed: Sequence[Completion], outcomes: Sequence[Outcome]
@@ -587,8 +594,3 @@ class Engine(Reports):
             (orchestrator, list(queues), list(tasks), self._now()),
             _outstanding,
         )
-
-    def notify(self, payload: str) -> Query[None]:
-        """Send a hint to whoever listens; the channel is the schema's name. Its commit waits for no disk."""
-        statement = "select pg_notify(%s, %s), set_config('synchronous_commit', 'off', true)"
-        return Query(statement, (self.schema, payload), as_is)

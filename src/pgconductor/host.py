@@ -7,7 +7,7 @@ import threading
 from collections.abc import AsyncGenerator, Callable, Generator
 from concurrent.futures import Future as ThreadFuture
 from contextlib import asynccontextmanager, contextmanager
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 
 import psycopg
 from psycopg.pq import TransactionStatus
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 CONNECTIONS_MAX: Final = 8
+_IDLE_SECONDS_MAX: Final = 60.0
+"""So long a transaction may stand idle while its function runs; less, the trust, once its step is saved."""
 _TRANSACTION_OPTIONS: Final = "-c idle_in_transaction_session_timeout=60s"
 _TRANSACTION_SETTINGS: Final = "set local idle_in_transaction_session_timeout = '60s'"
 
@@ -62,7 +64,8 @@ class ProcessHost:
         self.engine = engine
         self.is_leaving = False
         self.is_fenced: Callable[[], bool] = membership.is_fenced
-        self.processes = Processes(dsn, engine.schema)
+        self.processes = Processes(dsn, engine.schema, membership.timing)
+        self._idle_seconds = min(membership.timing.trust, _IDLE_SECONDS_MAX)
         self._route = Route(dsn, "pgconductor transaction", options=_TRANSACTION_OPTIONS, timeline=timeline)
         self._saver = saver
         self._session = session
@@ -83,6 +86,10 @@ class ProcessHost:
     def open(self, operation: Operation) -> "asyncio.Future[None]":
         """Store an operation and create its children."""
         return self._saver.add(operation)
+
+    def save_transaction(self, step: SavedStep) -> "Query[Literal['saved', 'lost', 'exists']]":
+        """Build the call that stores a step in the transaction of its own writes, to be committed within the trust."""
+        return self.engine.save_transaction(self.orchestrator_id, step, self._idle_seconds)
 
     def submit_thread(self, fn: Callable[[], T]) -> "ThreadFuture[T]":
         """Run a function in a thread of the process's own."""

@@ -24,6 +24,7 @@ from msgspec import Struct
 from pgconductor.attempt import Attempt
 from pgconductor.engine import Claimed, Completion, Outcome
 from pgconductor.errors import ConductorError, ConfigurationError
+from pgconductor.membership import Timing
 
 log = logging.getLogger("pgconductor.isolated")
 LINE_BYTES_MAX = 256 * 1024 * 1024
@@ -37,6 +38,7 @@ class Home(Struct):
     module: str
     main_path: str | None
     search_path: list[str]
+    timing: Timing
 
 
 class Start(Struct, tag="start"):
@@ -103,11 +105,13 @@ class Processes:
     Args:
         dsn: For the children's own connections.
         schema: The engine's schema.
+        timing: Of the orchestrator.
     """
 
-    def __init__(self, dsn: str, schema: str) -> None:
+    def __init__(self, dsn: str, schema: str, timing: Timing) -> None:
         self._dsn = dsn
         self._schema = schema
+        self._timing = timing
         self._idle: dict[str, deque[_Child]] = {}
         self._all: set[_Child] = set()
 
@@ -139,7 +143,8 @@ class Processes:
             await child.process.wait()
 
     async def _start(self, module: str) -> _Child:
-        home = Home(self._dsn, self._schema, *locate(module), [each or os.getcwd() for each in sys.path])  # noqa: PTH109
+        search_path = [each or os.getcwd() for each in sys.path]  # noqa: PTH109
+        home = Home(self._dsn, self._schema, *locate(module), search_path, self._timing)
         ours, theirs = socket.socketpair()
         with theirs:
             process = await asyncio.create_subprocess_exec(

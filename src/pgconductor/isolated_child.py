@@ -17,6 +17,7 @@ from pgconductor.engine import Completion, Engine, Operation, SavedStep
 from pgconductor.errors import StaleLease
 from pgconductor.host import ProcessHost
 from pgconductor.isolated import LINE_BYTES_MAX, Answer, Control, Home, Message, Start
+from pgconductor.membership import Timing
 from pgconductor.operations import has_step_threads
 from pgconductor.session import Session
 from pgconductor.threads import Threads
@@ -28,7 +29,9 @@ SCRIPT = "__pgconductor_child__"
 class _Identity:
     """The boot id of the process whose leases are used; it is that process which confirms them."""
 
-    id = ""
+    def __init__(self, timing: Timing) -> None:
+        self.id = ""
+        self.timing = timing
 
     def is_fenced(self) -> bool:
         return False
@@ -140,7 +143,7 @@ async def _main(descriptor: int) -> None:
     reader, writer = await asyncio.open_connection(sock=socket.socket(fileno=descriptor), limit=LINE_BYTES_MAX)
     home = msgspec.json.decode(await reader.readline(), type=Home)
     app = _load(home)
-    identity, threads = _Identity(), Threads(4)
+    identity, threads = _Identity(home.timing), Threads(4)
     session = Session(home.dsn, "pgconductor isolated")
     saver = _DirectSaver(session, app.engine, identity)
     async with app.lifespan_context() as deps:

@@ -73,6 +73,11 @@ class Queries:
             self._statements[function] = statement
         return Query(statement, parameters, read, harmless)
 
+    def notify(self, payload: str) -> Query[None]:
+        """Send a hint to whoever listens; the channel is the schema's name. Its commit waits for no disk."""
+        statement = "select pg_notify(%s, %s), set_config('synchronous_commit', 'off', true)"
+        return Query(statement, (self.schema, payload), as_is)
+
     def _now(self) -> datetime | None:
         return self._clock() if self._clock else None
 

@@ -172,7 +172,7 @@ class SyncContext(RunFacts[D]):
                     with marked(name):
                         raw, copied = codec.store(fn(conn, *args, **kwargs), f"transaction {name!r}")
                     step = attempt.journal.finished(name, "transaction", raw)
-                    query = attempt.host.engine.save_transaction(attempt.host.orchestrator_id, step)
+                    query = attempt.host.save_transaction(step)
                     row = conn.execute(query.statement.encode(), list(query.parameters)).fetchone()
                     accept_transaction(attempt, row[0] if row else None)
                     fault("before_transaction_commit")

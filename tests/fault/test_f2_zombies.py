@@ -17,6 +17,10 @@ Programs = Task[[list[Any]], list[Any]]
 BOTH = pytest.mark.parametrize("task", [program, plain_program], ids=["async", "plain"])
 UNHARMED = ("completed", 1, 0)
 LOST_ONCE = ("completed", 1, 1)
+POINTS = (
+    *("inside_step", "before_save", "inside_transaction", "before_transaction_commit"),
+    *("handler_returned", "before_settle"),
+)
 _ROWS = "select to_json(t)::text as row from {} t order by 1"
 
 
@@ -29,7 +33,15 @@ def everything(world: World) -> list[str]:
 @pytest.mark.covers("F23", "P2")
 @BOTH
 @pytest.mark.parametrize(
-    "point", ["inside_step", "before_save", "inside_transaction", "handler_returned", "before_settle"]
+    "point",
+    [
+        "inside_step",
+        "before_save",
+        "inside_transaction",
+        "before_transaction_commit",
+        "handler_returned",
+        "before_settle",
+    ],
 )
 async def test_f2_23_a_zombie_whose_work_is_done_is_refused_whatever_it_writes(
     world: World, task: Programs, point: str

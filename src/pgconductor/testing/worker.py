@@ -67,10 +67,10 @@ _last_transaction: ContextVar[SavedStep | None] = ContextVar("last_transaction",
 class ManualEngine(Engine):
     """Builds the queries on a clock of its own, and notes which step a transaction is about to commit."""
 
-    def save_transaction(self, orchestrator: str, step: SavedStep) -> Any:
+    def save_transaction(self, orchestrator: str, step: SavedStep, idle_seconds: float) -> Any:
         """As in production."""
         _last_transaction.set(step)
-        return super().save_transaction(orchestrator, step)
+        return super().save_transaction(orchestrator, step, idle_seconds)
 
     def queue_ids(self) -> Query[dict[str, int]]:
         """All queues, by name."""
