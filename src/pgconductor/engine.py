@@ -182,7 +182,7 @@ class Named(Struct):
 # ---------------------------------------------------------------- what goes in
 
 
-class NewExecution(Struct, omit_defaults=True):
+class NewExecution(Struct, omit_defaults=True, gc=False):
     """One call to enqueue, or one child of an operation."""
 
     id: str
@@ -221,7 +221,7 @@ class AlikeExecutions(Struct):
     payloads: list[str]
 
 
-class SavedStep(Struct):
+class SavedStep(Struct, gc=False):
     """A finished step of a running execution. With `event`, what it did was to emit that."""
 
     id: str
@@ -233,7 +233,7 @@ class SavedStep(Struct):
     event: NewEvent | UnsetType = UNSET
 
 
-class Operation(Struct, omit_defaults=True):
+class Operation(Struct, omit_defaults=True, gc=False):
     """Something to wait for: a sleep, children, a wait on children, an event. `token` only where saved by itself."""
 
     id: str
@@ -252,7 +252,7 @@ class Operation(Struct, omit_defaults=True):
     where: Raw | UnsetType = UNSET
 
 
-class Await(Struct, omit_defaults=True):
+class Await(Struct, omit_defaults=True, gc=False):
     """An operation that a parked execution has open. Those not `awaited` are only told of.
 
     `members` and `count`: a wait on started children, by step name.
@@ -266,7 +266,7 @@ class Await(Struct, omit_defaults=True):
     count: int | None = None
 
 
-class Completion(Struct):
+class Completion(Struct, gc=False):
     """The outcome of an execution without parent and children."""
 
     id: str
@@ -274,14 +274,14 @@ class Completion(Struct):
     result: Raw
 
 
-class Fresh(Struct):
+class Fresh(Struct, gc=False):
     """A timed out operation that the next attempt does anew."""
 
     name: str
     round: int
 
 
-class Outcome(Struct, omit_defaults=True):
+class Outcome(Struct, omit_defaults=True, gc=False):
     """Any other outcome. `delay` is in seconds; `cached`: this process keeps the steps of what it parks."""
 
     id: str

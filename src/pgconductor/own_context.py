@@ -37,6 +37,8 @@ class OwnContext(Generic[T]):
             except StopIteration as done:
                 value: T = done.value
                 return value
+            finally:
+                del step  # an error thrown in holds this frame by its traceback: else only the collector frees the run
             if not self.has_suspended:
                 self.has_suspended = True
                 self._on_suspend()
