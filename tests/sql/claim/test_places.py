@@ -55,7 +55,8 @@ def behind(answer: Json) -> list[Range]:
 
 
 def ids(answer: Json) -> list[str]:
-    return [each[0] for each in answer["claimed"] or []]
+    rows: list[list[str]] = answer["claimed"] or []
+    return [each[0] for each in rows]
 
 
 def test_a_claim_tells_the_last_place_of_each_section_that_it_took_from(db: Db) -> None:
