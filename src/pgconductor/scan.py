@@ -67,7 +67,8 @@ class Scan:
 
     def start(self, now: float) -> Start:
         """Return the earliest start that may be used."""
-        return next((each for each in (Start.HEAD, Start.EARLIER) if self._usable_at[each] <= now), Start.LAST)
+        starts = [Start.HEAD, Start.EARLIER] if self._earlier else [Start.HEAD]
+        return next((each for each in starts if self._usable_at[each] <= now), Start.LAST)
 
     def ranges(self, start: Start) -> list[Range] | None:
         """Return what to look through in the lanes of which places are known; None: every lane, from its head."""

@@ -49,6 +49,8 @@ def test_while_nothing_is_lost_every_claim_begins_at_the_head() -> None:
 
 def test_a_start_that_cost_too_much_is_not_used_again_for_twenty_times_of_that() -> None:
     scan = Scan()
+    for now in (98, 99):
+        noted(scan, Start.HEAD, now)
     noted(scan, Start.HEAD, 100, lost=0.5)
     assert scan.head_at == pytest.approx(100 + 0.5 * PAUSE_FACTOR)
     assert [scan.start(now) for now in (100, scan.head_at - 0.01, scan.head_at)] == [

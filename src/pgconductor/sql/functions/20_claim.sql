@@ -146,20 +146,23 @@ begin
   v_limited := limited_lanes(p_wants, p_tasks, v_now);
   v_began_at := clock_timestamp();
   for v_want in
-    select w."limit", coalesce(w.free, w."limit") as free, array_agg(f.range) filter (where not l.is_limited) as ranges,
+    -- of each range, what begins with its first row
+    select w."limit", coalesce(w.free, w."limit") as free,
+           array_agg(row(l.id, r.place - 1, f.before_place)::scan_range) filter (where not l.is_limited) as ranges,
            array_agg(l.id order by l.id) filter (where l.is_limited) as limited
     from json_to_recordset(p_wants) as w(queue int, "limit" int, free int)
     join queue q on q.id = w.queue and q.paused_at is null
     join lane l on l.queue_id = q.id and l.task_id = any(p_tasks)
     join task k on k.id = l.task_id
     left join json_populate_recordset(null::scan_range, p_from) s on s.lane_id = l.id and not l.is_limited
-    cross join lateral (select coalesce(s, whole_lane(l.id)) as range) f
-    -- a lateral row, since the planner may think it cheaper to hash the whole of ready for an exists (...)
+    cross join lateral (select (coalesce(s, whole_lane(l.id))).*) f
     cross join lateral (
-      select from ready r
-      where r.lane_id = l.id and not l.is_limited and place_of(r.priority, r.ord) > (f.range).after_place
-        and place_of(r.priority, r.ord) < (f.range).before_place
-      union all select where l.is_limited and l.id = any(v_limited) limit 1) r
+      select * from (
+        select place_of(priority, ord) as place from ready
+        where lane_id = l.id and not l.is_limited and place_of(priority, ord) > f.after_place
+          and place_of(priority, ord) < f.before_place
+        order by place_of(priority, ord) limit 1) k
+      union all select null where l.is_limited and l.id = any(v_limited)) r
     where (k.window_start is null or closes_in(k, v_now) is not null)
     group by w.queue, w."limit", w.free
   loop

@@ -17,10 +17,12 @@ create or replace function first_id(p_at timestamptz) returns uuid
 language sql immutable parallel safe
 return (lpad(to_hex(greatest((extract(epoch from p_at) * 1000)::bigint, 0)), 12, '0') || repeat('0', 20))::uuid;
 
--- Up to where a cursor goes. Where nothing is kept the ends see to it; a cursor finds what they have missed.
+-- Up to where a cursor goes. It looks at what was made long enough ago that most of it has also ended long enough ago:
+-- of the rest a note must be written and read. Where nothing is kept the ends see to it; a cursor finds what they missed.
 create or replace function cursor_end(p_keep interval, p_now timestamptz) returns uuid
 language sql immutable parallel safe
-return first_id(p_now - case when p_keep = interval '0' then interval '1 minute' else p_keep end);
+return first_id(p_now - case when p_keep = interval '0' then interval '1 minute'
+                             else p_keep + least(p_keep / 10, interval '30 seconds') end);
 
 -- An execution that has not ended is looked at again after an eighth of its age, or the length of its retention.
 create or replace function look_again_at(p_created_at timestamptz, p_keep interval, p_now timestamptz)
