@@ -270,7 +270,7 @@ class Attempt:
         result = Raw(returns.store(value, "result")[0])
         if self.journal.memos.operations:
             self._warn_of_unasked()
-        if self.claimed.parent_id is None and not self.journal.is_tied:
+        if self.claimed.parent_id is None and not self._storing and not self.journal.is_tied:
             return Completion(self.claimed.id, self.token, result)
         return Outcome(self.claimed.id, self.token, "completed", result=result)
 

@@ -267,7 +267,7 @@ class Await(Struct, omit_defaults=True, gc=False):
 
 
 class Completion(Struct, gc=False):
-    """The outcome of an execution without parent and children."""
+    """The outcome of an execution without parent, of whose children none is open."""
 
     id: str
     token: int

@@ -90,7 +90,6 @@ class Journal:
         memos: What earlier runs recorded; grows with this one.
         unsaved: Operations that the database does not know yet.
         awaits: What this run has open, by name.
-        is_tied: Whether the execution ever had a child or waited for an event: its end concerns more than itself.
     """
 
     __slots__ = (
@@ -100,7 +99,6 @@ class Journal:
         "_token",
         "_unvisited",
         "awaits",
-        "is_tied",
         "memos",
         "unsaved",
     )
@@ -109,12 +107,16 @@ class Journal:
         self.memos = memos
         self.unsaved: list[Operation] = []
         self.awaits: dict[str, Await] = {}
-        self.is_tied = memos.is_tied
         self._claimed = claimed
         self._token = token
         self._names: set[str] = set()
         self._calls: dict[str, int] = {}
         self._unvisited = len(memos.operations) - len(memos.open)
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether the execution's end concerns more than itself: something is open, or may have left rows behind."""
+        return self.memos.is_tied or bool(self.memos.open)
 
     @property
     def is_replaying(self) -> bool:
@@ -341,7 +343,6 @@ class Journal:
         children = operation.children or []
         single = children[0] if children and kind != "invoke_all" else None
         status = "completed" if operation.detached else "pending"
-        self.is_tied = self.is_tied or bool(children) or kind == "wait_for"
         self.memos.add(
             Recorded(
                 name, round_, 0, kind, cast("Any", status), NULL, NULL, single.id if single else None,

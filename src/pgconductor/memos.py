@@ -18,7 +18,8 @@ class Memos:
     Attributes:
         operations: By name, the operation's own row of its latest round.
         open: Those of them that are not answered, and those that the next attempt does afresh.
-        is_tied: Whether any of them made a child or waits for an event.
+        is_tied: Whether any of them is a fan-out or a wait for an event, which have rows beside their own. A single
+            child that has answered leaves nothing behind.
         children: By name, the rows of a fan-out's children of its latest round, by index from 1.
         size: About how many bytes they take in memory.
     """
@@ -54,7 +55,7 @@ class Memos:
         if known is None or step.round >= known.round:
             self.operations[step.name] = own = _own(step)
             self.size += _ROW_BYTES + len(bytes(step.value))
-            self.is_tied = self.is_tied or step.child_id is not None or step.kind in _TIED
+            self.is_tied = self.is_tied or step.kind in _TIED
             if step.status == "pending" or step.dropped:
                 self.open[step.name] = own
             else:

@@ -28,6 +28,7 @@ from tests.sql.support import (
     enqueue,
     enqueue_many,
     fail,
+    finish,
     invoke,
     save,
     session,
@@ -329,6 +330,18 @@ def test_a_tree_of_a_task_that_keeps_nothing_goes_with_the_next_prune(db: Db) ->
     parent, children = completed_tree(db, 2)
     assert prune(db, 0) == 3
     assert exists(db, parent, *children) == [False] * 3
+
+
+def test_a_root_that_ends_plainly_takes_its_answered_child_along_at_the_next_prune(db: Db) -> None:
+    keep(db, 0, 0)
+    parent = ready(db)
+    child = invoke(db, claim_one(db))
+    finish(db, claim_one(db, token=2), token=2)
+    assert claim_one(db, token=3) == parent
+    complete(db, parent, token=3)
+    assert exists(db, parent, child) == [True, True]
+    assert prune(db, 0) == 2
+    assert exists(db, parent, child) == [False, False]
 
 
 def test_what_somebody_waits_for_stays_until_its_value_has_arrived(db: Db) -> None:

@@ -2,13 +2,13 @@
 -- Called by a worker's settler. States: running -> completed, failed, cancelled; ready (released, retried at once);
 -- scheduled (retried later); waiting (parked), or ready again when what it waits for has already been answered.
 -- Locks, in the order of 00_locks.sql: the caller's orchestrator row, trees, executions with their parents and open
--- descendants. A plain completion (no parent, no child) locks its own row only, by updating it.
+-- descendants. A plain completion (no parent, no open child) locks its own row only, by updating it.
 -- Fence: an outcome counts only while the lease (execution, orchestrator, token) exists; else its id is returned in
 -- lost and nothing of it happens. A repetition after a lost reply is therefore harmless.
 -- A cancel request wins: whatever the outcome says, the execution ends cancelled.
 -- Returns {lost, queues: [queue ids with new work], watchers: [who is to be told], next_due: seconds}.
 
--- Completes executions without parent and children. p_completed: [{id, token, result}]
+-- Completes executions without parent, whose children have all answered. p_completed: [{id, token, result}]
 create or replace function settle_plain(
   p_orchestrator uuid, p_completed json, p_now timestamptz, inout p_lost uuid[],
   out p_lanes int[], out p_watchers text[]
@@ -47,7 +47,7 @@ begin
   p_watchers := v_effects.watchers || watchers_of(v_ids);
   delete from lease where execution_id = any(v_ids);
   if cardinality(v_gone) > 0 then
-    perform remove(v_gone, p_now);
+    perform remove_ended(v_gone, p_now);
   end if;
   if coalesce(cardinality(v_ids), 0) < json_array_length(p_completed) then
     p_lost := p_lost || array(select g.id from json_to_recordset(p_completed) as g(id uuid)

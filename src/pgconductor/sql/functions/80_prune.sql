@@ -104,6 +104,17 @@ begin
   delete from execution where id = any(p_ids);
 end $$;
 
+-- Removes roots that have just ended. Those that had children go together with them, at the next prune.
+create or replace function remove_ended(p_ids uuid[], p_now timestamptz) returns void
+language plpgsql volatile set search_path from current as $$
+declare
+  v_parents uuid[] := array(select id from unnest(p_ids) id where exists (select from children_of(array[id])));
+begin
+  insert into prune_later (execution_id, look_at) select id, p_now from unnest(v_parents) id order by id
+  on conflict (execution_id) do update set look_at = excluded.look_at;
+  perform remove(array(select id from unnest(p_ids) id where id <> all(v_parents)), p_now);
+end $$;
+
 -- Removes a tree whose root is locked. Returns how many executions went; none if some of it has not ended.
 create or replace function remove_tree(p_root uuid, p_now timestamptz, p_size_max int) returns int
 language plpgsql volatile set search_path from current as $$
