@@ -428,9 +428,10 @@ class Attempt:
     def must_leave(self) -> bool:
         """Begin an operation, and tell whether the run is to be left here, by `pend`."""
         self.enter()
-        if asyncio.current_task(self.host.loop) is not self._main:
+        host = self.host
+        if asyncio.current_task(host.loop) is not self._main:
             self._is_concurrent = True
-        return self.is_leaving
+        return self._leaving or host.is_stopping() or (self.claimed.closes_at is not None and self.is_closing())
 
     async def pend(self, name: str | None = None) -> None:
         """Stay here until the handler is left: what the caller asks for is not answered in this run.

@@ -113,12 +113,13 @@ class Codec(Generic[T]):
             pass
         return self._judge(value, where)
 
-    def decode(self, raw: Raw, where: str = "$") -> T:
+    def decode(self, raw: Raw, where: str = "$", name: str | None = None) -> T:
         """Read a stored value.
 
         Args:
             raw: Its JSON.
             where: What the value is, such as `payload`; paths in errors begin with it.
+            name: What `where` is called, such as a step's name; written after it.
 
         Returns:
             The value, of the annotated type.
@@ -129,7 +130,7 @@ class Codec(Generic[T]):
         try:
             return self._load(raw)
         except Exception as error:
-            raise DecodeError(*read_fault(error, where)) from error
+            raise DecodeError(*read_fault(error, where if name is None else f"{where} {name!r}")) from error
 
     def _judge(self, value: T, where: str) -> tuple[bytes, T]:
         """Find what is wrong with a value that the fast path did not accept; accept it when nothing is."""

@@ -574,7 +574,7 @@ async def _call_batch(fn: Callable[..., Any], attempt: Attempt, element: Any) ->
 
 
 def _recorded(codec: Codec[Any], memo: "Recorded") -> Any:
-    return codec.decode(bytes(memo.value), f"step {memo.name!r}")
+    return codec.decode(bytes(memo.value), "step", memo.name)
 
 
 @contextlib.contextmanager

@@ -219,7 +219,8 @@ class Journal:
 
     def invoke(self, name: str, call: Call[Any], timeout: Duration | None, on_timeout: str) -> object:
         """Invoke a child; returns its value once it has ended, or raises what became of it."""
-        check_call(call, f"invoke {name!r}")
+        if type(call) is not Call:
+            check_call(call, f"invoke {name!r}")
         memo = self.begin(name, "invoke", call.task)
         if memo is None:
             operation = self._child_operation(name, "invoke", [call], timeout)
@@ -421,7 +422,7 @@ def child_of(call: Call[Any], place: str) -> NewExecution:
 def child_value(memo: Recorded, call: Call[Any]) -> Any:
     """Return what a child returned, or raise what became of it."""
     if memo.status == "completed":
-        return cast("Codec[Any]", call.returns).decode(bytes(memo.value), f"result of child {memo.name!r}")
+        return cast("Codec[Any]", call.returns).decode(bytes(memo.value), "result of child", memo.name)
     if memo.status == "timed_out":
         raise _timeout_of(memo, call.task)
     stored = error_from_json(bytes(memo.error))
