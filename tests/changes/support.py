@@ -6,7 +6,9 @@ from typing import Any
 from uuid import uuid4
 
 import psycopg
-from psycopg.conninfo import make_conninfo
+import pytest
+from psycopg import sql
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from pgconductor.changes import apply_changes
 from pgconductor.engine import Engine
@@ -58,6 +60,25 @@ def triggers(db: Db, table: str = "public.contact") -> list[str]:
         select pg_get_triggerdef(oid) as text from pg_trigger
         where tgrelid = to_regclass(%s) and not tgisinternal order by tgname"""
     return [row["text"] for row in db.execute(query, (table,)).fetchall()]
+
+
+def lead_to_contact(db: Db, database: str, table: str) -> None:
+    """Make a foreign table over `public.contact`, which it reaches by a connection to the same database."""
+    if not db.execute("select from pg_available_extensions where name = 'postgres_fdw'").rowcount:
+        pytest.skip("this Postgres lacks postgres_fdw")
+    given = conninfo_to_dict(database)
+    place = {key: given[key] for key in ("host", "port", "dbname") if given.get(key)}
+    login = {key: given[key] for key in ("user", "password") if given.get(key)}
+    db.execute("create extension postgres_fdw schema public")
+    db.execute(sql.SQL("create server here foreign data wrapper postgres_fdw {}").format(_options(place)))
+    db.execute(sql.SQL("create user mapping for current_user server here {}").format(_options(login)))
+    there = "server here options (schema_name 'public', table_name 'contact')"
+    db.execute(f"create foreign table {table} (id int, email text) {there}".encode())
+
+
+def _options(given: dict[str, Any]) -> sql.Composable:
+    pairs = [sql.SQL("{} {}").format(sql.Identifier(key), sql.Literal(str(value))) for key, value in given.items()]
+    return sql.SQL("options ({})").format(sql.SQL(", ").join(pairs)) if pairs else sql.SQL("")
 
 
 @contextmanager

@@ -3,9 +3,10 @@
 import pytest
 from psycopg import errors as pg
 
-from tests.changes.support import CONTACT, changes, errors, follow, new_rows, on
+from tests.changes.support import CONTACT, changes, errors, follow, lead_to_contact, new_rows, on
 from tests.sql.support import Db
 
+pytestmark = pytest.mark.covers("F83", "P39")
 CONDITIONS = [None, "new.id is not null"]
 
 
@@ -70,6 +71,22 @@ def test_a_renamed_table_goes_on_and_a_dropped_one_takes_its_trigger_along(datab
 
     db.execute("drop table public.person")
     assert errors(db) == []
+
+
+@pytest.mark.parametrize("when", CONDITIONS)
+def test_a_column_that_a_foreign_table_lost_is_recorded_and_the_write_goes_on(
+    database: str, db: Db, when: str | None
+) -> None:
+    lead_to_contact(db, database, "public.far")
+    follow(database, on("insert", "id", "email", table="public.far", when=when))
+    db.execute("alter foreign table public.far drop column email")
+
+    db.execute("insert into public.far values (1), (2)")
+
+    assert emails(db) == 2
+    assert changes(db, "public.far") == []
+    (error,) = errors(db)
+    assert (error["table"], error["op"]) == ("public.far", "insert")
 
 
 @pytest.mark.parametrize("when", CONDITIONS)

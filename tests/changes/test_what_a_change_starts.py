@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from tests.changes.support import CONTACT, changes, errors, follow, new_rows, on
+from tests.changes.support import CONTACT, changes, errors, follow, lead_to_contact, new_rows, on
 from tests.sql.support import Db, claim, enqueue, register, session
 
 Row = dict[str, Any]
@@ -82,6 +82,7 @@ def test_a_delete_tells_the_old_row(database: str, db: Db) -> None:
     assert (change["old"], change["new"]) == ({"email": "a"}, None)
 
 
+@pytest.mark.covers("F83")
 @pytest.mark.parametrize("when", [None, "new.id % 2 = 0 -- even ones"])
 def test_every_row_of_a_statement_or_copy_counts_once(database: str, db: Db, when: str | None) -> None:
     follow(database, on("insert", when=when))
@@ -95,6 +96,7 @@ def test_every_row_of_a_statement_or_copy_counts_once(database: str, db: Db, whe
     assert db.execute("select count(*) as count from ready").fetchall() == [{"count": len(expected)}]
 
 
+@pytest.mark.covers("F83")
 def test_an_insert_that_becomes_an_update_counts_as_that(database: str, db: Db) -> None:
     follow(database, on("insert"), on("update", "id", "email"))
     db.execute("insert into public.contact values (1, 'a')")
@@ -124,6 +126,7 @@ def test_a_merge_counts_each_row_by_what_became_of_it(database: str, db: Db) -> 
     assert sorted(change["op"] for change in changes(db)) == ["delete", "insert", "insert", "insert", "update"]
 
 
+@pytest.mark.covers("F83")
 def test_truncate_starts_nothing(database: str, db: Db) -> None:
     follow(database, on("delete"))
     db.execute("insert into public.contact values (1)")
@@ -133,6 +136,7 @@ def test_truncate_starts_nothing(database: str, db: Db) -> None:
     assert changes(db) == []
 
 
+@pytest.mark.covers("F83")
 @pytest.mark.parametrize("target", ["event_log", "event_log_1"])
 def test_rows_of_partitions_count_whichever_way_they_come(database: str, db: Db, target: str) -> None:
     db.execute("create table public.event_log (id int, at date) partition by range (id)")
@@ -147,6 +151,7 @@ def test_rows_of_partitions_count_whichever_way_they_come(database: str, db: Db,
     assert new_rows(db, "public.event_log") == [{"id": 1}, {"id": 25}]
 
 
+@pytest.mark.covers("F83")
 def test_a_row_that_moves_to_another_partition_counts_as_a_delete_and_an_insert(database: str, db: Db) -> None:
     db.execute("create table public.event_log (id int) partition by range (id)")
     db.execute("create table public.event_log_1 partition of public.event_log for values from (0) to (10)")
@@ -170,6 +175,7 @@ def test_deletes_by_a_foreign_key_count(database: str, db: Db) -> None:
     assert len(changes(db, "public.address")) == 2
 
 
+@pytest.mark.covers("F83")
 def test_a_partition_itself_can_be_watched(database: str, db: Db) -> None:
     db.execute("create table public.event_log (id int) partition by range (id)")
     db.execute("create table public.event_log_1 partition of public.event_log for values from (0) to (10)")
@@ -178,6 +184,28 @@ def test_a_partition_itself_can_be_watched(database: str, db: Db) -> None:
     db.execute("insert into public.event_log values (1)")
 
     assert new_rows(db, "public.event_log_1") == [{"id": 1}]
+
+
+@pytest.mark.covers("F83")
+@pytest.mark.parametrize("when", [None, "true"])
+def test_rows_of_a_foreign_table_count(database: str, db: Db, when: str | None) -> None:
+    lead_to_contact(db, database, "public.far")
+    table = "public.far"
+    follow(database, *(on(op, "id", "email", table=table, when=when) for op in ("insert", "update", "delete")))
+
+    db.execute("insert into public.far values (1, 'a'), (2, 'b')")
+    db.execute("update public.far set email = 'c' where id = 2")
+    db.execute("delete from public.far where id = 1")
+
+    told = [(change["op"], change["old"], change["new"]) for change in changes(db, table)]
+    first, second, changed = {"id": 1, "email": "a"}, {"id": 2, "email": "b"}, {"id": 2, "email": "c"}
+    assert told == [
+        ("insert", None, first),
+        ("insert", None, second),
+        ("update", second, changed),
+        ("delete", first, None),
+    ]
+    assert errors(db) == []
 
 
 def test_several_subscriptions_of_one_change_start_one_execution_each(database: str, db: Db) -> None:

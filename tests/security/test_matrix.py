@@ -1,8 +1,8 @@
 """Who may do what: every role, and the public, against everything there is in the schema.
 
 `rights.txt` is the decision, a line an object: the sort, the name, and the kinds of role that may use it besides the
-owner; `-` is nobody. A function is used by calling it, a table or view by reading it, nothing is written by anybody. An
-object that is new fails the tests until it has its line.
+owner; `-` is nobody. A function is used by calling it, a table or view by reading all of it, nothing is written by
+anybody, and no right is given on a single column. An object that is new fails the tests until it has its line.
 """
 
 from pathlib import Path
@@ -75,6 +75,15 @@ def test_nobody_but_the_owner_may_write_a_table(shared_town: Town, kind: str) ->
                              " and relkind in ('r', 'v')")  # fmt: skip
 
     assert len(may) == (count * 6 if kind == "owner" else 0), may
+
+
+def test_nobody_is_granted_a_single_column(shared_town: Town) -> None:
+    query = """
+        select format('%s.%s', a.attrelid::regclass, a.attname) as name, a.attacl::text as rights from pg_attribute a
+        join pg_class c on c.oid = a.attrelid
+        where c.relnamespace = 'pgconductor'::regnamespace and cardinality(a.attacl) > 0"""
+    with shared_town.session("owner") as conn:
+        assert conn.execute(query.encode()).fetchall() == []
 
 
 @pytest.mark.parametrize("kind", [*EVERYBODY, "public"])

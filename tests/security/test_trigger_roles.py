@@ -12,7 +12,7 @@ from tests.changes.support import CONTACT, ENGINE, changes, on
 from tests.security.support import Town, answer
 from tests.sql.support import Db
 
-pytestmark = pytest.mark.covers("F82", "F83", "P38", "P39")
+pytestmark = pytest.mark.covers("F82", "P38")
 WRITERS: Final = ["enqueuer", "reader", "outsider"]
 _STEAL: Final = """
     create table public.seen (who text);
