@@ -81,6 +81,22 @@ async def test_p8_results_that_cannot_be_stored_for_a_while_are_kept(world: Worl
     assert len(world.ledger.of("began", "", str(again.id))) == 1
 
 
+@pytest.mark.covers("F16", "P8")
+async def test_p8_a_last_flush_that_fails_goes_on_until_it_is_stored(world: World) -> None:
+    worker = await world.worker(through=True).up()
+    refusal = world.proxy.arm("refuse", "settle", again=True)
+    run = await program.invoke([step("a")])
+    await refusal.fired.wait()
+    worker.terminate()
+    await until(lambda: bool(world.rows("select 1 from workers where stopping_at is not null")))
+    refusal.fired.clear()
+    await refusal.fired.wait()  # while the worker stops
+    world.proxy.heal()
+    assert await worker.ended() == 0
+    assert world.facts(run.id) == UNHARMED  # stored, not given back: there is no other worker
+    assert len(world.ledger.of("began", "")) == 1
+
+
 @pytest.mark.covers("P50")
 async def test_p50_a_claim_that_fails_is_told_and_tried_again(world: World) -> None:
     worker = await world.worker().up()

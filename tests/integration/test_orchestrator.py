@@ -7,18 +7,23 @@ import threading
 import time
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from uuid import UUID
 
 import psycopg
 import pytest
 from psycopg.rows import DictRow
 
-from pgconductor import Conductor, Context, Orchestrator, SyncContext
+from pgconductor import Batch, BatchContext, Conductor, Context, Orchestrator, SyncContext
 from pgconductor.errors import ConfigurationError
 from pgconductor.membership import Timing
-from tests.waiting import until
+from pgconductor.worker import Worker
+from tests.waiting import until, until_row
 
 App = Conductor[None]
 Db = psycopg.Connection[DictRow]
+HOUR = 3600.0
+RARE_BEATS = Timing(beat=HOUR, expiry=4 * HOUR, sweep=HOUR)
+"""Beats of which, within a test, there is the first one only: what is told in time afterwards is told by signal."""
 
 
 def state_of(db: Db) -> list[str]:
@@ -119,6 +124,33 @@ async def test_a_handler_that_outlasts_the_grace_time_is_cut_short_at_no_cost(ap
     assert [tuple(row.values()) for row in rows] == [("ready", 1, 0)]
 
 
+@pytest.mark.covers("P8")
+async def test_a_result_that_cannot_be_stored_before_the_end_is_told_and_its_execution_runs_again(
+    app: App, db: Db, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("pgconductor.orchestrator.LAST_SECONDS", 0.2)
+    attempts: list[int] = []
+
+    @app.task
+    async def work(ctx: Context) -> int:
+        attempts.append(ctx.attempt)
+        return 7
+
+    run = await work.invoke()
+    db.execute("alter function settle rename to gone")
+    orchestrator = Orchestrator(app)
+    await orchestrator.start()
+    await until(lambda: "settle: a batch of 1 failed" in caplog.text)
+    await orchestrator.stop(grace=0)
+    assert "1 outcomes could not be stored; the executions run again" in caplog.text
+    db.execute("alter function gone rename to settle")
+    rows = db.execute("select state, attempt, crashes from executions").fetchall()
+    assert [tuple(row.values()) for row in rows] == [("ready", 1, 0)]
+    async with Orchestrator(app):
+        assert await run.result(60) == 7
+    assert attempts == [1, 1]
+
+
 async def test_sigterm_stops_and_the_handlers_before_it_are_put_back(app: App) -> None:
     @app.task
     async def work(ctx: Context) -> None: ...
@@ -212,8 +244,22 @@ async def test_a_handler_that_blocks_the_loop_keeps_its_lease_and_is_reported(
     assert "in block" in report
 
 
+# ---------------------------------------------------------------- how a cancel arrives
+
+
+async def until_it_listens(db: Db) -> None:
+    """Wait until the one orchestrator hears signals, and its first beat is over."""
+    query = "select from pg_stat_activity where datname = current_database() and application_name = %s"
+    await until_row(db, f"{query} and state = 'idle' and query like 'listen%%'", "pgconductor listener")
+    await until_row(db, "select 1 from orchestrator where beat_at > started_at")
+
+
+def keep_the_prefetch(_: Worker) -> None:
+    """Stand in for the measurement of how much to fetch ahead."""
+
+
 @pytest.mark.covers("P49")
-async def test_a_cancel_reaches_a_running_handler_by_signal(app: App, db: Db) -> None:
+async def test_a_cancel_reaches_a_running_handler_by_signal_without_a_beat(app: App, db: Db) -> None:
     started = asyncio.Event()
 
     @app.task
@@ -222,7 +268,72 @@ async def test_a_cancel_reaches_a_running_handler_by_signal(app: App, db: Db) ->
         await asyncio.Event().wait()
 
     run = await work.invoke()
-    async with Orchestrator(app):
+    async with Orchestrator(app, _timing=RARE_BEATS):
+        await started.wait()
+        await until_it_listens(db)
+        assert await run.cancel("enough")
+        await until(lambda: state_of(db) == ["cancelled"])
+
+
+@pytest.mark.covers("P49")
+async def test_a_cancel_reaches_by_signal_what_was_fetched_and_has_not_started(
+    app: App, db: Db, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pgconductor.claimer.STUCK_SECONDS", HOUR)  # it would go back by itself, and end so
+    monkeypatch.setattr(Worker, "_measure", keep_the_prefetch)
+    started, release = list[UUID](), asyncio.Event()
+
+    @app.task
+    async def work(ctx: Context) -> None:
+        started.append(ctx.execution_id)
+        await release.wait()
+
+    worker = app.create_worker("default", concurrency=1)
+    worker.prefetch_max = 1
+    runs = {run.id: run for run in await app.invoke_many([work.bind() for _ in range(2)])}
+    async with Orchestrator(app, workers=[worker], _timing=RARE_BEATS):
+        await until(lambda: (len(started), len(worker.buffer)) == (1, 1))
+        await until_it_listens(db)
+        (fetched,) = runs.keys() - set(started)
+        assert await runs[fetched].cancel("enough")
+        await until(lambda: sorted(state_of(db)) == ["cancelled", "running"])
+        release.set()
+    assert (await runs[fetched].state(), len(started)) == ("cancelled", 1)
+
+
+@pytest.mark.covers("P49")
+@pytest.mark.parametrize("size", [1, 2], ids=["called", "gathering"])
+async def test_a_cancel_reaches_a_batch_by_signal_whether_or_not_its_handler_was_called(
+    app: App, db: Db, size: int
+) -> None:
+    called = asyncio.Event()
+
+    @app.task(batch=Batch(size=size, timeout=HOUR))
+    async def work(ctx: BatchContext, numbers: list[int]) -> list[int]:
+        called.set()
+        await asyncio.Event().wait()
+        return numbers
+
+    run = await work.invoke(1)
+    async with Orchestrator(app, _timing=RARE_BEATS):
+        await until(lambda: called.is_set() if size == 1 else state_of(db) == ["running"])
+        await until_it_listens(db)
+        assert await run.cancel("enough")
+        await until(lambda: state_of(db) == ["cancelled"])
+    assert called.is_set() == (size == 1)
+
+
+@pytest.mark.covers("P49")
+async def test_a_cancel_that_no_signal_tells_of_comes_with_the_next_beat(app: App, db: Db) -> None:
+    started = asyncio.Event()
+
+    @app.task
+    async def work(ctx: Context) -> None:
+        started.set()
+        await asyncio.Event().wait()
+
+    run = await work.invoke()
+    async with Orchestrator(app, _listen=False, _timing=Timing(beat=0.1)):
         await started.wait()
         assert await run.cancel("enough")
         await until(lambda: state_of(db) == ["cancelled"])

@@ -138,6 +138,33 @@ async def test_a_timeout_that_was_caught_stays_when_what_follows_fails(app: App,
     assert len(rows(db, "select 1 from executions where task = 'child'")) == 1
 
 
+@pytest.mark.covers("P19")
+async def test_each_call_after_a_timeout_that_was_caught_has_a_deadline_of_its_own(
+    app: App, db: Db, working: Working
+) -> None:
+    @app.task
+    async def child(ctx: Context, seconds: int) -> str:
+        await ctx.sleep("nap", seconds)
+        return "in time"
+
+    @app.task(max_attempts=1)
+    async def parent(ctx: Context) -> list[str]:
+        told: list[str] = []
+        for name, seconds, limit in (("a", 3600, 0.05), ("b", 0, 3600), ("c", 3600, 0.05), ("d", 0, 3600)):
+            try:
+                told.append(await ctx.invoke(name, child.bind(seconds), timeout=limit))
+            except ChildTimeout as timeout:
+                told.append(str(timeout.execution_id))
+        return told
+
+    async with working():
+        told = await (await parent.invoke()).result(60)
+    query = "select e.id::text, e.state from executions e join steps s on s.child_id = e.id order by s.name"
+    children = rows(db, query)
+    assert told == [children[0]["id"], "in time", children[2]["id"], "in time"]
+    assert [each["state"] for each in children] == ["cancelled", "completed"] * 2
+
+
 @pytest.mark.parametrize("way", ["cause", "group"])
 async def test_a_timeout_that_an_error_comes_from_is_invoked_afresh(
     app: App, db: Db, working: Working, way: str

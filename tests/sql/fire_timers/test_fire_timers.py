@@ -1,9 +1,13 @@
 """fire_timers: scheduled → ready, and waits that are due."""
 
+from collections.abc import Callable
+
 import pytest
+from psycopg.rows import DictRow
 
 from tests.sql.support import (
     Db,
+    Json,
     at,
     call,
     cancel,
@@ -12,6 +16,7 @@ from tests.sql.support import (
     count,
     enqueue,
     enqueue_many,
+    fail,
     fan_out,
     finish,
     invoke,
@@ -22,6 +27,7 @@ from tests.sql.support import (
     retry,
     save,
     session,
+    settle,
     state,
     states,
     step,
@@ -30,6 +36,10 @@ from tests.sql.support import (
 
 def fire(db: Db, now: float, limit: int = 1000) -> int:
     return int(call(db, "fire_timers", at(now), limit))
+
+
+def lease(db: Db, id: str) -> list[DictRow]:
+    return db.execute("select * from lease where execution_id = %s", (id,)).fetchall()
 
 
 def test_due_work_becomes_ready_and_other_work_does_not(db: Db) -> None:
@@ -77,7 +87,7 @@ def test_a_timeout_cancels_the_child_and_its_subtree(db: Db) -> None:
     assert (answered["status"], answered["error"]) == ("timed_out", timeout)
 
 
-@pytest.mark.covers("P18", "P22")
+@pytest.mark.covers("P22")
 def test_a_timeout_tells_a_child_that_runs_and_wakes_the_parent_at_once(db: Db) -> None:
     parent, child = parent_and_child(db, due_in=30)
     claim(db)
@@ -96,6 +106,38 @@ def test_a_child_that_is_to_be_kept_goes_on_and_keeps_its_own_end(db: Db) -> Non
     finish(db, parent, token=2)
     finish(db, child, 1)
     assert (states(db, [parent, child]), step(db, parent, "call")["status"]) == (["completed"] * 2, "timed_out")
+
+
+@pytest.mark.covers("P18")
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("how", ["completed", "failed", "released"])
+def test_a_parent_that_runs_on_after_a_timeout_keeps_its_lease_when_its_child_ends(
+    db: Db, how: str, keep: bool
+) -> None:
+    parent, child = parent_and_child(db, due_in=30, keep=keep)
+    claim(db)
+    fire(db, 30)
+    assert claim_one(db, tasks=["work"], token=2, now=30) == parent
+    before = lease(db, parent)
+    cancel(db, child)
+    settle(db, {"id": child, "outcome": how, "result": 1, "error": {"type": "E", "message": "m"}})
+    assert (state(db, child), state(db, parent), lease(db, parent)) == ("cancelled", "running", before)
+    assert claim(db, token=3, now=31) == []
+
+
+@pytest.mark.covers("P18")
+@pytest.mark.parametrize("end", [finish, fail])
+def test_a_parent_that_runs_on_after_a_timeout_keeps_its_lease_when_the_child_that_it_kept_ends(
+    db: Db, end: Callable[[Db, str], Json]
+) -> None:
+    parent, child = parent_and_child(db, due_in=30, keep=True)
+    claim(db)
+    fire(db, 30)
+    assert claim_one(db, tasks=["work"], token=2, now=30) == parent
+    before = lease(db, parent)
+    end(db, child)
+    assert (state(db, parent), lease(db, parent)) == ("running", before)
+    assert claim(db, token=3, now=31) == []
 
 
 def test_a_fan_out_that_times_out_cancels_the_rest(db: Db) -> None:
