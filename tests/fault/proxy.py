@@ -10,12 +10,17 @@ A *rule* acts on the n-th call of one name:
     refuse    the request never reaches the server; both ends are reset
 
 Whole links, chosen by their application name, can be reset, silenced (nothing passes in either direction), left half
-open (the server's end is gone and the client is not told), or delayed. The client must not ask for TLS.
+open (the server's end is gone, and what the client sends is not even acknowledged), or delayed. The client must not ask
+for TLS.
 """
 
 import asyncio
 import contextlib
+import ctypes
 import re
+import socket
+import struct
+import time
 from collections import deque
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
@@ -24,6 +29,9 @@ from typing import Literal
 Action = Literal["swallow", "hold", "refuse"]
 _ENGINE_CALL = re.compile(rb'^select cast\("[^"]+"\.(\w+)\(')
 _PROTOCOL_3 = 196608
+_SO_ATTACH_FILTER = 26  # Linux; the module `socket` does not name it
+_DROP_ALL = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0))
+"""A socket filter of one instruction: let nothing of a packet in."""
 _ENDS_OF_BATCH = (b"Q", b"S")  # a simple query, or Sync: the server answers with ReadyForQuery
 
 
@@ -106,8 +114,14 @@ class Link:
         self._to_server.transport.abort()
 
     def half_open(self) -> None:
-        """Cut the server's end only; the client hears nothing any more."""
+        """Cut the server's end only, as when its machine is gone: the client's kernel is not answered any more either.
+
+        The filter drops the packets before this end's kernel sees them. So the client learns of it when its own kernel
+        gives up, by `tcp_user_timeout` or keepalives, and in no other way.
+        """
         self.fall_silent()
+        program = struct.pack("HL", 1, ctypes.addressof(_DROP_ALL))
+        self._to_client.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, program)
         self._to_server.transport.abort()
 
     def fall_silent(self) -> None:
@@ -122,6 +136,7 @@ class Link:
         with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
             startup = await _read_sized(self._from_client)
             self.application = _application_in(startup)
+            self._proxy.opened.append((time.monotonic(), self.application))
             if self._proxy.silences(self.application):
                 self.fall_silent()
             self._send(self._to_server, startup)
@@ -190,6 +205,8 @@ class Proxy:
         self.keepalive_seconds: float | None = None
         """After how long the end of a silent link is told, as by keepalives that nobody answers; never by itself."""
         self.links: set[Link] = set()
+        self.opened: list[tuple[float, str]] = []
+        """When clients of which application name have connected, whether or not the server let them in."""
         self._silenced: set[str] = set()
         self._rules: list[Rule] = []
         self._target = (host, port)

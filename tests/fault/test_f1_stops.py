@@ -6,7 +6,7 @@ import signal
 import pytest
 
 from pgconductor import ExecutionFailed
-from tests.fault.programs import app, child, gate, leave, program, sleep, step, transaction
+from tests.fault.programs import LIMIT, app, child, gate, leave, limited_program, program, sleep, step, transaction
 from tests.fault.supervisor import World
 from tests.waiting import until
 
@@ -49,13 +49,17 @@ async def test_f1_16_killed_during_its_graceful_stop_costs_one_crash(world: Worl
 async def test_f1_18_all_workers_killed_at_once_and_started_again_resume_everything(world: World) -> None:
     work = [step("a"), transaction("t"), sleep("nap", 0.2), child("c", step("x")), gate("g"), step("b")]
     runs = await app.invoke_many([program.bind(work) for _ in range(20)])
+    limited = await app.invoke_many([limited_program.bind([step("l"), gate("g"), step("m")]) for _ in range(5)])
     workers = [world.worker(concurrency=20) for _ in range(2)]
-    await until(lambda: len(world.ledger.of("saw", "c")) >= 10)
+    await until(lambda: len(world.ledger.of("saw", "c")) >= 10 and len(world.ledger.of("saw", "l")) == LIMIT)
     for worker in workers:
-        worker.send(signal.SIGKILL)
+        worker.kill()
+    assert world.one("select count(*) from permit") == LIMIT  # held by the dead
     world.open_gate("g")
     world.worker()
-    await asyncio.gather(*(run.result(60) for run in runs))
+    await asyncio.gather(*(run.result(60) for run in [*runs, *limited]))
+    assert sorted(world.facts(run.id) for run in limited) == [UNHARMED] * 3 + [("completed", 1, 1)] * LIMIT
+    assert world.one("select count(*) from permit") == 0
     assert world.one("select count(*) from effect") == 20
     facts = [world.facts(run.id) for run in runs]
     assert {fact[:2] for fact in facts} == {("completed", 1)}

@@ -1,15 +1,17 @@
-"""F2: a process that stands still for longer than its lease and then goes on; and beats that do not get through.
+"""F2, and P18: a process that stands still for longer than its lease and then goes on; beats that do not get through.
 
 A zombie's late writes are refused: it changes no row. Two runs of a body overlap only from the lease's end to the old
 process' next call.
 """
 
+import asyncio
 from typing import Any
 
 import pytest
+from psycopg.conninfo import make_conninfo
 
 from pgconductor.task import Task
-from tests.fault.programs import app, block, gate, plain_program, program, step, step_behind, transaction
+from tests.fault.programs import app, block, caught, gate, plain_program, program, step, timed, transaction
 from tests.fault.supervisor import World
 from tests.waiting import until
 
@@ -147,12 +149,56 @@ async def test_f2_28_a_process_that_cannot_beat_gives_its_work_back_and_takes_no
 
 
 @pytest.mark.covers("F28", "F44")
-async def test_f2_28_a_half_open_work_connection_is_given_up_in_time(world: World) -> None:
-    await world.worker(through=True).up()
-    for link in world.proxy.chosen("claim"):
+async def test_f2_28_half_open_work_connections_are_given_up_in_time_by_the_only_worker(world: World) -> None:
+    worker = await world.worker(dsn=make_conninfo(world.proxied_dsn, tcp_user_timeout=1000)).up()
+    await (await program.invoke([step("first")])).result(30)  # which opens them all
+    run = await program.invoke([step("a"), gate("g"), step("b"), transaction("t")])
+    await until(lambda: bool(world.ledger.of("saw", "a")))
+    half_open = [link for name in ("claim", "save", "settle") for link in world.proxy.chosen(name)]
+    assert len(half_open) == 3
+    for link in half_open:
         link.half_open()
-    run = await program.invoke([step_behind("a")])
-    world.open_gate("a")
-    world.worker()
+    second = await program.invoke([step("c")])
+    world.open_gate("g")
+    await asyncio.gather(run.result(60), second.result(60))
+    assert [world.facts(each.id) for each in (run, second)] == [UNHARMED] * 2
+    assert {line.pid for line in world.ledger.of("began", "")} == {worker.pid}
+    assert len(world.ledger.of("began", "")) == 3
+
+
+@pytest.mark.covers("F29")
+async def test_f2_29_the_beats_of_a_process_keep_nothing_that_another_of_its_name_holds(world: World) -> None:
+    halted, beating = [await world.worker(concurrency=1).up() for _ in range(2)]
+    runs = await app.invoke_many([program.bind([step("a"), gate("g"), step("b")]) for _ in range(2)])
+    await until(lambda: len(world.ledger.of("saw", "a")) == 2)
+    held_by = {line.pid: line.execution for line in world.ledger.of("began", "")}
+    assert len(world.rows("select distinct name, host from workers")) == 1
+    old_ids = halted.boot_id, beating.boot_id
+    await halted.halt()
+    await until(lambda: halted.boot_id is None)
+    halted.go_on()
+    await halted.rejoined(old_ids[0])
+    world.open_gate("g")
+    await asyncio.gather(*(run.result(30) for run in runs))
+    facts = {str(run.id): world.facts(run.id) for run in runs}
+    assert facts == {held_by[halted.pid]: LOST_ONCE, held_by[beating.pid]: UNHARMED}
+    assert beating.boot_id == old_ids[1]
+
+
+@pytest.mark.covers("P18")
+async def test_p18_a_parent_that_runs_on_after_a_timeout_is_given_to_nobody_when_its_child_ends(world: World) -> None:
+    late = timed("late", 0.1, "keep", gate("child"), step("x"))
+    run = await program.invoke([caught(late), gate("parent"), step("b")])
+    for _ in range(2):
+        world.worker()
+    await until(lambda: world.ledger.values("late") == {'["ChildTimeout"]'})
+    holder = world.one("select orchestrator_id from lease where execution_id = %s", run.id)
+    world.open_gate("child")
+    (child,) = world.children_of(run.id)
+    await world.reaches(child["id"], "completed")
+    assert world.one("select orchestrator_id from lease where execution_id = %s", run.id) == holder
+    assert world.rows("select 1 from ready where execution_id = %s", run.id) == []
+    world.open_gate("parent")
     await run.result(30)
     assert world.facts(run.id) == UNHARMED
+    assert len(world.ledger.of("began", "", str(run.id))) == 2  # at first, and when the timeout had woken it

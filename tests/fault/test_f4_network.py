@@ -1,7 +1,10 @@
 """F4, 44, 46 and 49: connections that are slow, cut or silent, and hosts and passwords that change."""
 
 import asyncio
+import os
 import socket
+import time
+from typing import Any
 from uuid import uuid4
 
 import psycopg
@@ -9,12 +12,37 @@ import pytest
 from psycopg.conninfo import make_conninfo
 
 from pgconductor.membership import Timing
+from pgconductor.route import Route
+from pgconductor.session import BACKOFF_SECONDS_FIRST
 from tests.fault.programs import Program, app, child, gate, program, sleep, step, transaction
 from tests.fault.supervisor import World
 from tests.waiting import until
 
 UNHARMED = ("completed", 1, 0)
+PAUSES = 5
+LEAST_SECONDS = sum(BACKOFF_SECONDS_FIRST * 2**n / 2 for n in range(PAUSES))
+"""What back-off puts at least between the first of some tries and the last; more on a busy machine, never less."""
 WORK: Program = [step("a"), transaction("t"), sleep("nap", 0.05), child("c", step("x")), step("b")]
+
+
+async def tries_of(world: World, session: str, since: float) -> list[float]:
+    """Wait until a session has been refused some times, and return when it came from an instant on."""
+
+    def found() -> list[float]:
+        return [at for at, application in world.proxy.opened if at > since and application == f"pgconductor {session}"]
+
+    await until(lambda: len(found()) > PAUSES)
+    return found()[: PAUSES + 1]
+
+
+@pytest.mark.covers("F44")
+async def test_f4_44_a_peer_that_is_gone_is_given_up_by_the_kernel_within_some_seconds(world: World) -> None:
+    async with await Route(world.proxied_dsn, "a test").connect(psycopg.AsyncConnection[Any]) as conn:
+        with socket.socket(fileno=os.dup(conn.fileno())) as end:
+            assert end.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 10_000
+            assert end.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+            keepalive = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+            assert [end.getsockopt(socket.IPPROTO_TCP, option) for option in keepalive] == [5, 2, 3]
 
 
 @pytest.mark.covers("F44")
@@ -101,12 +129,14 @@ async def test_f4_49_a_password_that_was_changed_is_told_and_work_goes_on_when_i
     worker = world.worker(dsn=make_conninfo(world.proxied_dsn, user=role, password="first"))
     await until(lambda: bool(world.ledger.of("saw", "a")))
     world.execute(f"alter role {role} password 'second'")
+    changed_at = time.monotonic()
     for session in ("claim", "save"):
         assert world.terminate(f"pgconductor {session}") == 1
     world.open_gate("g")
     await until(lambda: "password authentication failed" in worker.log)
-    tries = "select count(*) from pg_stat_activity where usename = %s and application_name = 'pgconductor transaction'"
-    assert world.one(tries, role) == 0
+    for session in ("claim", "transaction"):
+        first, *_, last = await tries_of(world, session, since=changed_at)
+        assert last - first >= LEAST_SECONDS
     world.execute(f"alter role {role} password 'first'")
     await run.result(30)
     assert world.facts(run.id) == UNHARMED

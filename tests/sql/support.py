@@ -169,11 +169,19 @@ def op(id: str, name: str, kind: str, *children: Json, **options: Any) -> Json:
     return {"id": id, "name": name, "round": 0, "kind": kind} | ({"children": rows} if rows else {}) | options
 
 
-def park(db: Db, id: str, *ops: Json, token: int = 1, now: float = 0, awaits: list[Json] | None = None) -> Json:
+def park(
+    db: Db,
+    id: str,
+    *ops: Json,
+    token: int = 1,
+    now: float = 0,
+    awaits: list[Json] | None = None,
+    worker: UUID = WORKER,
+) -> Json:
     """Park on operations; those that are not awaited by name are awaited all."""
     waits = awaits or [{"name": o["name"], "round": o["round"], "kind": o["kind"], "awaited": True} for o in ops]
     outcome = {"id": id, "outcome": "parked", "ops": list(ops) or None, "awaits": waits, "token": token}
-    return settle(db, outcome, now=now)
+    return settle(db, outcome, now=now, worker=worker)
 
 
 def await_members(name: str, *members: str, count: int) -> list[Json]:

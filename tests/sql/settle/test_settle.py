@@ -46,14 +46,14 @@ def running(db: Db) -> str:
     return claim_one(db)
 
 
-def end(db: Db, id: str, how: str, token: int = 1) -> Json:
+def end(db: Db, id: str, how: str, token: int = 1, worker: UUID = WORKER) -> Json:
     """Settle in each of the ways that there are."""
     if how == "plain":
-        return complete(db, id, "done", token=token)
+        return complete(db, id, "done", token=token, worker=worker)
     if how == "parked":
-        return park(db, id, op(id, "nap", "sleep", due_in=60), token=token)
-    error = {"type": "E", "message": "m"}
-    return settle(db, {"id": id, "outcome": how, "token": token, "result": 1, "error": error, "delay": 5})
+        return park(db, id, op(id, "nap", "sleep", due_in=60), token=token, worker=worker)
+    outcome = {"id": id, "outcome": how, "token": token, "error": {"type": "E", "message": "m"}}
+    return settle(db, outcome | {"result": 1, "delay": 5}, worker=worker)
 
 
 WAYS = ["plain", "completed", "failed", "retried", "released", "crashed", "parked"]
@@ -160,9 +160,11 @@ def test_a_late_settle_of_an_execution_that_was_claimed_again_is_refused(db: Db,
 @pytest.mark.covers("F29")
 @pytest.mark.parametrize("how", WAYS)
 def test_another_process_with_the_same_token_is_refused(db: Db, running: str, how: str) -> None:
-    register(db, worker=UUID(int=2))
-    answer = settle(db, {"id": running, "outcome": "completed", "result": 1}, worker=UUID(int=2))
-    assert answer["lost"] == [running]
+    other = UUID(int=2)
+    register(db, worker=other)
+    assert end(db, running, how, worker=other)["lost"] == [running]
+    assert state(db, running) == "running"
+    assert (count(db, "timer"), count(db, "step")) == (0, 0)
 
 
 def test_a_dead_orchestrator_settles_nothing(db: Db, running: str) -> None:
