@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -164,6 +165,7 @@ class World:
     def worker(
         self, fault: str = "", *, through: bool = False, concurrency: int = 10, timing: Timing = TIMING,
         module: str | None = None, crashes: int | None = None, dsn: str = "",
+        environment: Mapping[str, str] | None = None,
     ) -> Worker:  # fmt: skip
         """Start a worker process.
 
@@ -175,21 +177,24 @@ class World:
             module: Imported in it; may add tasks to those of the programs.
             crashes: How many of them an execution of a program survives, if not as many as by default.
             dsn: Another address than that of the world.
+            environment: What it has besides, such as a clock that is wrong.
         """
         number = len(self.workers)
         log, fault_log = self._home / f"worker-{number}.log", self._home / f"faults-{number}.txt"
-        environment = os.environ | {
+        variables = {
+            **os.environ,
             "PGCONDUCTOR_URL": dsn or (self.proxied_dsn if through else self.dsn),
             "PGCONDUCTOR_FAULT": fault,
             "PGCONDUCTOR_FAULT_LOG": str(fault_log),
             programs.LEDGER: str(self._home / "ledger"),
+            **(environment or {}),
         }
         if crashes is not None:
-            environment[programs.CRASHES] = str(crashes)
+            variables[programs.CRASHES] = str(crashes)
         options = {"concurrency": concurrency, "beat": timing.beat, "expiry": timing.expiry, "sweep": timing.sweep}
         command = [sys.executable, "-m", "tests.fault.worker_app", json.dumps(options), *([module] if module else [])]
         with log.open("wb") as output:
-            process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
+            process = subprocess.Popen(command, cwd=ROOT, env=variables, stdout=output, stderr=output)
         self.workers.append(Worker(self, process, log, fault_log, fault))
         return self.workers[-1]
 
