@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Final
 from pgconductor.engine import Claim, Claimed, Want
 from pgconductor.faults import InjectedFault, fault
 from pgconductor.membership import Membership
-from pgconductor.scan import Scan, Start
+from pgconductor.scan import PAUSE_FACTOR, Scan, Start
 from pgconductor.session import ConnectionLost, Session, backoff_seconds
 
 if TYPE_CHECKING:
@@ -261,9 +261,11 @@ class Claimer:
         """Give back claims whose reply never came. No claim is under way: this is the same loop."""
         was_lost = self._reconcile_at == 0.0
         known = self._crew.known_tokens() | self._unsettled_tokens()
-        id = self._membership.id
+        id, began_at = self._membership.id, time.monotonic()
         moved = await self._session.run(self._engine.reconcile(id, sorted(known)))
-        self._reconcile_at = time.monotonic() + (RECONCILE_AGAIN_SECONDS if was_lost else RECONCILE_SECONDS)
+        now = time.monotonic()
+        pause = max(RECONCILE_SECONDS, PAUSE_FACTOR * (now - began_at))  # it reads every lease, and claims wait for it
+        self._reconcile_at = now + (RECONCILE_AGAIN_SECONDS if was_lost else pause)
         if moved is None:
             self._on_declared_dead(id)
         elif moved.queues:

@@ -14,6 +14,8 @@ Beside the beat it runs the sweep, on the same connection, so a sweep must not h
 at a lock that others hold on to, and after a limit that leaves time for the next beat. What it did not do stays to be
 done; the next sweep, of any process, finds it. There is no sweep where the beat before it got no answer: the process
 could sweep itself.
+A sweep that the limit ends is run again, beside the beats and with a minute to end in, on a connection that is opened
+for it: taking over reads the leases, and beside a snapshot that is held for long they have many dead rows.
 After a long time without answers it lets a whole lease go by before it sweeps again: where the server was away, or
 this process stood still, the others must be given the time to show that they live. The engine asks when the server
 was started for the same reason, which does not cover the time that its recovery took.
@@ -43,6 +45,7 @@ T = TypeVar("T")
 log = logging.getLogger("pgconductor.heartbeat")
 PULSE_SECONDS: Final = 0.25
 PRUNE_SHARE: Final = 0.2
+LONG_SWEEP_SECONDS: Final = 60.0
 
 
 class Listener(Protocol):
@@ -130,6 +133,7 @@ class Heartbeat:
         self._poke: asyncio.Event | None = None
         self._ended = False
         self._sweeps_from = 0.0
+        self._long_sweep: asyncio.Task[None] | None = None
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._run, name="pgconductor heartbeat", daemon=True)
 
@@ -165,7 +169,7 @@ class Heartbeat:
             self._poke.clear()
             began_at = time.monotonic()
             await self._guard(self._beat(session))
-            is_due = began_at - swept_at >= self._timing.sweep * 0.9
+            is_due = began_at - swept_at >= self._timing.sweep * 0.9 and self._long_sweep is None
             if is_due and began_at <= self.answered_at and began_at >= self._sweeps_from and not self._ended:
                 swept_at = began_at
                 await self._guard(self._sweep_in_time(session))
@@ -173,6 +177,8 @@ class Heartbeat:
                 async with asyncio.timeout(max(0.0, began_at + self._timing.beat - time.monotonic())):
                     await self._poke.wait()
         watchdog.cancel()
+        if self._long_sweep is not None:
+            self._long_sweep.cancel()
         await session.close()
 
     async def _guard(self, work: Awaitable[None]) -> None:
@@ -206,8 +212,21 @@ class Heartbeat:
             self._tell(self._listener.on_cancel, beat.cancel)
 
     async def _sweep_in_time(self, session: Session) -> None:
-        async with asyncio.timeout(self._timing.sweep_limit):
-            await self._sweep(session)
+        try:
+            async with asyncio.timeout(self._timing.sweep_limit):
+                await self._sweep(session)
+        except TimeoutError:
+            self._long_sweep = asyncio.create_task(self._sweep_at_length())
+            raise
+
+    async def _sweep_at_length(self) -> None:
+        """Do what the limit has ended, where no beat waits for it."""
+        session = Session(self._dsn, "pgconductor sweep")
+        try:
+            await self._guard(asyncio.wait_for(self._sweep(session), LONG_SWEEP_SECONDS))
+        finally:
+            self._long_sweep = None
+            await session.close()
 
     async def _sweep(self, session: Session) -> None:
         moved = await session.run(self._engine.sweep(self._timing.expiry))

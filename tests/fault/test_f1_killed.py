@@ -4,6 +4,7 @@ Each armed fault must have fired. At the end of each test everything has ended, 
 agrees with what is recorded (`World.converges`). No test uses up an attempt: a crash is not a failure.
 """
 
+import signal
 from typing import Any
 
 import pytest
@@ -11,11 +12,17 @@ import pytest
 from pgconductor.task import Task
 from tests.fault.programs import child, children, plain_program, program, sleep, step, transaction
 from tests.fault.supervisor import World
+from tests.waiting import until
 
 Programs = Task[[list[Any]], list[Any]]
 BOTH = pytest.mark.parametrize("task", [program, plain_program], ids=["async", "plain"])
 LOST_ONCE = ("completed", 1, 1)
 UNHARMED = ("completed", 1, 0)
+SLOW_TAKE_OVER = """
+alter function take_over rename to take_over_at_once;
+create function take_over(p_expiry interval, p_now timestamptz) returns json language sql as $$
+  select case when pg_sleep(4) is not null then take_over_at_once(p_expiry, p_now) end
+$$"""
 
 
 @pytest.mark.covers("F1")
@@ -234,3 +241,17 @@ async def test_f1_15_killed_around_a_sleep_s_registration_sleeps_once_and_long_e
     assert world.facts(run.id) == ("completed", 1, crashes)
     waits = "select 1 from audit.history where execution_id = %s and to_state = 'waiting'"
     assert len(world.rows(waits, run.id)) == 1
+
+
+@pytest.mark.covers("F1")
+async def test_f1_01_what_is_slow_to_take_over_is_taken_over_while_the_beats_go_on(world: World) -> None:
+    """A sweep that the limit ends is run again apart: taking over reads all leases, and their dead rows."""
+    run = await program.invoke([step("a")])
+    world.execute(SLOW_TAKE_OVER)
+    assert await world.worker("before_handler:kill").ended() == -signal.SIGKILL
+    worker = await world.worker().up()
+    boot_id = worker.boot_id
+    await run.result(30)
+    assert world.facts(run.id) == LOST_ONCE
+    await until(lambda: "took over 1 executions" in worker.log)
+    assert worker.boot_id == boot_id  # it has not lost its own leases meanwhile
