@@ -82,6 +82,7 @@ class Claimer:
         self._poll_at = 0.0
         self._due_at = 0.0
         self._overdue_count = 0
+        self._looked: dict[int, int] = {}  # by queue: the last claim that came to it
         self._scan = Scan()
         self._head_at = _FOR_EVER
         self._stuck_at = 0.0
@@ -212,7 +213,8 @@ class Claimer:
                 if count > 0:
                     wants.append(Want(worker.queue_id, count, worker.free()))
                     self._expected.discard(worker.queue_id)
-        return wants
+        # a claim that has enough ends: the queues that it did not come to are looked at first by the next
+        return sorted(wants, key=lambda want: self._looked.get(want.queue, 0))
 
     async def _claim(self, wants: list[Want], *, fire: bool) -> None:
         self._token += 1
@@ -238,8 +240,9 @@ class Claimer:
         claimed = claim.claimed or []
         self._scan.note(start, claim.last or (), claim.seconds, len(claimed) + len(wants), time.monotonic())
         counts = Counter(each.queue_id for each in claimed)
-        full = {want.queue for want in wants if counts[want.queue] >= want.limit}
-        self._expected.update(full, claim.more or ())
+        full = {want.queue for want in wants if counts[want.queue] >= want.limit}.union(claim.more or ())
+        self._looked.update(dict.fromkeys({want.queue for want in wants}.difference(claim.more or ()), self._token))
+        self._expected |= full
         if start is not Start.HEAD and len(full) < len(wants):
             self._head_at = self._scan.head_at
 

@@ -76,8 +76,8 @@ class Claimed(Struct, array_like=True, gc=False):
 class Claim(Struct):
     """What one claim brought; `next_due` is in seconds from now, below zero when overdue; `schedules` are those due.
 
-    `closing`: of tasks with a window, in how many seconds it closes. `more`: queues with more limited work. `last`: how
-    far it came in which lanes, and `seconds`: how long it looked, both for `Scan`.
+    `closing`: of tasks with a window, in how many seconds it closes. `more`: queues that it did not come to, or with
+    more limited work. `last`: how far it came in which lanes, and `seconds`: how long it looked, both for `Scan`.
     """
 
     next_due: float | None = None

@@ -232,3 +232,22 @@ def one(db: Db, query: str) -> int:
     found = db.execute(query.encode()).fetchone()
     assert found is not None
     return int(found["read"])
+
+
+@pytest.mark.parametrize(("first", "taken", "left"), [(2000, 2000, ["second", "third"]), (1999, 2004, ["third"])])
+def test_a_claim_that_has_two_thousand_names_the_queues_that_it_did_not_come_to(
+    db: Db, first: int, taken: int, left: list[str]
+) -> None:
+    counts = {"first": first, "second": 5, "third": 5}
+    for queue in counts:
+        register(db, f"in_{queue}", queue=queue)
+    known = {each["name"]: each["id"] for each in db.execute("select id, name from queue")}
+    for queue, number in counts.items():
+        enqueue_many(db, *({"task": f"in_{queue}"} for _ in range(number)))
+    wants = [{"queue": known[queue], "limit": 3000} for queue in counts]
+    tasks = array([each["id"] for each in db.execute("select id from task")])
+    answer = call(db, "claim", WORKER, 1, wants, tasks, False, at(0))
+    assert (len(answer["claimed"]), answer["more"]) == (taken, sorted(known[queue] for queue in left))
+    rest = [want for want in wants if want["queue"] in answer["more"]]
+    again = call(db, "claim", WORKER, 2, rest, tasks, False, at(0))
+    assert (len(again["claimed"]), again["more"]) == (5 * len(left), None)

@@ -4,8 +4,8 @@
 -- taking. The commit is asynchronous: a claim that is lost in a crash of the server is simply claimed again.
 -- Returns null when the process was declared dead, else {next_due, schedules, closing, more, claimed: [[...]]}; closing:
 -- for tasks with a window, in how many seconds it closes; schedules: those that are due, as due_schedules tells of them;
--- more: queues whose limited work was not all looked at; last: [[lane, place]], how far this claim came in either kind of
--- each priority; seconds: how long it looked for work.
+-- more: queues that it did not come to, since it had enough (2,000) before, or whose limited work was not all looked at;
+-- last: [[lane, place]], how far this claim came in either kind of each priority; seconds: how long it looked for work.
 --
 -- A claim looks through its lanes from their heads, past the rows of what others have claimed, until vacuum removes them.
 -- That may be never: while a snapshot is held open, or vacuum is late. So a process that sees its claims become slow
@@ -130,6 +130,7 @@ language plpgsql volatile set search_path from current set enable_seqscan = off 
 declare
   v_now timestamptz := instant(p_now);
   v_want record;
+  v_seen bigint;
   v_limited int[];
   v_taken ready[] := '{}'::ready[];
   v_began_at timestamptz;
@@ -146,27 +147,32 @@ begin
   v_limited := limited_lanes(p_wants, p_tasks, v_now);
   v_began_at := clock_timestamp();
   for v_want in
-    -- of each range, what begins with its first row
-    select w."limit", coalesce(w.free, w."limit") as free,
-           array_agg(row(l.id, r.place - 1, f.before_place)::scan_range) filter (where not l.is_limited) as ranges,
-           array_agg(l.id order by l.id) filter (where l.is_limited) as limited
-    from json_to_recordset(p_wants) as w(queue int, "limit" int, free int)
-    join queue q on q.id = w.queue and q.paused_at is null
-    join lane l on l.queue_id = q.id and l.task_id = any(p_tasks)
-    join task k on k.id = l.task_id
-    left join json_populate_recordset(null::scan_range, p_from) s on s.lane_id = l.id and not l.is_limited
-    cross join lateral (select (coalesce(s, whole_lane(l.id))).*) f
+    -- of each range, what begins with its first row; queue by queue, so that no more is looked at than is taken
+    select w.n, w."limit", coalesce(w.free, w."limit") as free, f.ranges, f.limited
+    from (select * from rows from (json_to_recordset(p_wants) as (queue int, "limit" int, free int))
+          with ordinality as w(queue, "limit", free, n) order by n) w
     cross join lateral (
-      select * from (
-        select place_of(priority, ord) as place from ready
-        where lane_id = l.id and not l.is_limited and place_of(priority, ord) > f.after_place
-          and place_of(priority, ord) < f.before_place
-        order by place_of(priority, ord) limit 1) k
-      union all select null where l.is_limited and l.id = any(v_limited)) r
-    where (k.window_start is null or closes_in(k, v_now) is not null)
-    group by w.queue, w."limit", w.free
+      select array_agg(row(l.id, r.place - 1, f.before_place)::scan_range) filter (where not l.is_limited) as ranges,
+             array_agg(l.id order by l.id) filter (where l.is_limited) as limited
+      from queue q
+      join lane l on l.queue_id = q.id and l.task_id = any(p_tasks)
+      join task k on k.id = l.task_id
+      left join json_populate_recordset(null::scan_range, p_from) s on s.lane_id = l.id and not l.is_limited
+      cross join lateral (select (coalesce(s, whole_lane(l.id))).*) f
+      cross join lateral (
+        select * from (
+          select place_of(priority, ord) as place from ready
+          where lane_id = l.id and not l.is_limited and place_of(priority, ord) > f.after_place
+            and place_of(priority, ord) < f.before_place
+          order by place_of(priority, ord) limit 1) k
+        union all select null where l.is_limited and l.id = any(v_limited)) r
+      where q.id = w.queue and q.paused_at is null and (k.window_start is null or closes_in(k, v_now) is not null)) f
+    where f.ranges is not null or f.limited is not null
   loop
     v_taken := v_taken || take_best(v_want.ranges, v_want.limited, v_want."limit", v_want.free, v_now);
+    v_seen := v_want.n;
+    exit when cardinality(v_taken) >= 2000;
+    v_seen := null;
   end loop;
 
   v_seconds := extract(epoch from clock_timestamp() - v_began_at);
@@ -181,8 +187,12 @@ begin
       where k.window_start is not null and k.id in (
         select l.task_id from lane l where l.id = any(array(select t.lane_id from unnest(v_taken) t)))),
     'more', (
-      select json_agg(distinct l.queue_id) from unnest(v_taken) t join lane l on l.id = t.lane_id
-      where v_limited is not null and l.id = any(v_limited) and exists (select from look k where k.lane_id = l.id)),
+      select json_agg(distinct n.queue_id) from (
+        select l.queue_id from unnest(v_taken) t join lane l on l.id = t.lane_id
+        where v_limited is not null and l.id = any(v_limited) and exists (select from look k where k.lane_id = l.id)
+        union all
+        select (w.value->>'queue')::int from json_array_elements(p_wants) with ordinality w
+        where v_seen is not null and w.ordinality > v_seen) n),
     'claimed', (
       select json_agg(json_build_array(
         e.id, l.task_id, l.queue_id, e.payload, e.failures, e.crashes, e.depth, e.parent_id, e.root_id, e.trigger,
