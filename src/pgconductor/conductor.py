@@ -11,6 +11,7 @@ from uuid import UUID
 from typing_extensions import ParamSpec, TypeVar, Unpack
 
 from pgconductor import embedded, schema
+from pgconductor.annotations import describe_type
 from pgconductor.calls import CallPlan
 from pgconductor.checks import check_execution_id, check_function, check_name, check_text
 from pgconductor.client import Clients, LoopClient, ids_of
@@ -117,6 +118,7 @@ class Conductor(Generic[D]):
         self.name = check_name(name, "Conductor: name")
         self.schema = check_schema_name(schema)
         self.tasks: dict[str, Task[..., Any]] = {}
+        self._payloads: dict[str, Any] = {}  # by name of the event
         self.engine = Engine(schema)
         self._given_dsn = dsn
         self._dsn: str | None = None
@@ -138,10 +140,14 @@ class Conductor(Generic[D]):
             The definition, to emit, wait for and trigger by.
 
         Raises:
-            ConfigurationError: The name cannot be used, or the type has no JSON form.
+            ConfigurationError: The name cannot be used or was given with another type, or the type has no JSON form.
         """
         codec_for(payload)
-        return EventDef(check_name(name, "event: name"), payload)
+        known = self._payloads.setdefault(check_name(name, "event: name"), payload)
+        if known != payload:
+            fault = f"carries {describe_type(known)} already, so it cannot carry {describe_type(payload)}"
+            raise ConfigurationError(f"event {name!r}", fault, "use its first definition, or another name")
+        return EventDef(name, payload)
 
     @overload
     def task(self, fn: "Callable[Concatenate[Context[D], P], Awaitable[R]]", /) -> Task[P, R]: ...

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from pgconductor import Conductor
 from pgconductor.errors import ConfigurationError
 from pgconductor.model import (
     Batch,
@@ -117,3 +118,13 @@ def test_values_are_frozen() -> None:
 def test_equal_values_are_equal() -> None:
     assert RetryPolicy() == RetryPolicy(first="15s", max="2h")
     assert Concurrency(3) == Concurrency(3)
+
+
+def test_an_event_has_one_type_of_payload() -> None:
+    app = Conductor("postgresql://")
+    first = app.event("order.paid", dict[str, int])
+    assert app.event("order.paid", dict[str, int]) == first
+    with pytest.raises(ConfigurationError, match=r"'order.paid'.*dict\[str, int\].*already.*list\[int\]") as refused:
+        app.event("order.paid", list[int])
+    assert "another name" in str(refused.value)
+    assert Conductor("postgresql://").event("order.paid", list[int]).payload == list[int]
