@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("pgconductor.claimer")
 RECONCILE_SECONDS: Final = 30.0
 RECONCILE_AGAIN_SECONDS: Final = 5.0
+RECONCILE_SECONDS_MAX: Final = 300.0
 STUCK_SECONDS: Final = 0.5
 LAST_CLAIM_SECONDS: Final = 1.0
 _FOR_EVER: Final = 1e9
@@ -236,14 +237,16 @@ class Claimer:
             self._distribute(claim, token)
 
     def _expect_more(self, claim: Claim, wants: list[Want], start: Start) -> None:
-        """Expect more where as much came as was asked for; else look again at the head, if this did not."""
+        """Expect more where it was left, or came as asked for; else look again at the head, if this did not."""
         claimed = claim.claimed or []
         self._scan.note(start, claim.last or (), claim.seconds, len(claimed) + len(wants), time.monotonic())
         counts = Counter(each.queue_id for each in claimed)
-        full = {want.queue for want in wants if counts[want.queue] >= want.limit}.union(claim.more or ())
-        self._looked.update(dict.fromkeys({want.queue for want in wants}.difference(claim.more or ()), self._token))
-        self._expected |= full
-        if start is not Start.HEAD and len(full) < len(wants):
+        more = set(claim.more or ())
+        # what came from a queue shows that the claim came to it, though limits may have left some there
+        self._looked.update((each.queue, self._token) for each in wants if counts[each.queue] or each.queue not in more)
+        more.update(want.queue for want in wants if counts[want.queue] >= want.limit)
+        self._expected |= more
+        if start is not Start.HEAD and len(more) < len(wants):
             self._head_at = self._scan.head_at
 
     def _distribute(self, claim: Claim, token: int) -> None:
@@ -267,7 +270,8 @@ class Claimer:
         id, began_at = self._membership.id, time.monotonic()
         moved = await self._session.run(self._engine.reconcile(id, sorted(known)))
         now = time.monotonic()
-        pause = max(RECONCILE_SECONDS, PAUSE_FACTOR * (now - began_at))  # it reads every lease, and claims wait for it
+        # it reads every lease, and claims wait for it; of what it took, an outage of the server may be a part
+        pause = min(max(RECONCILE_SECONDS, PAUSE_FACTOR * (now - began_at)), RECONCILE_SECONDS_MAX)
         self._reconcile_at = now + (RECONCILE_AGAIN_SECONDS if was_lost else pause)
         if moved is None:
             self._on_declared_dead(id)

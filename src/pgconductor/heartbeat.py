@@ -176,9 +176,7 @@ class Heartbeat:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(max(0.0, began_at + self._timing.beat - time.monotonic())):
                     await self._poke.wait()
-        watchdog.cancel()
-        if self._long_sweep is not None:
-            self._long_sweep.cancel()
+        watchdog.cancel()  # a long sweep is cancelled by the runner
         await session.close()
 
     async def _guard(self, work: Awaitable[None]) -> None:

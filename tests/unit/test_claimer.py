@@ -4,7 +4,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from pgconductor.claimer import Claimer
-from pgconductor.engine import Claim, Engine, Want
+from pgconductor.engine import NULL, Claim, Claimed, Engine, Want
 from pgconductor.membership import Membership, Timing
 from pgconductor.scan import Start
 
@@ -32,9 +32,10 @@ def asked(claimer: Claimer, *, everything: bool = True) -> list[Want]:
     return claimer._collect_wants(everything=everything)
 
 
-def answered(claimer: Claimer, wants: list[Want], *, more: list[int]) -> None:
+def answered(claimer: Claimer, wants: list[Want], *, more: list[int], claimed: tuple[int, ...] = ()) -> None:
     claimer._token += 1
-    claimer._expect_more(Claim(more=more), wants, Start.HEAD)
+    rows = [Claimed("id", 1, queue, NULL, 0, 0, 0, None, None, None, None, None) for queue in claimed]
+    claimer._expect_more(Claim(claimed=rows, more=more), wants, Start.HEAD)
 
 
 def queues(wants: list[Want]) -> list[int]:
@@ -56,3 +57,9 @@ def test_queues_that_a_claim_did_not_come_to_are_asked_for_at_once() -> None:
     claimer = claimer_of(1, 2, 3)
     answered(claimer, asked(claimer), more=[3])
     assert queues(asked(claimer, everything=False)) == [3]
+
+
+def test_a_queue_in_which_limits_left_work_has_had_its_turn() -> None:
+    claimer = claimer_of(1, 2, 3)
+    answered(claimer, asked(claimer), more=[1, 2, 3], claimed=(1,))
+    assert queues(asked(claimer)) == [2, 3, 1]

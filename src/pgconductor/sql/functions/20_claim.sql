@@ -170,9 +170,10 @@ begin
     where f.ranges is not null or f.limited is not null
   loop
     v_taken := v_taken || take_best(v_want.ranges, v_want.limited, v_want."limit", v_want.free, v_now);
-    v_seen := v_want.n;
-    exit when cardinality(v_taken) >= 2000;
-    v_seen := null;
+    if cardinality(v_taken) >= 2000 then
+      v_seen := v_want.n;
+      exit;
+    end if;
   end loop;
 
   v_seconds := extract(epoch from clock_timestamp() - v_began_at);
