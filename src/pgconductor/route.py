@@ -20,7 +20,7 @@ from typing import Any, Final, TypeVar
 
 import psycopg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
-from psycopg.pq import TransactionStatus
+from psycopg.pq import PGconn, Ping, TransactionStatus
 
 from pgconductor.errors import ConductorError
 
@@ -43,6 +43,14 @@ _REFUSALS: Final = ("unsupported startup parameter", "command-line options")  # 
 _WHO: Final = b"select pg_backend_pid(), current_setting('default_transaction_isolation')"
 _TIMELINE: Final = b"select left(pg_walfile_name(pg_current_wal_lsn()), 8)"
 _BEGIN: Final = "begin isolation level read committed read write"
+
+
+def is_absent(dsn: str) -> bool:
+    """Return whether no server answers there, or only one that does not let anybody in yet.
+
+    What a server refuses, such as a password, is an answer. Blocks for as long as it takes to connect.
+    """
+    return PGconn.ping(dsn.encode()) in (Ping.NO_RESPONSE, Ping.REJECT)
 
 
 class FailedOver(ConductorError):

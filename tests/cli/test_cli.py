@@ -12,8 +12,10 @@ from uuid import uuid4
 
 import pytest
 from click.testing import CliRunner, Result
+from psycopg.conninfo import make_conninfo
 
 from pgconductor.cli import main
+from pgconductor.embedded import EmbeddedServer
 from tests.sql.support import Db, claim, enqueue, enqueue_many, fail, op, park, register, save, settle
 
 APPLICATION = """
@@ -271,6 +273,39 @@ def test_a_worker_runs_what_is_invoked_and_stops_on_sigterm(database: str, appli
 
         worker.send_signal(signal.SIGTERM)
         assert worker.wait(60) == 0
+
+
+def test_a_worker_waits_for_a_postgres_that_is_not_there_yet(application: Path) -> None:
+    with EmbeddedServer() as server:
+        dsn = server.dsn
+        server.stop()
+        environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+        with subprocess.Popen(
+            command(dsn, "worker", "shop:app"),
+            cwd=application,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        ) as worker:
+            assert worker.stdout is not None
+            assert "no Postgres answers at" in worker.stdout.readline()
+            server.start()
+            assert server.dsn == dsn
+            assert any(line.startswith("● worker") for line in worker.stdout)
+            worker.send_signal(signal.SIGTERM)
+            assert worker.wait(60) == 0
+
+
+def test_a_worker_that_postgres_refuses_does_not_wait(database: str, application: Path) -> None:
+    dsn = make_conninfo(database, dbname="nowhere")
+    result = subprocess.run(
+        command(dsn, "worker", "shop:app"), cwd=application, capture_output=True, text=True, check=False
+    )
+
+    assert result.returncode == 1
+    assert "no Postgres answers" not in result.stderr
+    assert 'database "nowhere" does not exist' in result.stderr
 
 
 @pytest.mark.parametrize(

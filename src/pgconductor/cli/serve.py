@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
@@ -23,8 +24,12 @@ from pgconductor.cli.text import console, line, redacted_dsn
 from pgconductor.conductor import Conductor
 from pgconductor.logs import JsonFormatter
 from pgconductor.orchestrator import Orchestrator
+from pgconductor.route import is_absent
 
+log = logging.getLogger("pgconductor.worker")
 STOP_SECONDS_MAX = 40
+SERVER_SECONDS_MAX = 60
+SERVER_PAUSE_SECONDS = 0.5
 YOUNG_OBJECTS = 10_000
 """How many new objects a worker makes before the garbage collector looks at them; Python's own number is 700."""
 
@@ -39,7 +44,7 @@ YOUNG_OBJECTS = 10_000
 def worker(
     settings: Settings, application: str, queues: tuple[str, ...], concurrency: int, log_level: str, log_format: str
 ) -> None:
-    """Run the executions of an application, until SIGTERM or SIGINT.
+    """Run the executions of an application, until SIGTERM or SIGINT. A Postgres that is not there yet gets a minute.
 
     pgconductor worker shop.tasks:app -q default=20 -q mail=2
     """
@@ -111,6 +116,7 @@ def parse_queues(given: tuple[str, ...], concurrency: int) -> dict[str, int] | N
 
 async def _work(app: Conductor[Any], queues: dict[str, int] | None, concurrency: int) -> None:
     orchestrator = Orchestrator(app, queues=queues, concurrency=concurrency)
+    await _wait_for_server(app.dsn)
     await orchestrator.start()
     spare_collector()
     with contextlib.suppress(BrokenPipeError, SystemExit):  # rich exits where nobody reads: work goes on all the same
@@ -119,6 +125,17 @@ async def _work(app: Conductor[Any], queues: dict[str, int] | None, concurrency:
         await orchestrator.stopped
     finally:
         await app.close()
+
+
+async def _wait_for_server(dsn: str) -> None:
+    """Return when a server answers, or after a minute: services that are started together come up in any order."""
+    until = time.monotonic() + SERVER_SECONDS_MAX
+    is_told = False
+    while await asyncio.to_thread(is_absent, dsn) and time.monotonic() < until:
+        if not is_told:
+            is_told = True
+            log.warning("no Postgres answers at %s yet; trying for %d s", redacted_dsn(dsn), SERVER_SECONDS_MAX)
+        await asyncio.sleep(SERVER_PAUSE_SECONDS)
 
 
 def spare_collector() -> None:
