@@ -110,6 +110,11 @@ class Claimer:
         """The number of the last claim."""
         return self._token
 
+    @property
+    def scan(self) -> Scan:
+        """Where claims have come to."""
+        return self._scan
+
     # ------------------------------------------------------------ reasons to claim
 
     def expect(self, queue_ids: Iterable[int]) -> None:

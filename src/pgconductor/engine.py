@@ -20,7 +20,7 @@ from pgconductor.queries import Query as Query  # noqa: PLC0414 (who imports the
 from pgconductor.queries import Report, Reports, as_is, as_text, many_reports, reader
 from pgconductor.queries import quote as quote  # noqa: PLC0414
 from pgconductor.relations import TableShape, TriggerRow, TriggerStep
-from pgconductor.scan import Range
+from pgconductor.scan import Range, ToldPlaces
 from pgconductor.schedules import DueSchedule, Fired, FiredNow, FiredSchedule, NewSchedule
 
 NULL: Final = Raw(b"null")
@@ -344,6 +344,7 @@ _moved = reader(Moved)
 _enqueued = reader(Enqueued)
 _emitted = reader(Emitted)
 _beat = reader(Beat)
+_told_places = reader(ToldPlaces)
 _result = reader(Result)
 _ended = reader(list[Ended])
 _outstanding = reader(Outstanding)
@@ -373,10 +374,11 @@ class Engine(Reports):
 
     def register_orchestrator(
         self, id: str, name: str, version: str, host: str, pid: int, queues: Sequence[str]
-    ) -> Query[None]:
-        """See 05_register.sql."""
+    ) -> Query[ToldPlaces | None]:
+        """See 05_register.sql. None: no process finds it dear to begin at the heads of lanes."""
         parameters = (id, name, version, host, pid, list(queues), self._now())
-        return self._query("register_orchestrator", "uuid text text text int text[] timestamptz", parameters, as_is)
+        types = "uuid text text text int text[] timestamptz"
+        return self._query("register_orchestrator", types, parameters, _told_places)
 
     def next_trigger(
         self, deployment: str, triggers: Sequence[TriggerRow], *, apply: bool = False
@@ -545,9 +547,10 @@ class Engine(Reports):
         per = None if per_seconds is None else f"{per_seconds} seconds"
         return self._query("set_limit", "text int text text interval", (task, limit, kind, key, per), _is_true)
 
-    def beat(self, orchestrator: str, stopping: bool = False) -> Query[Beat]:
+    def beat(self, orchestrator: str, stopping: bool = False, places: ToldPlaces | None = None) -> Query[Beat]:
         """See 60_sweep.sql."""
-        return self._query("beat", "uuid boolean timestamptz", (orchestrator, stopping, self._now()), _beat)
+        told = None if places is None else as_text(places)
+        return self._query("beat", "uuid boolean timestamptz json", (orchestrator, stopping, self._now(), told), _beat)
 
     def sweep(self, expiry_seconds: float) -> Query[Moved]:
         """See 60_sweep.sql."""

@@ -15,7 +15,8 @@ at a lock that others hold on to, and after a limit that leaves time for the nex
 done; the next sweep, of any process, finds it. There is no sweep where the beat before it got no answer: the process
 could sweep itself.
 A sweep that the limit ends is run again, beside the beats and with a minute to end in, on a connection that is opened
-for it: taking over reads the leases, and beside a snapshot that is held for long they have many dead rows.
+for it: taking over reads the leases, and beside a snapshot that is held for long they have many dead rows. The next ones
+are run there at once, until one takes something over quickly.
 After a long time without answers it lets a whole lease go by before it sweeps again: where the server was away, or
 this process stood still, the others must be given the time to show that they live. The engine asks when the server
 was started for the same reason, which does not cover the time that its recovery took.
@@ -36,6 +37,7 @@ from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 
 from pgconductor.engine import Moved
 from pgconductor.membership import Membership
+from pgconductor.scan import Scan
 from pgconductor.session import Session
 
 if TYPE_CHECKING:
@@ -108,6 +110,7 @@ class Heartbeat:
         membership: The boot id; confirmed from here.
         listener: Who hears of what is learnt.
         pulse: The main loop's sign of life.
+        scan: Where claims have come to; told with the beats.
 
     Attributes:
         is_stopping: Passed on with the beats.
@@ -116,7 +119,9 @@ class Heartbeat:
         answered_at: When the last answer to a beat came, whatever it said.
     """
 
-    def __init__(self, dsn: str, engine: "Engine", membership: Membership, listener: Listener, pulse: Pulse) -> None:
+    def __init__(
+        self, dsn: str, engine: "Engine", membership: Membership, listener: Listener, pulse: Pulse, scan: Scan
+    ) -> None:
         self.is_stopping = False
         self.error_count = 0
         self.gave_up_count = 0
@@ -128,12 +133,14 @@ class Heartbeat:
         self._answer_limit = membership.timing.beat
         self._listener = listener
         self._pulse = pulse
+        self._scan = scan
         self._main = asyncio.get_running_loop()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._poke: asyncio.Event | None = None
         self._ended = False
         self._sweeps_from = 0.0
         self._long_sweep: asyncio.Task[None] | None = None
+        self._sweeps_apart = False
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._run, name="pgconductor heartbeat", daemon=True)
 
@@ -194,7 +201,8 @@ class Heartbeat:
         id, asked_at, trust, limit = self._membership.id, time.monotonic(), self._timing.trust, self._answer_limit
         self._answer_limit = max(limit, min(2 * limit, trust))  # a later answer would confirm nothing
         # A call that is repeated after a broken connection would count from its first try: too early, never too late.
-        beat = await session.run(self._engine.beat(id, self.is_stopping), timeout=trust, answer_timeout=limit)
+        query = self._engine.beat(id, self.is_stopping, self._scan.told(asked_at))
+        beat = await session.run(query, timeout=trust, answer_timeout=limit)
         self._answer_limit = self._timing.beat
         now = time.monotonic()
         if self.answered_at and now - self.answered_at > self._timing.expiry / 2:
@@ -211,9 +219,13 @@ class Heartbeat:
 
     async def _sweep_in_time(self, session: Session) -> None:
         try:
-            async with asyncio.timeout(self._timing.sweep_limit):
-                await self._sweep(session)
+            if self._sweeps_apart:
+                self._long_sweep = asyncio.create_task(self._sweep_at_length())
+            else:
+                async with asyncio.timeout(self._timing.sweep_limit):
+                    await self._sweep(session)
         except TimeoutError:
+            self._sweeps_apart = True
             self._long_sweep = asyncio.create_task(self._sweep_at_length())
             raise
 
@@ -227,9 +239,11 @@ class Heartbeat:
             await session.close()
 
     async def _sweep(self, session: Session) -> None:
+        began_at = time.monotonic()
         moved = await session.run(self._engine.sweep(self._timing.expiry))
         self._note("sweep", moved.gave_up)
         if moved.lost:
+            self._sweeps_apart = time.monotonic() - began_at > self._timing.sweep_limit / 2
             log.warning("took over %d executions of processes that stopped beating", moved.lost)
         if moved.lost or moved.queues or moved.watchers:
             self._tell(self._listener.on_swept, moved)

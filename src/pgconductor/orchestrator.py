@@ -339,7 +339,7 @@ class _Process:
             on_declared_dead=self.on_declared_dead,
             on_schedules=self._scheduler.look,
         )
-        self._heartbeat = Heartbeat(self._conductor.dsn, engine, membership, self, self._pulse)
+        self._heartbeat = Heartbeat(self._conductor.dsn, engine, membership, self, self._pulse, self.claimer.scan)
         self._listener = Listener(self._conductor.dsn, engine.schema, self._hear)
 
     def _on_parked(self, execution_id: str, token: int) -> None:
@@ -356,7 +356,9 @@ class _Process:
             os.getpid(),
             [worker.queue for worker in self._workers],
         )
-        await self._other_session.run(query, timeout=timeout)
+        told = await self._other_session.run(query, timeout=timeout)
+        if told is not None:
+            self.claimer.scan.begin_behind(told, time.monotonic())
         await self._other_session.run(self._engine.note_tasks(id, sorted(self.crew.tasks)), timeout=timeout)
         self._membership.join(id, asked_at)
         self._host.orchestrator_id = id

@@ -10,6 +10,9 @@ A claim therefore begins at the earliest of three starts that its process can af
 second or two ago, where it came last. A start that cost more than its rows explain is not used again for twenty times
 of what was lost there. While vacuum keeps up, nothing is lost and every claim begins at the head; else the looks that
 begin early take a twentieth of the time each.
+
+While heads are dear, a process tells with its beats where its claims have come, and when one may begin at the head. One
+that starts begins with what the others told, and so does not find it out anew.
 """
 
 from collections.abc import Iterable, Mapping
@@ -46,6 +49,13 @@ class Range(Struct):
     before_place: int
 
 
+class ToldPlaces(Struct):
+    """What processes tell of places: the lane and the last place of each section, and when the head may be used."""
+
+    head_in: float
+    last: list[tuple[int, int]] | None = None
+
+
 class Scan:
     """The places that the claims of one process have come to, and what it cost to begin before them."""
 
@@ -59,6 +69,20 @@ class Scan:
         self._earlier: Places = {}
         self._aging_since = 0.0
         self._usable_at = [0.0, 0.0, 0.0]
+
+    def told(self, now: float) -> ToldPlaces | None:
+        """Return what to tell the others; None while it is cheap to begin at the head. Safe to call from a thread."""
+        head_in, places = self._usable_at[Start.HEAD] - now, self._earlier
+        if head_in <= 0 or not places:
+            return None
+        return ToldPlaces(head_in, [(lane_id, place) for (lane_id, _), place in places.items()])
+
+    def begin_behind(self, told: ToldPlaces, now: float) -> None:
+        """Begin where others have come, if nothing is known."""
+        if not self._last:
+            self._last = {(lane_id, place >> SECTION_BITS): place for lane_id, place in told.last or ()}
+            self._earlier, self._aging, self._aging_since = self._last.copy(), self._last.copy(), now
+            self._usable_at[Start.HEAD] = now + max(0.0, told.head_in)
 
     @property
     def head_at(self) -> float:

@@ -1,6 +1,7 @@
 """What a worker takes, how much of it, and what it leaves alone."""
 
 import asyncio
+import time
 from collections import Counter
 
 import psycopg
@@ -8,6 +9,8 @@ import pytest
 from psycopg.rows import DictRow
 
 from pgconductor import Conductor, Context, Orchestrator, scan
+from pgconductor.membership import Timing
+from pgconductor.scan import Start
 from tests.waiting import until
 
 App = Conductor[None]
@@ -177,6 +180,28 @@ async def test_what_a_long_transaction_enqueued_is_found_though_claims_have_gone
         await conn.commit()
         assert await (await work.invoke(5)).result(timeout=30) == 5
         assert await early.result(timeout=30) == 0
+
+
+async def test_a_process_that_starts_begins_where_the_claims_of_others_have_come(
+    app: App, db: Db, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scan, "EXPLAINED_SECONDS", -100.0)  # every start counts as dear, for half an hour
+    monkeypatch.setattr(scan, "AGE_SECONDS", 0.0)
+
+    @app.task
+    async def work(ctx: Context, number: int) -> int:
+        return number
+
+    async with Orchestrator(app, _timing=Timing(beat=0.05)):
+        for number in range(3):
+            assert await (await work.invoke(number)).result(timeout=30) == number
+        await until(lambda: bool(db.execute("select from orchestrator where places is not null").fetchall()))
+        async with Orchestrator(app) as second:
+            assert second._process is not None
+            begun = second._process.claimer.scan
+            assert begun.start(time.monotonic()) is not Start.HEAD
+            assert begun.ranges(Start.LAST)
+            assert await (await work.invoke(3)).result(timeout=30) == 3
 
 
 async def test_two_orchestrators_share_a_conductor_and_run_each_execution_once(app: App, db: Db) -> None:

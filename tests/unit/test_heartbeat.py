@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 
 from pgconductor import heartbeat
-from pgconductor.engine import Beat, Engine, Moved
+from pgconductor.engine import Beat, Engine, Moved, Query
 from pgconductor.heartbeat import Heartbeat, Pulse
 from pgconductor.membership import Membership, Timing
+from pgconductor.scan import Scan
 from tests.waiting import until
 
 TIMING = Timing(beat=0.02, expiry=2.0, sweep=3600.0)
@@ -43,8 +44,39 @@ async def test_a_beat_whose_answer_takes_longer_than_a_beat_is_waited_for_in_the
 ) -> None:
     session: Any = FarSession
     monkeypatch.setattr(heartbeat, "Session", session)
-    beating = Heartbeat("", Engine("pgconductor"), Membership(TIMING), Nobody(), Pulse())
+    beating = Heartbeat("", Engine("pgconductor"), Membership(TIMING), Nobody(), Pulse(), Scan())
     beating.start()
     await until(lambda: beating.answered_at > 0)
     assert beating.error_count >= 1
     beating.stop()
+
+
+async def test_after_a_sweep_that_took_too_long_the_next_go_apart_until_one_takes_over_quickly(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    swept: list[str] = []
+
+    class Sweeping:
+        """A connection on which the first sweep never ends, and the fourth takes something over."""
+
+        def __init__(self, dsn: str, name: str) -> None:
+            self.name = name
+
+        async def run(self, query: Query[Any], **limits: float) -> Beat | Moved:
+            if "sweep" not in query.statement:
+                return Beat(alive=True, cancel=[])
+            swept.append(self.name)
+            if len(swept) == 1:
+                await asyncio.sleep(3600)
+            return Moved(lost=len(swept) == 4)
+
+        async def close(self) -> None: ...
+
+    monkeypatch.setattr(heartbeat, "Session", Sweeping)
+    timing = Timing(beat=0.02, expiry=2.0, sweep=0.02)
+    beating = Heartbeat("", Engine("pgconductor"), Membership(timing), Nobody(), Pulse(), Scan())
+    beating.start()
+    await until(lambda: len(swept) >= 5)
+    beating.stop()
+    apart = "pgconductor sweep"
+    assert swept[:5] == ["pgconductor heartbeat", apart, apart, apart, "pgconductor heartbeat"]

@@ -4,7 +4,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pgconductor.scan import AGE_SECONDS, PAUSE_FACTOR, SECTION_BITS, Range, Scan, Start, ranges_behind
+from pgconductor.scan import (
+    AGE_SECONDS,
+    PAUSE_FACTOR,
+    SECTION_BITS,
+    Range,
+    Scan,
+    Start,
+    ToldPlaces,
+    ranges_behind,
+)
 
 SECTION = 2**SECTION_BITS
 places = st.integers(-4 * SECTION, 4 * SECTION - 1)
@@ -81,3 +90,41 @@ def test_after_a_loss_claims_begin_at_the_heads() -> None:
     scan.forget()
     assert scan.start(100) is Start.HEAD
     assert scan.ranges(Start.LAST) == []
+
+
+def test_nothing_is_told_of_places_while_it_is_cheap_to_begin_at_the_head() -> None:
+    scan = Scan()
+    assert scan.told(100) is None
+    for now in range(100, 104):
+        noted(scan, Start.HEAD, now)
+    assert scan.told(104) is None
+
+
+def test_what_is_told_is_where_claims_had_come_a_second_ago_and_when_the_head_may_be_used() -> None:
+    scan = Scan()
+    for now, place in [(100, 10), (101, 20), (102, 30)]:
+        noted(scan, Start.HEAD, now, place=place, lost=0.5)
+    assert scan.told(104) == ToldPlaces(pytest.approx(8), [(1, 20)])
+    assert scan.told(113) is None
+
+
+def test_a_process_that_starts_begins_behind_what_it_is_told_until_the_head_may_be_used() -> None:
+    scan = Scan()
+    scan.begin_behind(ToldPlaces(8, [(1, 20), (1, -9)]), 100)
+    for start in (Start.EARLIER, Start.LAST):
+        assert scan.ranges(start) == ranges_behind({(1, 0): 20, (1, -1): -9})
+    assert [scan.start(now) for now in (100, 107.9, 108)] == [Start.EARLIER, Start.EARLIER, Start.HEAD]
+
+
+def test_what_a_process_knows_itself_counts_before_what_it_is_told() -> None:
+    scan = Scan()
+    noted(scan, Start.HEAD, 100, place=30)
+    scan.begin_behind(ToldPlaces(8, [(1, 20)]), 100)
+    assert scan.start(100) is Start.HEAD
+    assert scan.ranges(Start.LAST) == ranges_behind({(1, 0): 30})
+
+
+def test_an_old_word_lets_a_process_begin_at_the_head() -> None:
+    scan = Scan()
+    scan.begin_behind(ToldPlaces(-3, [(1, 20)]), 100)
+    assert scan.start(100) is Start.HEAD

@@ -1,5 +1,6 @@
 """claim: the places it came to, and the ranges it is told to look through."""
 
+import json
 from collections.abc import Callable
 from uuid import UUID
 
@@ -173,3 +174,32 @@ def test_a_claim_reads_what_it_takes_by_the_index_and_in_its_order(db: Db) -> No
     assert "Index Scan using ready_order" in told
     assert "Sort" not in told
     assert "Filter" not in told
+
+
+def tell(db: Db, worker: int, places: Json, now: float) -> None:
+    register(db, worker=UUID(int=worker))
+    call(db, "beat", UUID(int=worker), False, at(now), None if places is None else json.dumps(places))
+
+
+def told(db: Db, now: float) -> Json:
+    answer: Json = call(db, "register_orchestrator", UUID(int=99), "test", "1", "host", 1, "{default}", at(now))
+    return answer
+
+
+def test_a_process_that_starts_is_told_the_last_place_of_each_section(db: Db) -> None:
+    assert told(db, 0) is None
+    tell(db, 7, {"head_in": 30, "last": [[1, 20], [1, -9], [2, 4]]}, 10)
+    tell(db, 8, {"head_in": 5, "last": [[1, 25], [1, -11], [3, -5 * SECTION]]}, 12)
+    answer = told(db, 15)
+    assert answer["head_in"] == 25  # by the word of the first, five seconds old
+    assert {tuple(each) for each in answer["last"]} == {(1, 25), (1, -9), (2, 4), (3, -5 * SECTION)}
+
+
+def test_a_process_tells_places_until_it_finds_heads_cheap_or_is_swept(db: Db) -> None:
+    for worker in (7, 8):
+        tell(db, worker, {"head_in": 30, "last": [[1, worker]]}, 10)
+    tell(db, 8, None, 11)
+    assert told(db, 12)["last"] == [[1, 7]]
+    call(db, "beat", WORKER, False, at(100))
+    call(db, "sweep", "20 seconds", at(100))
+    assert told(db, 100) is None

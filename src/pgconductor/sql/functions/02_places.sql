@@ -23,3 +23,17 @@ return nextval('execution_ord') + late_ord_min();
 create or replace function whole_lane(p_lane int) returns scan_range
 language sql immutable parallel safe
 return row(p_lane, -9223372036854775808, 9223372036854775807)::scan_range;
+
+-- What processes, living or not yet swept, have told with their beats: how far claims have come, and in how many seconds
+-- one may begin at the heads of lanes. Null where none finds that dear. So one that starts need not find it out.
+create or replace function told_places(p_now timestamptz) returns json
+language sql stable set search_path from current as $$
+  select json_build_object(
+    'head_in', max(extract(epoch from o.beat_at - p_now) + (o.places->>'head_in')::float8),
+    'last', (
+      select json_agg(json_build_array(n.lane_id, n.place))
+      from (select (t.value->>0)::int as lane_id, max((t.value->>1)::bigint) as place
+            from orchestrator p cross join json_array_elements(p.places->'last') t
+            group by 1, (t.value->>1)::bigint >> 46) n))
+  from orchestrator o where o.places is not null having count(*) > 0
+$$;

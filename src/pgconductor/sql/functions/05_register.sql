@@ -49,9 +49,10 @@ begin
   return (select json_agg(json_build_object('name', name, 'id', id)) from queue where name = any(p_names));
 end $$;
 
+-- Returns what told_places has to tell, for a process that has no places of its own yet.
 create or replace function register_orchestrator(
   p_id uuid, p_name text, p_version text, p_host text, p_pid int, p_queues text[], p_now timestamptz default null
-) returns void
+) returns json
 language plpgsql volatile set search_path from current set enable_seqscan = off set enable_mergejoin = off set jit = off set plan_cache_mode = force_generic_plan as $$
 declare
   v_now timestamptz := instant(p_now);
@@ -59,6 +60,7 @@ begin
   insert into orchestrator (id, name, version, host, pid, queues, started_at, beat_at)
   values (p_id, p_name, p_version, p_host, p_pid, p_queues, v_now, v_now)
   on conflict (id) do nothing;
+  return told_places(v_now);
 end $$;
 
 -- Notes which tasks a process can run, so that others can say who is missing. Called after each registration.

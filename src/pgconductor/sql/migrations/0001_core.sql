@@ -157,7 +157,9 @@ create table orchestrator (
   queues text[] not null,
   started_at timestamptz not null,
   beat_at timestamptz not null,
-  stopping_at timestamptz
+  stopping_at timestamptz,
+  -- how far its claims have come, while it is dear to begin at the heads of lanes: {head_in: seconds, last: [[lane, place]]}
+  places json
 ) with (fillfactor = 50, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500);
 
 -- What a process must be told of an execution it runs; read and removed by its heartbeat.
