@@ -7,6 +7,9 @@
 --      no child appears under a cancelled ancestor
 --   3. execution rows by (depth descending, id): child before parent
 --   4. everything else, which is only touched under its execution's lock or is removed by one winner
+--
+-- What is called for every batch is in plpgsql even where it is one query: that keeps its plan, while a function in sql
+-- that is not inlined is planned anew by each statement that calls it (up to Postgres 17).
 
 -- Another instant than the clock's, for tests. Only those who may create in the schema can have one: whoever could move
 -- the clock could end leases and periods. session_user: in a function that runs as the owner, everybody is the owner.
@@ -35,12 +38,16 @@ return encode(
     from 1 for 6), 52, 1), 53, 1), 'hex')::uuid;
 
 create or replace function merge(p_left effects, p_right effects) returns effects
-language sql immutable parallel safe
-return row(p_left.lane_ids || p_right.lane_ids, p_left.watchers || p_right.watchers)::effects;
+language plpgsql immutable parallel safe set search_path from current as $$
+begin
+  return row(p_left.lane_ids || p_right.lane_ids, p_left.watchers || p_right.watchers)::effects;
+end $$;
 
 create or replace function queues_of(p_lanes int[]) returns json
-language sql stable set search_path from current
-return (select coalesce(json_agg(distinct queue_id), '[]') from lane where id = any(p_lanes));
+language plpgsql stable set search_path from current as $$
+begin
+  return (select coalesce(json_agg(distinct queue_id), '[]') from lane where id = any(p_lanes));
+end $$;
 
 -- Sends a hint to those who watch, from functions whose caller does not pass it on. A hint, never the truth.
 create or replace function tell(p_watchers text[]) returns void
@@ -86,28 +93,32 @@ end $$;
 
 -- Unfinished attached children, at any depth. Stable while the tree lock is held exclusively.
 create or replace function open_descendants(p_ids uuid[]) returns setof uuid
-language sql stable set search_path from current as $$
-  with recursive tree (id) as (
-    select child_id from step
-    where execution_id = any(p_ids) and status = 'pending' and child_id is not null
-    union
-    select s.child_id from tree t cross join lateral (
-      select child_id from step k where k.execution_id = t.id and k.status = 'pending' and k.child_id is not null offset 0) s
-  )
-  select id from tree
-$$;
+language plpgsql stable set search_path from current as $$
+begin
+  return query
+    with recursive tree (id) as (
+      select child_id from step
+      where execution_id = any(p_ids) and status = 'pending' and child_id is not null
+      union
+      select s.child_id from tree t cross join lateral (
+        select child_id from step k where k.execution_id = t.id and k.status = 'pending' and k.child_id is not null offset 0) s
+    )
+    select id from tree;
+end $$;
 
 -- In how many seconds the next thing is due that only time brings; below zero when it is overdue. Schedules that are
 -- due already do not count: the claims bring them.
 create or replace function next_due(p_now timestamptz) returns float8
-language sql stable set search_path from current as $$
-  select extract(epoch from least(
-    (select due_at from timer where due_at < 'infinity' order by due_at limit 1),
-    (select due_at from expiry order by due_at limit 1),
-    (select next_at from schedule where next_at > p_now order by next_at limit 1),
-    next_gate(),
-    (select p_now from event_pending order by ord limit 1)) - p_now)
-$$;
+language plpgsql stable set search_path from current as $$
+begin
+  return (
+    select extract(epoch from least(
+      (select due_at from timer where due_at < 'infinity' order by due_at limit 1),
+      (select due_at from expiry order by due_at limit 1),
+      (select next_at from schedule where next_at > p_now order by next_at limit 1),
+      next_gate(),
+      (select p_now from event_pending order by ord limit 1)) - p_now));
+end $$;
 
 -- In how many seconds a task's window closes; null while it is closed. The hours are local, and may cross midnight; a
 -- local time that comes twice counts at its first occurrence.

@@ -15,19 +15,22 @@
 -- p_held: what limited lanes may add, as ranges without bounds.
 create or replace function share_limit(p_ranges scan_range[], p_limit int, p_held ready[])
 returns table (range scan_range, take int)
-language sql stable set search_path from current as $$
-  select n.range, count(*)::int
-  from (select f.range
-        from (select x::scan_range as range, r.place from unnest(p_ranges) x cross join lateral (
-                select place_of(r.priority, r.ord) as place from ready r
-                where r.lane_id = x.lane_id and place_of(r.priority, r.ord) > x.after_place
-                  and place_of(r.priority, r.ord) < x.before_place
-                order by place_of(r.priority, r.ord) limit p_limit) r
-              union all
-              select row(h.lane_id, null, null)::scan_range, place_of(h.priority, h.ord) from unnest(p_held) h) f
-        order by f.place limit p_limit) n
-  group by n.range
-$$;
+language plpgsql stable set search_path from current as $$
+#variable_conflict use_column
+begin
+  return query
+    select n.range, count(*)::int
+    from (select f.range
+          from (select x::scan_range as range, r.place from unnest(p_ranges) x cross join lateral (
+                  select place_of(r.priority, r.ord) as place from ready r
+                  where r.lane_id = x.lane_id and place_of(r.priority, r.ord) > x.after_place
+                    and place_of(r.priority, r.ord) < x.before_place
+                  order by place_of(r.priority, r.ord) limit p_limit) r
+                union all
+                select row(h.lane_id, null, null)::scan_range, place_of(h.priority, h.ord) from unnest(p_held) h) f
+          order by f.place limit p_limit) n
+    group by n.range;
+end $$;
 
 -- Which limited lanes of the wanted queues the claim should look at. Their tasks' locks are taken, in order.
 create or replace function limited_lanes(p_wants json, p_tasks int[], p_now timestamptz) returns int[]
@@ -36,6 +39,9 @@ declare
   v_lanes int[];
   v_locked int[];
 begin
+  if not exists (select from look) then
+    return null;
+  end if;
   select array_agg(l.id), array_agg(l.task_id) into v_lanes, v_locked
   from json_to_recordset(p_wants) as w(queue int)
   join queue q on q.id = w.queue and q.paused_at is null
@@ -104,20 +110,65 @@ end $$;
 
 -- How far a claim came in either kind of each priority of a lane: [[lane, place]]. Limited lanes have no such places.
 create or replace function last_places(p_taken ready[], p_limited int[]) returns json
-language sql stable set search_path from current as $$
-  select json_agg(json_build_array(lane_id, place))
-  from (select lane_id, max(place_of(priority, ord)) as place from unnest(p_taken)
-        where p_limited is null or lane_id <> all(p_limited)
-        group by lane_id, place_of(priority, ord) >> 46) n
-$$;
+language plpgsql stable set search_path from current as $$
+begin
+  return (
+    select json_agg(json_build_array(lane_id, place))
+    from (select lane_id, max(place_of(priority, ord)) as place from unnest(p_taken)
+          where p_limited is null or lane_id <> all(p_limited)
+          group by lane_id, place_of(priority, ord) >> 46) n);
+end $$;
 
 -- The recorded operations of a resumed execution, newest rounds included, as arrays; only those after p_since.
 create or replace function recorded_steps(p_execution uuid, p_since bigint default 0) returns json
-language sql stable set search_path from current as $$
-  select json_agg(json_build_array(name, round, index, kind, status, value, error, child_id, child_task, dropped)
-                  order by name, round, index)
-  from step where execution_id = p_execution and seq > p_since
-$$;
+language plpgsql stable set search_path from current as $$
+begin
+  return (
+    select json_agg(json_build_array(name, round, index, kind, status, value, error, child_id, child_task, dropped)
+                    order by name, round, index)
+    from step where execution_id = p_execution and seq > p_since);
+end $$;
+
+-- What the worker is told of what it was given, in the order in which it stands.
+create or replace function handed_out(p_taken ready[], p_orchestrator uuid) returns json
+language plpgsql stable set search_path from current as $$
+begin
+  return (
+    select json_agg(json_build_array(
+      e.id, l.task_id, l.queue_id, e.payload, e.failures, e.crashes, e.depth, e.parent_id, e.root_id, e.trigger,
+      t.cached_by = p_orchestrator,
+      case when t.ord < 0 or e.started_at is not null then
+        recorded_steps(e.id, case when t.cached_by = p_orchestrator then t.cached_seq else 0 end) end,
+      e.trigger_kind, e.trigger_data)
+      order by place_of(t.priority, t.ord))
+    from unnest(p_taken) t
+    cross join lateral (select * from execution k where k.id = t.execution_id offset 0) e
+    cross join lateral (select * from lane k where k.id = t.lane_id offset 0) l);
+end $$;
+
+-- In how many seconds the windows of the tasks that were taken of close.
+create or replace function closings(p_taken ready[], p_now timestamptz) returns json
+language plpgsql stable set search_path from current as $$
+begin
+  return (
+    select json_object_agg(k.id, closes_in(k, p_now)) from task k
+    where k.window_start is not null and k.id in (
+      select l.task_id from lane l where l.id = any(array(select t.lane_id from unnest(p_taken) t))));
+end $$;
+
+-- The queues that a claim which ended with the want p_seen did not come to, and those of which the limits are to be
+-- looked at again.
+create or replace function left_to_claim(p_wants json, p_seen bigint, p_taken ready[], p_limited int[]) returns json
+language plpgsql stable set search_path from current as $$
+begin
+  return (
+    select json_agg(distinct n.queue_id) from (
+      select l.queue_id from unnest(p_taken) t join lane l on l.id = t.lane_id
+      where p_limited is not null and l.id = any(p_limited) and exists (select from look k where k.lane_id = l.id)
+      union all
+      select (w.value->>'queue')::int from json_array_elements(p_wants) with ordinality w
+      where p_seen is not null and w.ordinality > p_seen) n);
+end $$;
 
 -- p_wants: [{queue, limit, free? (of the limit, what has a free slot)}]; p_tasks: the task ids that this process knows.
 -- p_token: the process' own number of this claim, part of every lease it makes. p_from: [{lane_id, after_place,
@@ -133,6 +184,7 @@ declare
   v_seen bigint;
   v_limited int[];
   v_taken ready[] := '{}'::ready[];
+  v_found boolean;
   v_began_at timestamptz;
   v_seconds float8;
 begin
@@ -175,34 +227,16 @@ begin
       exit;
     end if;
   end loop;
-
   v_seconds := extract(epoch from clock_timestamp() - v_began_at);
-
   insert into lease (execution_id, orchestrator_id, token, claimed_at)
   select t.execution_id, p_orchestrator, p_token, v_now from unnest(v_taken) t;
+  v_found := cardinality(v_taken) > 0;
   return json_build_object(
-    'seconds', v_seconds, 'last', last_places(v_taken, v_limited),
-    'next_due', next_due(v_now), 'schedules', case when p_fire then due_schedules(v_now) end,
-    'closing', (
-      select json_object_agg(k.id, closes_in(k, v_now)) from task k
-      where k.window_start is not null and k.id in (
-        select l.task_id from lane l where l.id = any(array(select t.lane_id from unnest(v_taken) t)))),
-    'more', (
-      select json_agg(distinct n.queue_id) from (
-        select l.queue_id from unnest(v_taken) t join lane l on l.id = t.lane_id
-        where v_limited is not null and l.id = any(v_limited) and exists (select from look k where k.lane_id = l.id)
-        union all
-        select (w.value->>'queue')::int from json_array_elements(p_wants) with ordinality w
-        where v_seen is not null and w.ordinality > v_seen) n),
-    'claimed', (
-      select json_agg(json_build_array(
-        e.id, l.task_id, l.queue_id, e.payload, e.failures, e.crashes, e.depth, e.parent_id, e.root_id, e.trigger,
-        t.cached_by = p_orchestrator,
-        case when t.ord < 0 or e.started_at is not null then
-          recorded_steps(e.id, case when t.cached_by = p_orchestrator then t.cached_seq else 0 end) end,
-        e.trigger_kind, e.trigger_data)
-        order by place_of(t.priority, t.ord))
-      from unnest(v_taken) t
-      cross join lateral (select * from execution k where k.id = t.execution_id offset 0) e
-      cross join lateral (select * from lane k where k.id = t.lane_id offset 0) l));
+    'seconds', v_seconds, 'next_due', next_due(v_now),
+    'schedules', case when p_fire then due_schedules(v_now) end,
+    'more', case when v_seen is not null or v_limited is not null then
+      left_to_claim(p_wants, v_seen, v_taken, v_limited) end,
+    'last', case when v_found then last_places(v_taken, v_limited) end,
+    'closing', case when v_found then closings(v_taken, v_now) end,
+    'claimed', case when v_found then handed_out(v_taken, p_orchestrator) end);
 end $$;

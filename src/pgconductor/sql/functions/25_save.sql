@@ -72,21 +72,23 @@ end $$;
 -- The children that operations ask for, in their order. Those beyond a fan-out's window are due at infinity until one
 -- before them ends. Read once, since what is nested costs the most to read.
 create or replace function children_to_open(p_ops json, p_now timestamptz) returns new_child[]
-language sql stable set search_path from current as $$
-  select array_agg(row(
-    o.id, o.name, o.round, case when o.kind = 'invoke_all' then c.ordinality else 0 end, o.kind,
-    coalesce(o.detached, false), coalesce(o.keep, false),
-    case when o.kind <> 'invoke_all' then coalesce(o.due_at, p_now + make_interval(secs => o.due_in)) end,
-    o.timeout_error, c.id, c.task, c.queue, c.payload, coalesce(c.priority, 0),
-    case when c.ordinality > o."window" then 'infinity'
-         else coalesce(c.run_at, p_now + make_interval(secs => c.delay)) end)::new_child order by o.place, c.ordinality)
-  from rows from (json_to_recordset(p_ops) as (id uuid, name text, round smallint, kind step_kind, due_at timestamptz,
-    due_in float8, keep boolean, detached boolean, timeout_error json, "window" int, children json)) with ordinality
-    as o(id, name, round, kind, due_at, due_in, keep, detached, timeout_error, "window", children, place)
-  cross join lateral rows from (json_to_recordset(o.children) as (id uuid, task text, queue text, payload json,
-    priority smallint, delay float8, run_at timestamptz)) with ordinality as c
-  where c.ordinality = 1 or o.kind = 'invoke_all'
-$$;
+language plpgsql stable set search_path from current as $$
+begin
+  return (
+    select array_agg(row(
+      o.id, o.name, o.round, case when o.kind = 'invoke_all' then c.ordinality else 0 end, o.kind,
+      coalesce(o.detached, false), coalesce(o.keep, false),
+      case when o.kind <> 'invoke_all' then coalesce(o.due_at, p_now + make_interval(secs => o.due_in)) end,
+      o.timeout_error, c.id, c.task, c.queue, c.payload, coalesce(c.priority, 0),
+      case when c.ordinality > o."window" then 'infinity'
+           else coalesce(c.run_at, p_now + make_interval(secs => c.delay)) end)::new_child order by o.place, c.ordinality)
+    from rows from (json_to_recordset(p_ops) as (id uuid, name text, round smallint, kind step_kind, due_at timestamptz,
+      due_in float8, keep boolean, detached boolean, timeout_error json, "window" int, children json)) with ordinality
+      as o(id, name, round, kind, due_at, due_in, keep, detached, timeout_error, "window", children, place)
+    cross join lateral rows from (json_to_recordset(o.children) as (id uuid, task text, queue text, payload json,
+      priority smallint, delay float8, run_at timestamptz)) with ordinality as c
+    where c.ordinality = 1 or o.kind = 'invoke_all');
+end $$;
 
 -- The executions of new children.
 create or replace function child_executions(p_children new_child[]) returns new_execution[]

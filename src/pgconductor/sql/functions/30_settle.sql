@@ -57,11 +57,13 @@ end $$;
 
 -- What a cancel request makes of executions, whatever they returned.
 create or replace function cancelled(p_ids uuid[]) returns ended[]
-language sql stable set search_path from current as $$
-  select array_agg(row(id, 'cancelled', null, json_build_object(
-    'type', 'pgconductor.errors.ExecutionCancelled', 'message', cancel_reason))::ended)
-  from execution where id = any(p_ids)
-$$;
+language plpgsql stable set search_path from current as $$
+begin
+  return (
+    select array_agg(row(id, 'cancelled', null, json_build_object(
+      'type', 'pgconductor.errors.ExecutionCancelled', 'message', cancel_reason))::ended)
+    from execution where id = any(p_ids));
+end $$;
 
 -- Locks what outcomes touch: their executions and parents, and the open descendants of those that end.
 create or replace function lock_for_settle(p_held settlement[]) returns void
@@ -123,19 +125,22 @@ end $$;
 -- thought open may have been answered while it ran.
 create or replace function found_at_park(p_parked settlement[])
 returns table (id uuid, is_cached boolean, is_answered boolean, due_at timestamptz, unseen_since bigint)
-language sql volatile set search_path from current as $$
-  select p.id, p.cached, coalesce(f.is_answered, false), f.due_at,
-         least((select last_value from step_seq), f.first_answer - 1)
-  from unnest(p_parked) p
-  cross join lateral (
-    select bool_or(a.awaited and s.index = 0 and s.status <> 'pending') as is_answered,
-           min(s.due_at) filter (where a.awaited and s.index = 0) as due_at,
-           min(s.seq) filter (where s.status <> 'pending') as first_answer
-    from json_to_recordset(p.awaits) as a(name text, round smallint, awaited boolean)
+language plpgsql volatile set search_path from current as $$
+#variable_conflict use_column
+begin
+  return query
+    select p.id, p.cached, coalesce(f.is_answered, false), f.due_at,
+           least((select last_value from step_seq), f.first_answer - 1)
+    from unnest(p_parked) p
     cross join lateral (
-      select index, status, due_at, seq from step k
-      where k.execution_id = p.id and k.name = a.name and k.round = a.round offset 0) s) f
-$$;
+      select bool_or(a.awaited and s.index = 0 and s.status <> 'pending') as is_answered,
+             min(s.due_at) filter (where a.awaited and s.index = 0) as due_at,
+             min(s.seq) filter (where s.status <> 'pending') as first_answer
+      from json_to_recordset(p.awaits) as a(name text, round smallint, awaited boolean)
+      cross join lateral (
+        select index, status, due_at, seq from step k
+        where k.execution_id = p.id and k.name = a.name and k.round = a.round offset 0) s) f;
+end $$;
 
 -- Makes a row a wait on started children, with how many of them are still to answer.
 create or replace function count_waits(p_parked settlement[], p_now timestamptz) returns void

@@ -200,34 +200,36 @@ end $$;
 create or replace function choose(
   p_lane int, p_limits task_limit[], p_keys key_room[], p_limit int, p_now timestamptz
 ) returns ready[]
-language sql volatile set search_path from current as $$
-  with candidate as materialized (
-    select b.*, k.turn, row_number() over (partition by b.is_start, b.keys order by b.priority desc, b.ord) as place
-    from unnest(p_keys) k
-    cross join lateral (
-      select * from backlog b
-      where b.lane_id = p_lane and b.is_start = k.is_start and b.keys = k.keys
-      order by b.priority desc, b.ord
-      limit least(k.room, ceil(p_limit::numeric / cardinality(p_keys))) for update skip locked) b
-  ), counted as (
-    select c.execution_id, t.place as limit_place, c.keys::json ->> (t.place - 1)::int as key,
-           row_number() over (partition by t.place, c.keys::json ->> (t.place - 1)::int
-                              order by c.place, c.is_start, c.turn) as nth
-    from candidate c
-    cross join unnest(p_limits) with ordinality
-      as t(id, task_id, kind, key_path, declared_max, operator_max, period, place)
-    where c.is_start or t.kind = 'concurrency'
-  ), room as materialized (
-    select limit_place, key, limit_left(p_limits[limit_place], key, p_now) as room
-    from (select distinct limit_place, key from counted) d
-  ), refused as materialized (
-    select execution_id from counted join room using (limit_place, key) where nth > room.room
-  )
-  select coalesce(array_agg(row(c.lane_id, c.priority, c.ord, c.execution_id, c.cached_by, c.cached_seq)::ready
-                            order by c.place, c.is_start, c.turn), '{}')
-  from (select * from candidate c where not exists (select from refused r where r.execution_id = c.execution_id)
-        order by c.place, c.is_start, c.turn limit p_limit) c
-$$;
+language plpgsql volatile set search_path from current as $$
+begin
+  return (
+    with candidate as materialized (
+      select b.*, k.turn, row_number() over (partition by b.is_start, b.keys order by b.priority desc, b.ord) as place
+      from unnest(p_keys) k
+      cross join lateral (
+        select * from backlog b
+        where b.lane_id = p_lane and b.is_start = k.is_start and b.keys = k.keys
+        order by b.priority desc, b.ord
+        limit least(k.room, ceil(p_limit::numeric / cardinality(p_keys))) for update skip locked) b
+    ), counted as (
+      select c.execution_id, t.place as limit_place, c.keys::json ->> (t.place - 1)::int as key,
+             row_number() over (partition by t.place, c.keys::json ->> (t.place - 1)::int
+                                order by c.place, c.is_start, c.turn) as nth
+      from candidate c
+      cross join unnest(p_limits) with ordinality
+        as t(id, task_id, kind, key_path, declared_max, operator_max, period, place)
+      where c.is_start or t.kind = 'concurrency'
+    ), room as materialized (
+      select limit_place, key, limit_left(p_limits[limit_place], key, p_now) as room
+      from (select distinct limit_place, key from counted) d
+    ), refused as materialized (
+      select execution_id from counted join room using (limit_place, key) where nth > room.room
+    )
+    select coalesce(array_agg(row(c.lane_id, c.priority, c.ord, c.execution_id, c.cached_by, c.cached_seq)::ready
+                              order by c.place, c.is_start, c.turn), '{}')
+    from (select * from candidate c where not exists (select from refused r where r.execution_id = c.execution_id)
+          order by c.place, c.is_start, c.turn limit p_limit) c);
+end $$;
 
 -- Takes chosen work out of the backlog: it gets its permits, its starts count, and its keys go to the end of the turns.
 create or replace function admit(p_lane int, p_chosen ready[], p_now timestamptz) returns ready[]
@@ -262,13 +264,18 @@ end $$;
 
 -- When the next start of a rate limit that holds work back is forgotten.
 create or replace function next_gate() returns timestamptz
-language sql stable set search_path from current as $$
-  select min(u.used_at + t.period)
-  from task_limit t
-  cross join lateral (select used_at from rate_use where limit_id = t.id order by used_at limit 1) u
-  where t.kind = 'rate' and exists (
-    select from lane l where l.task_id = t.task_id and exists (select from backlog b where b.lane_id = l.id))
-$$;
+language plpgsql stable set search_path from current as $$
+begin
+  if not exists (select from rate_use) then
+    return null;
+  end if;
+  return (
+    select min(u.used_at + t.period)
+    from task_limit t
+    cross join lateral (select used_at from rate_use where limit_id = t.id order by used_at limit 1) u
+    where t.kind = 'rate' and exists (
+      select from lane l where l.task_id = t.task_id and exists (select from backlog b where b.lane_id = l.id)));
+end $$;
 
 -- Forgets starts that no longer count and has their lanes looked at. Returns the lanes.
 create or replace function open_gates(p_now timestamptz) returns int[]

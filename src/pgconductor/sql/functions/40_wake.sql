@@ -38,11 +38,13 @@ end $$;
 
 -- The members of a wait that have answered, by step name, as they stand now.
 create or replace function done_members(p_execution uuid, p_name text, p_round smallint) returns json
-language sql stable set search_path from current as $$
-  select coalesce(json_agg(distinct s.name), '[]')
-  from wait_link l join step s on s.execution_id = l.execution_id and s.name = l.child_step and s.index = 0
-  where l.execution_id = p_execution and l.item_name = p_name and l.item_round = p_round and s.status <> 'pending'
-$$;
+language plpgsql stable set search_path from current as $$
+begin
+  return (
+    select coalesce(json_agg(distinct s.name), '[]')
+    from wait_link l join step s on s.execution_id = l.execution_id and s.name = l.child_step and s.index = 0
+    where l.execution_id = p_execution and l.item_name = p_name and l.item_round = p_round and s.status <> 'pending');
+end $$;
 
 -- Writes outcomes into pending steps, each once. Returns what it wrote by who counts it: answered are executions that
 -- may wait for the operation itself, started are children that a wait may name, members are those of a fan-out.

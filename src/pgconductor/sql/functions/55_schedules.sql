@@ -8,11 +8,13 @@
 
 -- The schedules that are to be looked at now: [{id, revision, expr, zone, catch_up, decided_at, now}]; null for none.
 create or replace function due_schedules(p_now timestamptz, p_limit int default 100) returns json
-language sql stable set search_path from current as $$
-  select json_agg(json_build_object('id', s.id, 'revision', s.revision, 'expr', s.expr, 'zone', s.zone,
-                                    'catch_up', s.catch_up, 'decided_at', s.decided_at, 'now', p_now))
-  from (select * from schedule where next_at <= p_now order by next_at limit p_limit) s
-$$;
+language plpgsql stable set search_path from current as $$
+begin
+  return (
+    select json_agg(json_build_object('id', s.id, 'revision', s.revision, 'expr', s.expr, 'zone', s.zone,
+                                      'catch_up', s.catch_up, 'decided_at', s.decided_at, 'now', p_now))
+    from (select * from schedule where next_at <= p_now order by next_at limit p_limit) s);
+end $$;
 
 -- Stores what the processes computed. p_fired: [{id, revision, until, slots: [instants], next_at?, error?}]; slots are
 -- the ticks to run, until is the instant up to which that decides. With an error, nothing was decided: another process

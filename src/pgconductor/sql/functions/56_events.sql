@@ -205,15 +205,17 @@ end $$;
 
 -- The waits among operations that are being opened.
 create or replace function waits_of(p_ops json) returns event_wait[]
-language sql stable set search_path from current as $$
-  select array_agg(row(s.execution_id, s.name, s.round, s.child_task, s.event_where, 0, e.ord, null, 0)::event_wait
-                   order by o.place)
-  from rows from (json_to_recordset(p_ops) as (id uuid, name text, round smallint, kind step_kind)) with ordinality
-    as o(id, name, round, kind, place)
-  join step s on s.execution_id = o.id and s.name = o.name and s.round = o.round and s.index = 0
-  join execution e on e.id = o.id
-  where o.kind = 'wait_for' and s.status = 'pending'
-$$;
+language plpgsql stable set search_path from current as $$
+begin
+  return (
+    select array_agg(row(s.execution_id, s.name, s.round, s.child_task, s.event_where, 0, e.ord, null, 0)::event_wait
+                     order by o.place)
+    from rows from (json_to_recordset(p_ops) as (id uuid, name text, round smallint, kind step_kind)) with ordinality
+      as o(id, name, round, kind, place)
+    join step s on s.execution_id = o.id and s.name = o.name and s.round = o.round and s.index = 0
+    join execution e on e.id = o.id
+    where o.kind = 'wait_for' and s.status = 'pending');
+end $$;
 
 -- The waits that an execution left open when it ended.
 create or replace function waits_left_by(p_execution uuid) returns event_wait[]
