@@ -15,8 +15,8 @@ at a lock that others hold on to, and after a limit that leaves time for the nex
 done; the next sweep, of any process, finds it. There is no sweep where the beat before it got no answer: the process
 could sweep itself.
 A sweep that the limit ends is run again, beside the beats and with a minute to end in, on a connection that is opened
-for it: taking over reads the leases, and beside a snapshot that is held for long they have many dead rows. The next ones
-are run there at once, until one takes something over quickly.
+for it: taking over reads the leases, and beside a snapshot that is held for long they have many dead rows. The next are
+run there at once, until one takes something over quickly.
 After a long time without answers it lets a whole lease go by before it sweeps again: where the server was away, or
 this process stood still, the others must be given the time to show that they live. The engine asks when the server
 was started for the same reason, which does not cover the time that its recovery took.

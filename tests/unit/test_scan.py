@@ -104,7 +104,10 @@ def test_what_is_told_is_where_claims_had_come_a_second_ago_and_when_the_head_ma
     scan = Scan()
     for now, place in [(100, 10), (101, 20), (102, 30)]:
         noted(scan, Start.HEAD, now, place=place, lost=0.5)
-    assert scan.told(104) == ToldPlaces(pytest.approx(8), [(1, 20)])
+    told = scan.told(104)
+    assert told is not None
+    assert told.head_in == pytest.approx(8)
+    assert told.last == [(1, 20)]
     assert scan.told(113) is None
 
 

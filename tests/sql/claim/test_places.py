@@ -176,7 +176,7 @@ def test_a_claim_reads_what_it_takes_by_the_index_and_in_its_order(db: Db) -> No
     assert "Filter" not in told
 
 
-def tell(db: Db, worker: int, places: Json, now: float) -> None:
+def tell(db: Db, worker: int, places: Json | None, now: float) -> None:
     register(db, worker=UUID(int=worker))
     call(db, "beat", UUID(int=worker), False, at(now), None if places is None else json.dumps(places))
 
