@@ -24,6 +24,13 @@ create function take_over(p_expiry interval, p_now timestamptz) returns json lan
   select case when pg_sleep(4) is not null then take_over_at_once(p_expiry, p_now) end
 $$"""
 
+LONG_TAKE_OVER = """
+alter function take_over rename to take_over_at_once;
+create function take_over(p_expiry interval, p_now timestamptz) returns json language sql as $$
+  select case when answer ->> 'lost' = '0' or pg_sleep(1) is not null then answer end
+  from take_over_at_once(p_expiry, p_now) answer
+$$"""
+
 
 @pytest.mark.covers("F1")
 async def test_f1_01_killed_before_the_claim_nothing_is_claimed(world: World) -> None:
@@ -255,3 +262,16 @@ async def test_f1_01_what_is_slow_to_take_over_is_taken_over_while_the_beats_go_
     assert world.facts(run.id) == LOST_ONCE
     await until(lambda: "took over 1 executions" in worker.log)
     assert worker.boot_id == boot_id  # it has not lost its own leases meanwhile
+
+
+@pytest.mark.covers("F21")
+async def test_f1_21_killed_while_it_takes_over_another_process_finishes_it_and_counts_one_crash(world: World) -> None:
+    run = await program.invoke([step("a")])
+    world.execute(LONG_TAKE_OVER)
+    assert await world.worker("before_handler:kill").ended() == -signal.SIGKILL
+    sweeping = world.worker()
+    await until(lambda: bool(world.rows("select 1 from pg_stat_activity where wait_event = 'PgSleep'")))
+    sweeping.kill()
+    world.worker()
+    await run.result(30)
+    assert world.facts(run.id) == LOST_ONCE
