@@ -24,6 +24,7 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from itertools import chain
 from typing import Literal
 
 Action = Literal["swallow", "hold", "refuse"]
@@ -52,6 +53,11 @@ class Rule:
             return False
         self._count += 1
         return self._count % self._nth == 0 if self._again else self._count == self._nth
+
+    def miss(self) -> None:
+        """Strike the next call: the one that was struck got no answer, since its server or its link went away."""
+        if not (self._again or self.fired.is_set()):
+            self._count = self._nth - 1
 
 
 def name_of(statement: bytes) -> str:
@@ -107,6 +113,8 @@ class Link:
                 pump.cancel()
             await asyncio.wait(pumps)
             self.reset()
+            for rule in chain(self._batch, *self._batches):
+                rule.miss()
 
     def reset(self) -> None:
         """Cut both ends at once."""
