@@ -108,7 +108,10 @@ end $$;
 create or replace function remove_ended(p_ids uuid[], p_now timestamptz) returns void
 language plpgsql volatile set search_path from current as $$
 declare
-  v_parents uuid[] := array(select id from unnest(p_ids) id where exists (select from children_of(array[id])));
+  v_parents uuid[] := array(
+    select distinct s.execution_id from step s
+    cross join lateral (select from execution k where k.id = s.child_id and k.parent_id = s.execution_id offset 0) e
+    where s.execution_id = any(p_ids) and s.child_id is not null);
 begin
   insert into prune_later (execution_id, look_at) select id, p_now from unnest(v_parents) id order by id
   on conflict (execution_id) do update set look_at = excluded.look_at;
