@@ -55,7 +55,7 @@ class Rule:
         return self._count % self._nth == 0 if self._again else self._count == self._nth
 
     def miss(self) -> None:
-        """Strike the next call: the one that was struck got no answer, since its server or its link went away."""
+        """Strike the next call: the one that was struck met another rule, or its server or link went away."""
         if not (self._again or self.fired.is_set()):
             self._count = self._nth - 1
 
@@ -227,8 +227,10 @@ class Proxy:
         return rule
 
     def rule_for(self, call: str) -> Rule | None:
-        """Count a call, and return the rule that it meets."""
+        """Count a call, and return the rule that it meets; where it meets several, the others strike the next one."""
         struck = [rule for rule in self._rules if rule.strikes(call)]
+        for rule in struck[1:]:
+            rule.miss()
         return struck[0] if struck else None
 
     def chosen(self, application: str = "") -> list[Link]:
