@@ -99,6 +99,7 @@ class _Run:
         self.result = result
         self.field = strikes.Field(world, random.Random(plan.seed))  # noqa: S311
         self.accepted: dict[str, str] = {}
+        self.given_up: set[str] = set()
         self.offered: list[Offer] = []
         self._fired: Counter[str] = Counter()
         self._baits = 0
@@ -131,7 +132,9 @@ class _Run:
     async def _offer(self, offer: Offer) -> None:
         await asyncio.sleep(offer.at)
         if offer.after is not None:
-            await until(lambda: offer.after in self.accepted, 60)
+            await until(lambda: offer.after in self.accepted or offer.after in self.given_up, 60)
+            if offer.after in self.given_up:
+                return  # there is nobody to cancel
         self.offered.append(offer)
         call = (program if offer.task == "program" else plain_program).with_options(delay=offer.delay)
         if offer.is_keyed:
@@ -142,6 +145,7 @@ class _Run:
                 run = await call.invoke(self._filled_in(offer.program))
                 self.accepted[offer.tag] = str(run.id)
                 return
+        self.given_up.add(offer.tag)
 
     def _filled_in(self, operations: Program) -> Program:
         return [self._with_victim(each) for each in operations]
