@@ -274,7 +274,8 @@ begin
     from task_limit t
     cross join lateral (select used_at from rate_use where limit_id = t.id order by used_at limit 1) u
     where t.kind = 'rate' and exists (
-      select from lane l where l.task_id = t.task_id and exists (select from backlog b where b.lane_id = l.id)));
+      select from lane l cross join lateral (select from backlog b where b.lane_id = l.id limit 1) held
+      where l.task_id = t.task_id));
 end $$;
 
 -- Forgets starts that no longer count and has their lanes looked at. Returns the lanes.

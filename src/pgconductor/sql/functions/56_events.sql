@@ -212,8 +212,9 @@ begin
                      order by o.place)
     from rows from (json_to_recordset(p_ops) as (id uuid, name text, round smallint, kind step_kind)) with ordinality
       as o(id, name, round, kind, place)
-    join step s on s.execution_id = o.id and s.name = o.name and s.round = o.round and s.index = 0
-    join execution e on e.id = o.id
+    cross join lateral (
+      select * from step k where k.execution_id = o.id and k.name = o.name and k.round = o.round and k.index = 0 offset 0) s
+    cross join lateral (select ord from execution k where k.id = o.id offset 0) e
     where o.kind = 'wait_for' and s.status = 'pending');
 end $$;
 
