@@ -45,14 +45,6 @@ _TIMELINE: Final = b"select left(pg_walfile_name(pg_current_wal_lsn()), 8)"
 _BEGIN: Final = "begin isolation level read committed read write"
 
 
-def is_absent(dsn: str) -> bool:
-    """Return whether no server answers there, or only one that does not let anybody in yet.
-
-    What a server refuses, such as a password, is an answer. Blocks for as long as it takes to connect.
-    """
-    return PGconn.ping(dsn.encode()) in (Ping.NO_RESPONSE, Ping.REJECT)
-
-
 class FailedOver(ConductorError):
     """The connection that was opened leads to another timeline than those before; nothing was asked of it."""
 
@@ -212,6 +204,14 @@ def connection_string(dsn: str, name: str, *, with_options: bool = True, options
     if with_options:
         settings["options"] = " ".join(filter(None, (given.get("options"), _OPTIONS, options)))
     return make_conninfo("", **settings)
+
+
+def is_absent(dsn: str) -> bool:
+    """Return whether no server answers there, or only one that does not let anybody in yet.
+
+    What a server refuses, such as a password, is an answer. Blocks for as long as a connection may take.
+    """
+    return PGconn.ping(connection_string(dsn, "pgconductor ping").encode()) in (Ping.NO_RESPONSE, Ping.REJECT)
 
 
 def refuses_options(error: psycopg.Error) -> bool:

@@ -81,7 +81,8 @@ class Scan:
         """Begin where others have come, if nothing is known."""
         if not self._last:
             self._last = {(lane_id, place >> SECTION_BITS): place for lane_id, place in told.last or ()}
-            self._earlier, self._aging, self._aging_since = self._last.copy(), self._last.copy(), now
+            self._earlier = self._aging = self._last.copy()
+            self._aging_since = now
             self._usable_at[Start.HEAD] = now + max(0.0, told.head_in)
 
     @property
