@@ -7,10 +7,13 @@ from uuid import UUID
 
 import pytest
 
+from pgconductor.membership import Timing
 from tests.fault.clocks import FAST, SLOW, STOOD_STILL, JumpingClock, needs_faketime, wrong_clock
 from tests.fault.programs import Program, app, caught, child, fail, gate, program, sleep, step, timed
 from tests.fault.supervisor import World
 from tests.waiting import until
+
+SLOWER = Timing(beat=0.5, expiry=6.0, sweep=0.5)  # a lease is to outlast the pauses of a busy machine
 
 WORK: Program = [
     step("a"),
@@ -33,7 +36,7 @@ def made_at(id: UUID) -> datetime:
 async def test_f5_50_wrong_clocks_move_no_lease_retry_sleep_or_deadline(world: World, tmp_path: Path) -> None:
     jumping = JumpingClock(tmp_path / "clock")
     clocks = [wrong_clock(FAST), wrong_clock(SLOW), wrong_clock(STOOD_STILL), jumping.environment]
-    workers = [world.worker(environment=clock, concurrency=1) for clock in clocks]
+    workers = [world.worker(timing=SLOWER, environment=clock, concurrency=1) for clock in clocks]
     runs = await app.invoke_many([program.bind(WORK) for _ in workers])
     await until(lambda: len(world.ledger.of("saw", "a")) == len(workers))  # each holds one
     held_by = {line.pid: line.execution for line in world.ledger.of("began", "")}
