@@ -31,7 +31,7 @@ from tests.sql.support import (
 # The corruption of each, planted into a database with a parent that waits for a running child, a fan-out with a window,
 # and an ended execution with a key.
 CORRUPTIONS = {
-    "1": "insert into lease select id, gen_random_uuid(), 1, now() from execution where outcome is not null",
+    "1": "insert into lease select id, gen_random_uuid(), 1, now(), 1 from execution where outcome is not null",
     "2": "insert into ready select lane_id, priority, ord, id from execution where outcome is not null",
     "3": "update execution set outcome = 'failed', error = '{}' where outcome = 'completed'",
     "4": """insert into audit.history (execution_id, op, to_state)

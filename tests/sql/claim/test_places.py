@@ -114,8 +114,12 @@ def given_back(db: Db, id: str, token: int) -> object:
 
 
 def swept(db: Db, id: str, token: int) -> object:
-    db.execute("update lease set orchestrator_id = %s where execution_id = %s", (UUID(int=7), id))
     register(db, worker=UUID(int=7))
+    db.execute(
+        "update lease set orchestrator_id = o.id, orchestrator_number = o.number from orchestrator o"
+        " where o.id = %s and execution_id = %s",
+        (UUID(int=7), id),
+    )
     call(db, "beat", WORKER, False, at(100))
     return call(db, "sweep", "20 seconds", at(100))
 

@@ -228,8 +228,9 @@ begin
     end if;
   end loop;
   v_seconds := extract(epoch from clock_timestamp() - v_began_at);
-  insert into lease (execution_id, orchestrator_id, token, claimed_at)
-  select t.execution_id, p_orchestrator, p_token, v_now from unnest(v_taken) t;
+  insert into lease (execution_id, orchestrator_id, token, claimed_at, orchestrator_number)
+  select t.execution_id, o.id, p_token, v_now, o.number
+  from (select id, number from orchestrator where id = p_orchestrator) o cross join unnest(v_taken) t;
   v_found := cardinality(v_taken) > 0;
   return json_build_object(
     'seconds', v_seconds, 'next_due', next_due(v_now),

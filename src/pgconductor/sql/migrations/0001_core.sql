@@ -86,12 +86,16 @@ create table ready (
 -- The expression is place_of(priority, ord), written out.
 create unique index ready_order on ready (lane_id, (ord - priority::bigint * 140737488355328));
 
+-- While dead rows stay (a snapshot is held), leases are appended, so that those of a process stand behind the place where
+-- the table ended when it registered. Its number, which grows from one registration to the next, finds them there.
 create table lease (
   execution_id uuid primary key,
   orchestrator_id uuid not null,
   token bigint not null,
-  claimed_at timestamptz not null
+  claimed_at timestamptz not null,
+  orchestrator_number int not null
 ) with (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 20000, autovacuum_vacuum_cost_delay = 0);
+create index lease_number on lease using brin (orchestrator_number) with (pages_per_range = 32);
 
 create table timer (
   execution_id uuid primary key,
@@ -150,6 +154,7 @@ create table step (
 
 create table orchestrator (
   id uuid primary key,
+  number int not null generated always as identity,
   name text not null check (octet_length(name) <= 200),
   version text not null check (octet_length(version) <= 100),
   host text not null check (octet_length(host) <= 300),
