@@ -85,37 +85,64 @@ language sql stable set search_path from current as $$
   select id from tree
 $$;
 
+-- Removes ended executions, with their keys and, where a task ever expires, the times by which they should have started.
+create or replace function remove_rows(p_ids uuid[], p_now timestamptz) returns void
+language plpgsql volatile set search_path from current as $$
+declare
+  v_gone record;
+begin
+  with gone as (delete from execution where id = any(p_ids) returning id, created_at, lane_id, dedupe_key)
+  select array_agg(id order by id) filter (where created_at > p_now - interval '1 hour') as young,
+         array_agg(id) filter (where dedupe_key is not null) as keyed,
+         array_agg(lane_id) filter (where dedupe_key is not null) as lanes,
+         array_agg(dedupe_key) filter (where dedupe_key is not null) as keys
+  into v_gone from gone;
+  insert into removed (execution_id, removed_at) select unnest(v_gone.young), p_now on conflict do nothing;
+  if v_gone.keyed is not null then
+    delete from dedupe d using unnest(v_gone.keyed, v_gone.lanes, v_gone.keys) as g(id, lane_id, key), lane l
+    where l.id = g.lane_id and d.task_id = l.task_id and d.key = g.key and d.execution_id = g.id;
+  end if;
+  if exists (select from task where expires_in is not null) then
+    delete from expiry where execution_id = any(p_ids);
+  end if;
+end $$;
+
 -- Removes ended executions with all that belongs to them.
 create or replace function remove(p_ids uuid[], p_now timestamptz) returns void
 language plpgsql volatile set search_path from current as $$
 begin
-  insert into removed (execution_id, removed_at)
-  select id, p_now from execution where id = any(p_ids) and created_at > p_now - interval '1 hour'
-  on conflict do nothing;
-  delete from dedupe d using execution e, lane l
-  where e.id = any(p_ids) and e.dedupe_key is not null and l.id = e.lane_id
-    and d.task_id = l.task_id and d.key = e.dedupe_key and d.execution_id = e.id;
+  perform remove_rows(p_ids, p_now);
   delete from step where execution_id = any(p_ids);
+  if found then
+    delete from wait_item where execution_id = any(p_ids);
+    delete from wait_link where execution_id = any(p_ids);
+  end if;
   delete from watch where execution_id = any(p_ids);
-  delete from wait_item where execution_id = any(p_ids);
-  delete from wait_link where execution_id = any(p_ids);
-  delete from expiry where execution_id = any(p_ids);
   delete from prune_later where execution_id = any(p_ids);
-  delete from execution where id = any(p_ids);
 end $$;
 
--- Removes roots that have just ended. Those that had children go together with them, at the next prune.
+-- Removes roots that have just ended and that nobody watches. Those that had children go together with them, at the
+-- next prune. Of those that had no steps there is nothing but their rows, and now and then a note for prune, which finds
+-- nothing and goes.
 create or replace function remove_ended(p_ids uuid[], p_now timestamptz) returns void
 language plpgsql volatile set search_path from current as $$
 declare
-  v_parents uuid[] := array(
-    select distinct s.execution_id from step s
-    cross join lateral (select from execution k where k.id = s.child_id and k.parent_id = s.execution_id offset 0) e
-    where s.execution_id = any(p_ids) and s.child_id is not null);
+  v_parents uuid[];
+  v_has_steps boolean;
 begin
+  select array_agg(s.execution_id) filter (where s.has_child), count(*) > 0 into v_parents, v_has_steps
+  from (select p.execution_id, bool_or(c.is_there) as has_child
+        from step p
+        left join lateral (
+          select true as is_there from execution k where k.id = p.child_id and k.parent_id = p.execution_id offset 0) c on true
+        where p.execution_id = any(p_ids) group by 1) s;
+  if not v_has_steps then
+    perform remove_rows(p_ids, p_now);
+    return;
+  end if;
   insert into prune_later (execution_id, look_at) select id, p_now from unnest(v_parents) id order by id
   on conflict (execution_id) do update set look_at = excluded.look_at;
-  perform remove(array(select id from unnest(p_ids) id where id <> all(v_parents)), p_now);
+  perform remove(array(select id from unnest(p_ids) id where v_parents is null or id <> all(v_parents)), p_now);
 end $$;
 
 -- Removes a tree whose root is locked. Returns how many executions went; none if some of it has not ended.
@@ -276,16 +303,20 @@ create or replace function kept_not(p_ids uuid[], p_now timestamptz) returns uui
 language plpgsql volatile set search_path from current as $$
 declare
   v_ids uuid[];
+  v_watched uuid[];
 begin
   v_ids := array(
     select e.id from execution e join lane l on l.id = e.lane_id
     join keeps_nothing n on n.task_id = l.task_id join task t on t.id = l.task_id
     where e.id = any(p_ids) and e.parent_id is null and e.outcome is not null and interval '0'
       = case e.outcome when 'completed' then t.keep_completed_for else t.keep_failed_for end);
-  insert into prune_later (execution_id, look_at)
-  select distinct execution_id, p_now + interval '1 minute' from watch where execution_id = any(v_ids)
+  v_watched := array(select distinct execution_id from watch where execution_id = any(v_ids) order by 1);
+  if cardinality(v_watched) = 0 then
+    return v_ids;
+  end if;
+  insert into prune_later (execution_id, look_at) select id, p_now + interval '1 minute' from unnest(v_watched) id
   on conflict (execution_id) do update set look_at = excluded.look_at;
-  return array(select id from unnest(v_ids) id where not exists (select from watch w where w.execution_id = id));
+  return array(select id from unnest(v_ids) id where id <> all(v_watched));
 end $$;
 
 -- Notes the same executions for the next prune; for ends that are written among others.
