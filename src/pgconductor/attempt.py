@@ -469,16 +469,23 @@ class Attempt:
             Suspend: The lease is lost.
         """
         future = asyncio.ensure_future(stored)
+        waiter: asyncio.Future[T] = self.host.loop.create_future()
         self._storing.add(future)
 
-        def keep(future: "asyncio.Future[T]") -> None:
+        def keep(future: "asyncio.Future[T]") -> None:  # one callback, where a shield would add two
             self._storing.discard(future)
-            if not future.cancelled() and future.exception() is None:
+            if future.cancelled():
+                waiter.cancel()
+            elif (error := future.exception()) is None:
+                if not waiter.done():
+                    waiter.set_result(future.result())
                 remember(future.result())
+            elif not waiter.done():
+                waiter.set_exception(error)
 
         future.add_done_callback(keep)
         try:
-            return await asyncio.shield(future)
+            return await waiter
         except StaleLease:
             self.exit = "abandoned"
             raise Suspend from None

@@ -1,11 +1,10 @@
 """What an `async def` handler sees. Each operation asks the journal first; see journal.py and attempt.py."""
 
 import asyncio
-import contextlib
 import copy
 import inspect
 import random
-from collections.abc import Awaitable, Callable, Generator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Concatenate, Literal, cast, overload
 from uuid import UUID
@@ -23,13 +22,13 @@ from pgconductor.model import EventDef, RetryPolicy
 from pgconductor.operations import (
     PLAIN,
     Child,
+    Marked,
     RunFacts,
     StepOptions,
     check_instant,
     check_reason,
     check_step_function,
     is_final,
-    marked,
     members_of,
     partition,
     run_in_own_thread,
@@ -99,7 +98,7 @@ class Context(RunFacts[D]):
         memo = attempt.journal.begin(name, "step")
         if memo is not None:
             return _recorded(codec, memo)
-        with _working(attempt):
+        with _Working(attempt):
             fault("before_step")
             value = await self._tries(name, fn, args, kwargs)
             raw, copied = codec.store(value, f"step {name!r}")
@@ -129,7 +128,11 @@ class Context(RunFacts[D]):
         other._options = StepOptions(retry, max_attempts, timeout)
         return other
 
-    async def _tries(self, name: str, fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def _tries(self, name: str, fn: Callable[..., Any], args: Any, kwargs: Any) -> Awaitable[Any]:
+        once = self._options.max_attempts == 1
+        return self._try(name, fn, args, kwargs) if once else self._try_often(name, fn, args, kwargs)
+
+    async def _try_often(self, name: str, fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         options = self._options
         for number in range(1, options.max_attempts):
             try:
@@ -143,7 +146,7 @@ class Context(RunFacts[D]):
 
     async def _try(self, name: str, fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         timeout = self._options.timeout
-        with marked(name):
+        with Marked(name):
             if timeout is None:
                 value = fn(*args, **kwargs)
                 return await value if inspect.isawaitable(value) else value
@@ -190,7 +193,7 @@ class Context(RunFacts[D]):
         memo = attempt.journal.begin(name, "transaction")
         if memo is not None:
             return cast("T", _recorded(codec, memo))
-        with _working(attempt):
+        with _Working(attempt):
             return cast("T", await self._until_committed(name, fn, args, kwargs, codec))
 
     async def _until_committed(
@@ -217,7 +220,7 @@ class Context(RunFacts[D]):
                 async with conn.transaction():  # the outermost block: it begins here, and commits at its end only
                     if settings := attempt.host.transaction_settings:
                         await conn.execute(settings.encode())
-                    with marked(name):
+                    with Marked(name):
                         awaited = fn(conn, *args, **kwargs)
                         if not inspect.isawaitable(awaited):
                             raise ConfigurationError(f"transaction {name!r}", "is a plain function", "use async def")
@@ -352,7 +355,7 @@ class Context(RunFacts[D]):
         await attempt.boundary()
         child_id, operation = attempt.journal.start(name, call, detached=detached)
         if operation is not None:
-            with _working(attempt):
+            with _Working(attempt):
                 await attempt.store(attempt.host.open(operation), lambda _: attempt.journal.remember_open(operation))
         return Child(child_id, name, call, self, detached=detached)
 
@@ -431,7 +434,7 @@ class Context(RunFacts[D]):
         query = attempt.host.engine.cancel_as_step(
             attempt.host.orchestrator_id, attempt.claimed.id, attempt.token, name, wanted, check_reason(reason)
         )
-        with _working(attempt):
+        with _Working(attempt):
             moved = await attempt.store(
                 attempt.host.run_query(query), lambda moved: attempt.journal.remember_cancel(name, moved)
             )
@@ -489,7 +492,7 @@ class Context(RunFacts[D]):
         await attempt.boundary()
         event_id, step = attempt.journal.emit(event, payload)
         if step is not None:
-            with _working(attempt):
+            with _Working(attempt):
                 await attempt.store(attempt.host.save(step), lambda _: attempt.journal.remember(step))
         return event_id
 
@@ -534,7 +537,7 @@ class Context(RunFacts[D]):
         if attempt.journal.begin(name, "call") is not None:
             return
         asked = query(attempt.host.engine, name, (attempt.host.orchestrator_id, attempt.claimed.id, attempt.token))
-        with _working(attempt):
+        with _Working(attempt):
             answer = await attempt.store(
                 attempt.host.run_query(asked), lambda answer: remember_call(attempt.journal, name, answer)
             )
@@ -577,10 +580,16 @@ def _recorded(codec: Codec[Any], memo: "Recorded") -> Any:
     return codec.decode(bytes(memo.value), "step", memo.name)
 
 
-@contextlib.contextmanager
-def _working(attempt: Attempt) -> Generator[None]:
-    attempt.begin_work()
-    try:
-        yield
-    finally:
-        attempt.end_work()
+class _Working:
+    """Keeps a run from being left meanwhile. Not a generator: that would cost each step three times as much."""
+
+    __slots__ = ("_attempt",)
+
+    def __init__(self, attempt: Attempt) -> None:
+        self._attempt = attempt
+
+    def __enter__(self) -> None:
+        self._attempt.begin_work()
+
+    def __exit__(self, *_: object) -> None:
+        self._attempt.end_work()

@@ -1,8 +1,7 @@
 """What the async and the plain context share: the facts of a run, its logger, and started children."""
 
-import contextlib
 import logging
-from collections.abc import Callable, Generator, MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from concurrent.futures import Future
 from contextvars import copy_context
 from datetime import datetime
@@ -279,17 +278,22 @@ def not_yet(verb: str, *_: object) -> ConductorError:
     return ConductorError(f"ctx.{verb} is not available in this version")
 
 
-@contextlib.contextmanager
-def marked(name: str) -> Generator[None]:
+class Marked:
     """Refuse operations of the context while a step's own code runs; make an error of what would be no failure of it.
 
     An attempt to end the process, raised in a task beside the handler's own, would pass through the event loop and end
     everything; psycopg's `Rollback` would leave a transaction without a value.
     """
-    entered = inside_step.set(name)
-    try:
-        yield
-    except (SystemExit, KeyboardInterrupt, psycopg.Rollback) as error:
-        raise ConductorError(f"step {name!r} raised {type(error).__name__}: {error}") from error
-    finally:
-        inside_step.reset(entered)
+
+    __slots__ = ("_entered", "_name")
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __enter__(self) -> None:
+        self._entered = inside_step.set(self._name)
+
+    def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
+        inside_step.reset(self._entered)
+        if isinstance(error, SystemExit | KeyboardInterrupt | psycopg.Rollback):
+            raise ConductorError(f"step {self._name!r} raised {type(error).__name__}: {error}") from error

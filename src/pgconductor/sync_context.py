@@ -31,6 +31,7 @@ from pgconductor.model import EventDef, RetryPolicy
 from pgconductor.operations import (
     PLAIN,
     Child,
+    Marked,
     RunFacts,
     StepOptions,
     call_plainly,
@@ -38,7 +39,6 @@ from pgconductor.operations import (
     check_reason,
     check_step_function,
     is_final,
-    marked,
     members_of,
     partition,
     run_in_own_thread,
@@ -122,7 +122,7 @@ class SyncContext(RunFacts[D]):
         self._boundary()
 
     def _try(self, name: str, fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        with marked(name):
+        with Marked(name):
             if self._options.timeout is None:
                 return fn(*args, **kwargs)
             return self._limited(name, fn, args, kwargs, self._options.timeout)
@@ -169,7 +169,7 @@ class SyncContext(RunFacts[D]):
                 with conn.transaction():  # the outermost block: it begins here, and commits at its end only
                     if settings := attempt.host.transaction_settings:
                         conn.execute(settings.encode())
-                    with marked(name):
+                    with Marked(name):
                         raw, copied = codec.store(fn(conn, *args, **kwargs), f"transaction {name!r}")
                     step = attempt.journal.finished(name, "transaction", raw)
                     query = attempt.host.save_transaction(step)
