@@ -125,31 +125,51 @@ declare
   v_now timestamptz := instant(p_now);
   v_lost uuid[];
   v_lanes int[] := '{}'::int[];
+  v_has_events boolean;
 begin
   if not hold_alive(p_orchestrator) then
     return null;
   end if;
   perform check_sizes(p_steps);
-  select array_agg(g.id) into v_lost
-  from (select * from json_to_recordset(p_steps) as s(id uuid, token bigint)
-        union select * from json_to_recordset(p_ops) as o(id uuid, token bigint)) g
-  left join lateral (select * from lease k where k.execution_id = g.id offset 0) l
-    on l.token = g.token and l.orchestrator_id = p_orchestrator
-  where l.execution_id is null;
-
-  insert into step (execution_id, name, round, kind, status, value, created_at, finished_at)
-  select s.id, s.name, s.round, s.kind, 'completed', s.value, v_now, v_now
-  from json_to_recordset(p_steps) as s(id uuid, name text, round smallint, kind step_kind, value json)
-  where v_lost is null or s.id <> all(v_lost)
-  on conflict do nothing;
+  -- in one statement, since reading the steps costs nearly as much as writing them
+  with given as materialized (
+    select s.*, l.execution_id is not null as is_held
+    from json_to_recordset(p_steps)
+      as s(id uuid, token bigint, name text, round smallint, kind step_kind, value json, event json)
+    left join lateral (select * from lease k where k.execution_id = s.id offset 0) l
+      on l.token = s.token and l.orchestrator_id = p_orchestrator
+  ), saved as (
+    insert into step (execution_id, name, round, kind, status, value, created_at, finished_at)
+    select id, name, round, kind, 'completed', value, v_now, v_now from given where is_held
+    on conflict do nothing
+  )
+  select array_agg(distinct id) filter (where not is_held), bool_or(event is not null) into v_lost, v_has_events from given;
 
   if json_array_length(p_ops) > 0 then
+    v_lost := lost_among(p_orchestrator, p_ops, v_lost);
     v_lanes := start_children(p_orchestrator, p_ops, v_lost, v_now);
   end if;
-  v_lanes := v_lanes || emit_of_steps(p_steps, v_now);
+  if v_has_events then
+    v_lanes := v_lanes || emit_of_steps(p_steps, v_now);
+  end if;
   return json_build_object(
     'lost', to_json(v_lost), 'queues', queues_of(v_lanes),
     'next_due', (select 0 from event_pending order by ord limit 1));
+end $$;
+
+-- Adds the executions of operations whose leases are gone to those that are known to be lost; null is none.
+-- p_ops: [{id, token, ...}]
+create or replace function lost_among(p_orchestrator uuid, p_ops json, p_lost uuid[]) returns uuid[]
+language plpgsql stable set search_path from current as $$
+begin
+  return (
+    select array_agg(distinct g.id) from (
+      select unnest(p_lost) as id
+      union all
+      select o.id from json_to_recordset(p_ops) as o(id uuid, token bigint)
+      left join lateral (select * from lease k where k.execution_id = o.id offset 0) l
+        on l.token = o.token and l.orchestrator_id = p_orchestrator
+      where l.execution_id is null) g);
 end $$;
 
 -- Emits the events of the steps that were recorded with them. Returns the lanes that have new work.
