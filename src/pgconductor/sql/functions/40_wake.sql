@@ -48,24 +48,23 @@ end $$;
 
 -- Writes outcomes into pending steps, each once. Returns what it wrote by who counts it: answered are executions that
 -- may wait for the operation itself, started are children that a wait may name, members are those of a fan-out.
--- An insert that always conflicts, since it reaches each row by its key: an update that is joined with the answers is
--- planned as a scan of all steps there are, when that was done while there were few.
+-- Each row is found by its key and written where it stands: nothing moves it, since the caller holds the execution. The
+-- settings leave no other plan, such as a scan of all steps, made while there were few.
 create or replace function write_answers(
   p_answers answer[], p_now timestamptz, out p_answered uuid[], out p_started answer[], out p_members answer[]
 )
-language plpgsql volatile set search_path from current as $$
+language plpgsql volatile set search_path from current set enable_hashjoin = off set enable_memoize = off as $$
 begin
   with written as (
-    insert into step as s (execution_id, name, round, index, kind, created_at, status, value, finished_at, error)
-    select k.execution_id, k.name, k.round, k.index, k.kind, k.created_at, a.status, a.value, p_now,
-           case when a.status = 'timed_out' then k.error else a.error end
-    from unnest(p_answers) a cross join lateral (
-      select * from step k where k.execution_id = a.execution_id and k.name = a.name and k.round = a.round
-        and k.index = a.index and k.status = 'pending' offset 0) k
-    on conflict (execution_id, name, round, index) do update
-    set status = excluded.status, value = excluded.value, finished_at = excluded.finished_at, error = excluded.error,
-        seq = excluded.seq
-    where s.status = 'pending'
+    update step s
+    set status = a.status, value = a.value, finished_at = p_now, seq = nextval('step_seq'),
+        error = case when a.status = 'timed_out' then s.error else a.error end
+    from (select a.status, a.value, a.error, k.row_at
+          from unnest(p_answers) a
+          cross join lateral (
+            select ctid as row_at from step k where k.execution_id = a.execution_id and k.name = a.name
+              and k.round = a.round and k.index = a.index and k.status = 'pending' offset 0) k) a
+    where s.ctid = a.row_at and s.status = 'pending'
     returning s.execution_id, s.kind, s.index,
               row(s.execution_id, s.name, s.round, s.index, s.status, null, null)::answer as answer
   )
