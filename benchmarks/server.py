@@ -150,7 +150,8 @@ class Database:
     async def index_inserts(self) -> int:
         """Return the index entries made so far: one an index for every insert, and for every update that is not HOT.
 
-        The statistics of a process are complete a moment after it has left, so this waits for the others to leave.
+        An index of block ranges (BRIN) has one entry for many pages, and is not counted. The statistics of a process
+        are complete a moment after it has left, so this waits for the others to leave.
         """
         while await self.connections():  # noqa: ASYNC110 (nothing tells us but the server)
             await asyncio.sleep(0.01)
@@ -158,7 +159,10 @@ class Database:
             await self.value("""
                 select coalesce(sum((n_tup_ins + n_tup_upd - n_tup_hot_upd) * indexes.count), 0)
                 from pg_stat_user_tables t
-                cross join lateral (select count(*) from pg_index i where i.indrelid = t.relid) as indexes
+                cross join lateral (
+                  select count(*) from pg_index i
+                  join pg_class c on c.oid = i.indexrelid join pg_am a on a.oid = c.relam
+                  where i.indrelid = t.relid and a.amname <> 'brin') as indexes
                 where t.schemaname = 'pgconductor'""")
         )
 

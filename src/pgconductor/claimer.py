@@ -275,7 +275,8 @@ class Claimer:
         id, began_at = self._membership.id, time.monotonic()
         moved = await self._session.run(self._engine.reconcile(id, sorted(known)))
         now = time.monotonic()
-        # it reads every lease, and claims wait for it; of what it took, an outage of the server may be a part
+        # it reads what this process has leased and no vacuum removed, and claims wait for it; of what it took,
+        # an outage of the server may be a part
         pause = min(max(RECONCILE_SECONDS, PAUSE_FACTOR * (now - began_at)), RECONCILE_SECONDS_MAX)
         self._reconcile_at = now + (RECONCILE_AGAIN_SECONDS if was_lost else pause)
         if moved is None:
