@@ -15,6 +15,7 @@ _TABLES = """
 select relname::text as name, n_live_tup as live, n_dead_tup as dead, n_tup_del as deleted,
        pg_total_relation_size(relid) as bytes
 from pg_stat_user_tables where schemaname = 'pgconductor' and relname::text = any(%s)"""
+PROBE_STEPS = 300_000
 _TICK = os.sysconf("SC_CLK_TCK")
 
 
@@ -29,6 +30,7 @@ class Sample:
     server_cpu_seconds: float
     workers_cpu_seconds: float
     machine_cpu_seconds: float
+    probe_cpu_seconds: float
 
 
 def read(conn: psycopg.Connection[Any], postmaster: int, workers: Sequence[int]) -> Sample:
@@ -43,7 +45,17 @@ def read(conn: psycopg.Connection[Any], postmaster: int, workers: Sequence[int])
         server_cpu_seconds=_tree_cpu_seconds(postmaster),
         workers_cpu_seconds=ended.ru_utime + ended.ru_stime + sum(_cpu_seconds(pid) for pid in workers),
         machine_cpu_seconds=_machine_cpu_seconds(),
+        probe_cpu_seconds=probe(),
     )
+
+
+def probe() -> float:
+    """Return the processor seconds of a piece of work that is always the same: how fast the machine is just now."""
+    began_at = time.thread_time()
+    total = 0
+    for number in range(PROBE_STEPS):
+        total += number
+    return time.thread_time() - began_at
 
 
 def _tree_cpu_seconds(pid: int) -> float:
