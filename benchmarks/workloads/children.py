@@ -3,14 +3,14 @@
 from benchmarks.measure import Sample, Workload, bench, costs, drain, ran_once
 from benchmarks.server import Server
 
-PARENTS = 1_000
+PARENTS = 4_000
 IN_A_ROW = 1_000
 FANS, FAN = 10, 1_000
 AT_ONCE = 10_000
 
 
 async def parents(server: Server) -> Sample:
-    """1,000 parents, each of which invokes a child and returns its value."""
+    """4,000 parents, each of which invokes a child and returns its value."""
     async with bench(server) as it:
         runs = await it.app.invoke_many([it.tasks.parent.bind(number) for number in range(PARENTS)])
         drained = await drain(it, jobs=PARENTS, executions=2 * PARENTS)
@@ -65,7 +65,7 @@ async def fans(server: Server) -> Sample:
 
 WORKLOADS = [
     Workload("fan-out", "10 parents with 1,000 children each", "children/s", fans, long=True),
-    Workload("parents", "1,000 parents with one child each", "parents/s", parents),
+    Workload("parents", "4,000 parents with one child each", "parents/s", parents),
     Workload("in-a-row", "1 parent with 1,000 children in a row", "children/s", in_a_row),
     Workload("invoke-all", "1 parent with an invoke_all of 10,000", "children/s", at_once),
 ]

@@ -1,17 +1,17 @@
-"""Steps: 500 executions of 10, and one execution alone, for the cost of a step when nothing else happens."""
+"""Steps: 2,000 executions of 10, and one execution alone, for the cost of a step when nothing else happens."""
 
 import time
 
 from benchmarks.measure import Sample, Workload, bench, costs, drain, ran_once
 from benchmarks.server import Database, Server
 
-EXECUTIONS = 500
+EXECUTIONS = 2_000
 STEPS = 10
 ALONE = 200
 
 
 async def loaded(server: Server) -> Sample:
-    """500 executions of 10 steps."""
+    """2,000 executions of 10 steps."""
     async with bench(server) as it:
         await it.app.invoke_many([it.tasks.steps.bind(number, STEPS) for number in range(EXECUTIONS)])
         drained = await drain(it, jobs=EXECUTIONS, executions=EXECUTIONS)
@@ -48,6 +48,6 @@ async def _bare_commit_ms(database: Database) -> float:
 
 
 WORKLOADS = [
-    Workload("steps", "500 executions of 10 steps", "steps/s", loaded),
+    Workload("steps", "2,000 executions of 10 steps", "steps/s", loaded),
     Workload("step-alone", "idle: one step, saved", "ms", alone),
 ]
