@@ -11,8 +11,11 @@ second or two ago, where it came last. A start that cost more than its rows expl
 of what was lost there. While vacuum keeps up, nothing is lost and every claim begins at the head; else the looks that
 begin early take a twentieth of the time each.
 
-While heads are dear, a process tells with its beats where its claims have come, and when one may begin at the head. One
-that starts begins with what the others told, and so does not find it out anew.
+A look from the head that took long is not made whole again, since no other claim goes on meanwhile. What was passed is
+then looked through in parts, from each section's beginning to where claims had come when the pass began, and again.
+
+While heads are dear, a process tells with its beats where its claims have come, how far its pass is, and when it goes
+on. One that starts begins with what the others told, and so does not find it out anew.
 """
 
 from collections.abc import Iterable, Mapping
@@ -28,6 +31,11 @@ AGE_SECONDS: Final = 1.0
 PAUSE_FACTOR: Final = 20.0
 EXPLAINED_SECONDS: Final = 0.001
 EXPLAINED_SECONDS_EACH: Final = 50e-6
+PART_SECONDS: Final = 0.05
+"""What a part of a pass may lose; a look that loses more is made in parts from then on."""
+WIDTH_FIRST: Final = 16_384
+WIDTH_MIN: Final = 4_096
+WIDTH_MAX: Final = 2**SECTION_BITS
 
 Places: TypeAlias = Mapping[tuple[int, int], int]
 """The last known place of each (lane, section)."""
@@ -50,10 +58,14 @@ class Range(Struct):
 
 
 class ToldPlaces(Struct):
-    """What processes tell of places: the lane and the last place of each section, and when the head may be used."""
+    """What processes tell of places, each with its lane: the last of each section, and when the head may be used.
+
+    `looked`: the first place of each section that the pass has not come to yet; None: the next look is whole.
+    """
 
     head_in: float
     last: list[tuple[int, int]] | None = None
+    looked: list[tuple[int, int]] | None = None
 
 
 class Scan:
@@ -69,26 +81,38 @@ class Scan:
         self._earlier: Places = {}
         self._aging_since = 0.0
         self._usable_at = [0.0, 0.0, 0.0]
+        self._looked: dict[tuple[int, int], int] | None = None
+        self._pass_end: Places = {}
+        self._pass_lost = 0.0
+        self._width = WIDTH_FIRST
 
     def told(self, now: float) -> ToldPlaces | None:
         """Return what to tell the others; None while it is cheap to begin at the head. Safe to call from a thread."""
         head_in, places = self._usable_at[Start.HEAD] - now, self._earlier
         if head_in <= 0 or not places:
             return None
-        return ToldPlaces(head_in, [(lane_id, place) for (lane_id, _), place in places.items()])
+        looked = self._looked
+        return ToldPlaces(head_in, _written(places), None if looked is None else _written(looked))
 
     def begin_behind(self, told: ToldPlaces, now: float) -> None:
         """Begin where others have come, if nothing is known."""
         if not self._last:
-            self._last = {(lane_id, place >> SECTION_BITS): place for lane_id, place in told.last or ()}
+            self._last = _by_section(told.last)
             self._earlier = self._aging = self._last.copy()
             self._aging_since = now
             self._usable_at[Start.HEAD] = now + max(0.0, told.head_in)
+            if told.looked is not None:
+                self._begin_pass(_by_section(told.looked))
 
     @property
     def head_at(self) -> float:
         """When a claim may begin at the head, on the monotonic clock."""
         return self._usable_at[Start.HEAD]
+
+    @property
+    def is_in_pass(self) -> bool:
+        """Whether a look from the head has been begun and is not at its end."""
+        return bool(self._looked)
 
     def start(self, now: float) -> Start:
         """Return the earliest start that may be used."""
@@ -98,10 +122,19 @@ class Scan:
     def ranges(self, start: Start) -> list[Range] | None:
         """Return what to look through in the lanes of which places are known; None: every lane, from its head."""
         if start is Start.HEAD:
-            return None
+            return None if self._looked is None else ranges_behind(self._earlier) + list(self._parts().values())
         return ranges_behind(self._last if start is Start.LAST else self._earlier)
 
-    def note(self, start: Start, last: Iterable[tuple[int, int]], seconds: float, item_count: int, now: float) -> None:
+    def note(
+        self,
+        start: Start,
+        last: Iterable[tuple[int, int]],
+        seconds: float,
+        item_count: int,
+        now: float,
+        *,
+        is_full: bool = False,
+    ) -> None:
         """Remember what a claim came to and what it cost.
 
         Args:
@@ -110,14 +143,60 @@ class Scan:
             seconds: How long it looked for work, in the database.
             item_count: How many rows and queues that was for.
             now: The monotonic clock, as for `start`.
+            is_full: Whether it brought as much as was asked for, and so may have left something where it looked.
         """
-        lost = seconds - EXPLAINED_SECONDS - EXPLAINED_SECONDS_EACH * item_count
-        self._usable_at[start] = now + max(0.0, PAUSE_FACTOR * lost)
-        for lane_id, place in last:
-            key = (lane_id, place >> SECTION_BITS)
+        lost = max(0.0, seconds - EXPLAINED_SECONDS - EXPLAINED_SECONDS_EACH * item_count)
+        taken = _by_section(last)
+        self._usable_at[start] = now + PAUSE_FACTOR * lost
+        if start is Start.HEAD:
+            self._note_look(taken, lost, is_full=is_full)
+        for key, place in taken.items():
             self._last[key] = max(place, self._last.get(key, place))
         if now - self._aging_since >= AGE_SECONDS:
             self._earlier, self._aging, self._aging_since = self._aging, self._last.copy(), now
+
+    def _note_look(self, taken: Places, lost: float, *, is_full: bool) -> None:
+        if self._looked is None:
+            if lost > PART_SECONDS and self._earlier:
+                self._begin_pass({})
+            return
+        for key, part in self._parts().items():
+            if not is_full or taken.get(key, PLACE_MIN) >= part.before_place:
+                self._looked[key] = part.before_place
+        self._pass_lost += lost
+        if lost > PART_SECONDS:
+            self._width = max(WIDTH_MIN, self._width // 2)
+        elif lost < PART_SECONDS / 2:
+            self._width = min(WIDTH_MAX, self._width * 2)
+        if not self._parts():
+            self._end_pass()
+
+    def _begin_pass(self, looked: dict[tuple[int, int], int]) -> None:
+        self._looked, self._pass_end, self._pass_lost = looked, self._earlier, 0.0
+
+    def _end_pass(self) -> None:
+        """Go on with whole looks if all parts together were cheap."""
+        is_cheap = self._pass_lost < PART_SECONDS
+        self._begin_pass({})
+        if is_cheap:
+            self._looked = None
+
+    def _parts(self) -> dict[tuple[int, int], Range]:
+        """Return what of each section the next part of the pass looks through."""
+        parts: dict[tuple[int, int], Range] = {}
+        for (lane_id, section), place in self._pass_end.items():
+            begin = (self._looked or {}).get((lane_id, section), section << SECTION_BITS)
+            if begin <= place:
+                parts[lane_id, section] = Range(lane_id, begin - 1, min(begin + self._width, place + 1))
+        return parts
+
+
+def _by_section(places: Iterable[tuple[int, int]] | None) -> dict[tuple[int, int], int]:
+    return {(lane_id, place >> SECTION_BITS): place for lane_id, place in places or ()}
+
+
+def _written(places: Places) -> list[tuple[int, int]]:
+    return [(lane_id, place) for (lane_id, _), place in places.items()]
 
 
 def ranges_behind(places: Places) -> list[Range]:

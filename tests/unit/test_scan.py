@@ -6,8 +6,10 @@ from hypothesis import strategies as st
 
 from pgconductor.scan import (
     AGE_SECONDS,
+    PART_SECONDS,
     PAUSE_FACTOR,
     SECTION_BITS,
+    WIDTH_FIRST,
     Range,
     Scan,
     Start,
@@ -131,3 +133,81 @@ def test_an_old_word_lets_a_process_begin_at_the_head() -> None:
     scan = Scan()
     scan.begin_behind(ToldPlaces(-3, [(1, 20)]), 100)
     assert scan.start(100) is Start.HEAD
+
+
+LOOK_LOST = 2 * PART_SECONDS
+
+
+def dear(scan: Scan, *, place: int = 100_000) -> float:
+    """Let whole looks become dear; return when the first part of a pass is due."""
+    for now in (97, 98, 99):
+        noted(scan, Start.HEAD, now, place=place)
+    noted(scan, Start.HEAD, 100, place=place, lost=LOOK_LOST)
+    return scan.head_at
+
+
+def parts(scan: Scan) -> list[tuple[int, int]]:
+    """Return the bounds of what is looked through beside what stands behind the known places."""
+    behind = ranges_behind({(1, 0): 100_000})
+    return [(each.after_place, each.before_place) for each in scan.ranges(Start.HEAD) or () if each not in behind]
+
+
+def looked(scan: Scan, now: float, *, lost: float = PART_SECONDS, is_full: bool = False) -> None:
+    scan.note(Start.HEAD, [], 0.001 + lost, 0, now, is_full=is_full)
+
+
+def test_a_look_that_took_long_is_made_in_parts_from_then_on() -> None:
+    scan = Scan()
+    now = dear(scan)
+    assert scan.start(now) is Start.HEAD
+    found = parts(scan)
+    while scan.is_in_pass or len(found) == 1:
+        looked(scan, now)
+        found += parts(scan)
+    assert found[0] == (-1, WIDTH_FIRST)
+    ends = [end for _, end in found[:-1]]
+    assert [after + 1 for after, _ in found[1:-1]] == ends[:-1]  # nothing is left out, nothing comes twice
+    assert ends[-1] == 100_001
+    assert found[-1] == found[0]  # and the next pass begins
+
+
+def test_a_part_that_takes_long_is_followed_by_a_shorter_one() -> None:
+    scan = Scan()
+    now = dear(scan)
+    looked(scan, now, lost=LOOK_LOST)
+    ((after, before),) = parts(scan)
+    assert before - after - 1 == WIDTH_FIRST // 2
+    for _ in range(2):
+        looked(scan, now, lost=0)
+    ((after, before),) = parts(scan)
+    assert before - after - 1 == 2 * WIDTH_FIRST
+
+
+def test_a_part_in_which_something_may_be_left_is_looked_through_again() -> None:
+    scan = Scan()
+    now = dear(scan)
+    first = parts(scan)
+    looked(scan, now, is_full=True)
+    assert parts(scan) == first
+    scan.note(Start.HEAD, [(1, WIDTH_FIRST)], 0.001, 0, now, is_full=True)  # what it took last stands behind the part
+    assert parts(scan)[0][0] == WIDTH_FIRST - 1
+
+
+def test_a_cheap_pass_is_followed_by_whole_looks() -> None:
+    scan = Scan()
+    now = dear(scan)
+    while True:
+        looked(scan, now, lost=0)
+        if not scan.is_in_pass:
+            break
+    assert scan.ranges(Start.HEAD) is None
+
+
+def test_a_process_that_starts_goes_on_with_the_pass_of_others() -> None:
+    scan, other = Scan(), Scan()
+    now = dear(scan)
+    looked(scan, now)
+    told = scan.told(now)
+    assert told is not None
+    other.begin_behind(told, now)
+    assert parts(other) == parts(scan) != []

@@ -207,3 +207,13 @@ def test_a_process_tells_places_until_it_finds_heads_cheap_or_is_swept(db: Db) -
     call(db, "beat", WORKER, False, at(100))
     call(db, "sweep", "20 seconds", at(100))
     assert told(db, 100) is None
+
+
+def test_a_process_that_starts_is_told_how_far_passes_have_come(db: Db) -> None:
+    tell(db, 7, {"head_in": 30, "last": [[1, 20]], "looked": None}, 10)
+    assert told(db, 11)["looked"] is None
+    tell(db, 8, {"head_in": 30, "last": [[1, 20]], "looked": []}, 10)
+    assert told(db, 11)["looked"] == []  # a pass that begins is no whole look
+    tell(db, 7, {"head_in": 30, "last": [[1, 20]], "looked": [[1, 12], [1, -SECTION]]}, 10)
+    tell(db, 8, {"head_in": 30, "last": [[1, 20]], "looked": [[1, 5]]}, 10)
+    assert {tuple(each) for each in told(db, 11)["looked"]} == {(1, 12), (1, -SECTION)}

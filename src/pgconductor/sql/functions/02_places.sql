@@ -24,16 +24,24 @@ create or replace function whole_lane(p_lane int) returns scan_range
 language sql immutable parallel safe
 return row(p_lane, -9223372036854775808, 9223372036854775807)::scan_range;
 
--- What processes, living or not yet swept, have told with their beats: how far claims have come, and in how many seconds
--- one may begin at the heads of lanes. Null where none finds that dear. So one that starts need not find it out.
+-- The furthest place of each section that processes have told under a name.
+create or replace function furthest_told(p_name text) returns json
+language sql stable set search_path from current as $$
+  select json_agg(json_build_array(n.lane_id, n.place))
+  from (select (t.value->>0)::int as lane_id, max((t.value->>1)::bigint) as place
+        from orchestrator o
+        cross join json_array_elements(case when json_typeof(o.places->p_name) = 'array' then o.places->p_name end) t
+        group by 1, (t.value->>1)::bigint >> 46) n
+$$;
+
+-- What processes, living or not yet swept, have told with their beats: how far claims have come, how far a pass through
+-- what they left behind, and in how many seconds one may look there. Null where none finds that dear. So one that starts
+-- need not find it out.
 create or replace function told_places(p_now timestamptz) returns json
 language sql stable set search_path from current as $$
   select json_build_object(
     'head_in', max(extract(epoch from o.beat_at - p_now) + (o.places->>'head_in')::float8),
-    'last', (
-      select json_agg(json_build_array(n.lane_id, n.place))
-      from (select (t.value->>0)::int as lane_id, max((t.value->>1)::bigint) as place
-            from orchestrator p cross join json_array_elements(p.places->'last') t
-            group by 1, (t.value->>1)::bigint >> 46) n))
+    'last', furthest_told('last'),
+    'looked', case when bool_or(json_typeof(o.places->'looked') = 'array') then coalesce(furthest_told('looked'), '[]') end)
   from orchestrator o where o.places is not null having count(*) > 0
 $$;
