@@ -160,8 +160,12 @@ class Scan:
             if lost > PART_SECONDS and self._earlier:
                 self._begin_pass({})
             return
+        furthest: dict[int, int] = {}
+        for (lane_id, _), place in taken.items():
+            furthest[lane_id] = max(place, furthest.get(lane_id, place))
+        anywhere = max(furthest.values(), default=PLACE_MIN)  # lanes share what is asked for in the order of places
         for key, part in self._parts().items():
-            if not is_full or taken.get(key, PLACE_MIN) >= part.before_place:
+            if not is_full or furthest.get(key[0], anywhere) >= part.before_place:
                 self._looked[key] = part.before_place
         self._pass_lost += lost
         if lost > PART_SECONDS:

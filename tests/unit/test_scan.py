@@ -189,8 +189,20 @@ def test_a_part_in_which_something_may_be_left_is_looked_through_again() -> None
     first = parts(scan)
     looked(scan, now, is_full=True)
     assert parts(scan) == first
+    scan.note(Start.HEAD, [(1, WIDTH_FIRST - 1)], 0.001 + PART_SECONDS, 0, now, is_full=True)
+    assert parts(scan) == first
     scan.note(Start.HEAD, [(1, WIDTH_FIRST)], 0.001, 0, now, is_full=True)  # what it took last stands behind the part
     assert parts(scan)[0][0] == WIDTH_FIRST - 1
+
+
+def test_a_part_is_passed_where_only_what_stands_behind_it_was_taken_from_other_sections_and_lanes() -> None:
+    scan = Scan()
+    for now in (97, 98, 99, 100):
+        scan.note(Start.HEAD, [(1, 50_000), (1, -10), (2, 40_000)], 0.001 + LOOK_LOST * (now == 100), 0, now)
+    scan.note(Start.HEAD, [(1, 60_000)], 0.001, 0, scan.head_at, is_full=True)
+    begins = {(each.lane_id, each.after_place >> SECTION_BITS) for each in scan.ranges(Start.HEAD) or ()}
+    assert begins >= {(1, 0), (2, 0)}
+    assert not [each for each in scan.ranges(Start.HEAD) or () if each.after_place in (-1, -SECTION - 1)]
 
 
 def test_a_cheap_pass_is_followed_by_whole_looks() -> None:
