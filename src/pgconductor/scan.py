@@ -88,11 +88,10 @@ class Scan:
 
     def told(self, now: float) -> ToldPlaces | None:
         """Return what to tell the others; None while it is cheap to begin at the head. Safe to call from a thread."""
-        head_in, places = self._usable_at[Start.HEAD] - now, self._earlier
-        if head_in <= 0 or not places:
+        head_in, places, looked = self._usable_at[Start.HEAD] - now, self._earlier, self._looked
+        if not places or (head_in <= 0 and looked is None):
             return None
-        looked = self._looked
-        return ToldPlaces(head_in, _written(places), None if looked is None else _written(looked))
+        return ToldPlaces(max(head_in, 0.0), _written(places), None if looked is None else _written(looked))
 
     def begin_behind(self, told: ToldPlaces, now: float) -> None:
         """Begin where others have come, if nothing is known."""
