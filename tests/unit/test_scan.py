@@ -105,12 +105,12 @@ def test_nothing_is_told_of_places_while_it_is_cheap_to_begin_at_the_head() -> N
 def test_what_is_told_is_where_claims_had_come_a_second_ago_and_when_the_head_may_be_used() -> None:
     scan = Scan()
     for now, place in [(100, 10), (101, 20), (102, 30)]:
-        noted(scan, Start.HEAD, now, place=place, lost=0.5)
-    told = scan.told(104)
+        noted(scan, Start.HEAD, now, place=place, lost=0.04)
+    told = scan.told(102.5)
     assert told is not None
-    assert told.head_in == pytest.approx(8)
-    assert told.last == [(1, 20)]
-    assert scan.told(113) is None
+    assert told.head_in == pytest.approx(0.3)
+    assert (told.last, told.looked) == ([(1, 20)], None)
+    assert scan.told(103) is None
 
 
 def test_a_process_that_starts_begins_behind_what_it_is_told_until_the_head_may_be_used() -> None:
