@@ -13,8 +13,13 @@ FUNCTIONS_EVERY = 25
 
 def cuts(script: str, every: int) -> list[str]:
     """Return the beginnings of a script that end with a statement."""
-    ends = [match.end() for match in re.finditer(r";\n", script) if script[: match.end()].count("$$") % 2 == 0]
+    ends = [match.end() for match in re.finditer(r";\n", script) if not _is_quoted(script[: match.end()])]
     return [script[:end] for end in ends[::every]]
+
+
+def _is_quoted(text: str) -> bool:
+    """Tell whether a text ends inside of $$ or $a word$."""
+    return len(re.findall(r"\$\w*\$", text)) % 2 == 1
 
 
 @pytest.mark.covers("F78", "P44")
