@@ -245,13 +245,13 @@ class Claimer:
         """Expect more where it was left, or came as asked for; else look again at the head, if this did not."""
         claimed = claim.claimed or []
         counts = Counter(each.queue_id for each in claimed)
-        is_full = any(counts[want.queue] >= want.limit for want in wants)
+        full = {want.queue for want in wants if counts[want.queue] >= want.limit}
         count = len(claimed) + len(wants)
-        self._scan.note(start, claim.last or (), claim.seconds, count, time.monotonic(), is_full=is_full)
+        self._scan.note(start, claim.last or (), claim.seconds, count, time.monotonic(), is_full=bool(full))
         more = set(claim.more or ())
         # what came from a queue shows that the claim came to it, though limits may have left some there
         self._looked.update((each.queue, self._token) for each in wants if counts[each.queue] or each.queue not in more)
-        more.update(want.queue for want in wants if counts[want.queue] >= want.limit)
+        more |= full
         self._expected |= more
         if (start is not Start.HEAD or self._scan.is_in_pass) and len(more) < len(wants):
             self._head_at = self._scan.head_at

@@ -159,9 +159,7 @@ class Scan:
             if lost > PART_SECONDS and self._earlier:
                 self._begin_pass({})
             return
-        furthest: dict[int, int] = {}
-        for (lane_id, _), place in taken.items():
-            furthest[lane_id] = max(place, furthest.get(lane_id, place))
+        furthest = {lane_id: place for (lane_id, _), place in sorted(taken.items())}  # the last section counts
         anywhere = max(furthest.values(), default=PLACE_MIN)  # lanes share what is asked for in the order of places
         for key, part in self._parts().items():
             if not is_full or furthest.get(key[0], anywhere) >= part.before_place:
@@ -172,17 +170,11 @@ class Scan:
         elif lost < PART_SECONDS / 2:
             self._width = min(WIDTH_MAX, self._width * 2)
         if not self._parts():
-            self._end_pass()
+            self._begin_pass(None if self._pass_lost < PART_SECONDS else {})
 
-    def _begin_pass(self, looked: dict[tuple[int, int], int]) -> None:
+    def _begin_pass(self, looked: dict[tuple[int, int], int] | None) -> None:
+        """Look up to where claims have come by now: on from places, or whole (None)."""
         self._looked, self._pass_end, self._pass_lost = looked, self._earlier, 0.0
-
-    def _end_pass(self) -> None:
-        """Go on with whole looks if all parts together were cheap."""
-        is_cheap = self._pass_lost < PART_SECONDS
-        self._begin_pass({})
-        if is_cheap:
-            self._looked = None
 
     def _parts(self) -> dict[tuple[int, int], Range]:
         """Return what of each section the next part of the pass looks through."""

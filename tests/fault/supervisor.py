@@ -31,6 +31,8 @@ from tests.waiting import until
 
 ROOT = Path(__file__).parents[2]
 TIMING = Timing(beat=0.2, expiry=2.0, sweep=0.2)
+SLOWER = Timing(beat=0.5, expiry=6.0, sweep=0.5)
+"""Where a lease is to outlast what a busy machine does to it: a pause, or the time between two tries to connect."""
 _OWN_OPTIONS = "-c search_path=pgconductor,public -c statement_timeout=0 -c lock_timeout=0"
 """Of the sessions of the tests themselves, which are spared what a test has set for those of its database."""
 _PROXIED = {"sslmode": "disable", "gssencmode": "disable"}

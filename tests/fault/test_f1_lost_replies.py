@@ -10,16 +10,14 @@ from typing import Any
 import pytest
 
 from pgconductor.engine import Engine
-from pgconductor.membership import Timing
 from pgconductor.task import Task
 from tests.fault.programs import app, child, children, gate, plain_program, program, sleep, step, transaction
-from tests.fault.supervisor import World
+from tests.fault.supervisor import SLOWER, World
 from tests.waiting import until
 
 Programs = Task[[list[Any]], list[Any]]
 BOTH = pytest.mark.parametrize("task", [program, plain_program], ids=["async", "plain"])
 UNHARMED = ("completed", 1, 0)
-SLOWER = Timing(beat=0.5, expiry=6.0, sweep=0.5)  # a lease is to outlast a busy machine's pause to connect again
 
 
 @pytest.mark.covers("F3", "F45", "P5")

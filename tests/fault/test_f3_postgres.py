@@ -7,13 +7,11 @@ from uuid import UUID
 
 import pytest
 
-from pgconductor.membership import Timing
 from tests.fault.programs import Program, app, child, children, gate, program, sleep, step, transaction
-from tests.fault.supervisor import World
+from tests.fault.supervisor import SLOWER, World
 from tests.waiting import until
 
 WORK: Program = [step("a"), transaction("t"), sleep("nap", 0.05), children("c", [step("x")], [step("y")]), step("b")]
-SLOWER = Timing(beat=0.5, expiry=6.0, sweep=0.5)  # a lease is to outlast the pause between two tries to connect
 SESSIONS = ("claim", "settle", "save", "worker", "notify", "listener", "heartbeat", "transaction")
 
 

@@ -6,12 +6,10 @@ import contextlib
 import psycopg
 import pytest
 
-from pgconductor.membership import Timing
 from tests.fault.programs import Program, app, child, gate, program, sleep, step, transaction
-from tests.fault.supervisor import World
+from tests.fault.supervisor import SLOWER, World
 from tests.waiting import until
 
-PATIENT = Timing(beat=0.5, expiry=6.0, sweep=0.5)
 REINDEX_TRIES_MAX = 20
 UNHARMED = ("completed", 1, 0)
 WORK: Program = [step("a"), transaction("t"), sleep("nap", 0.05), child("c", step("x")), step("b")]
@@ -53,7 +51,7 @@ async def test_f3_39_a_lock_that_keeps_beats_away_for_a_whole_lease_is_nobody_s_
 @pytest.mark.covers("F39")
 async def test_f3_39_a_sweep_that_meets_a_locked_table_holds_up_no_beat(world: World) -> None:
     run = await program.invoke([step("a"), gate("g")])
-    worker = await world.worker(timing=PATIENT).up()
+    worker = await world.worker(timing=SLOWER).up()
     await world.reaches(run.id, "running")
     with psycopg.connect(world.dsn) as other:
         other.execute("lock table pgconductor.event in access exclusive mode")

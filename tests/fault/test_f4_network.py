@@ -15,7 +15,7 @@ from pgconductor.membership import Timing
 from pgconductor.route import Route
 from pgconductor.session import BACKOFF_SECONDS_FIRST
 from tests.fault.programs import Program, app, child, gate, program, sleep, step, transaction
-from tests.fault.supervisor import World
+from tests.fault.supervisor import SLOWER, World
 from tests.waiting import until
 
 UNHARMED = ("completed", 1, 0)
@@ -111,7 +111,7 @@ async def test_f4_49_no_lease_is_lost_where_connecting_takes_longer_than_from_be
     with socket.create_server(("127.0.0.1", 0)) as silent:  # it takes connections and says nothing, for 2 s
         hosts, ports = "127.0.0.1,127.0.0.1", f"{silent.getsockname()[1]},{world.proxy.port}"
         dsn = make_conninfo(world.proxied_dsn, host=hosts, port=ports, connect_timeout=2)
-        worker = await world.worker(dsn=dsn, timing=Timing(beat=0.5, expiry=6.0, sweep=0.5)).up()
+        worker = await world.worker(dsn=dsn, timing=SLOWER).up()
         await until(lambda: bool(world.rows(beating)))
         old_id, old_pid = worker.boot_id, world.rows(beating)[0]["pid"]
         world.rows("select pg_terminate_backend(%s)", old_pid)

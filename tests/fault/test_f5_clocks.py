@@ -7,13 +7,10 @@ from uuid import UUID
 
 import pytest
 
-from pgconductor.membership import Timing
 from tests.fault.clocks import FAST, SLOW, STOOD_STILL, JumpingClock, needs_faketime, wrong_clock
 from tests.fault.programs import Program, app, caught, child, fail, gate, program, sleep, step, timed
-from tests.fault.supervisor import World
+from tests.fault.supervisor import SLOWER, World
 from tests.waiting import until
-
-SLOWER = Timing(beat=0.5, expiry=6.0, sweep=0.5)  # a lease is to outlast the pauses of a busy machine
 
 WORK: Program = [
     step("a"),

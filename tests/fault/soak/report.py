@@ -59,17 +59,18 @@ def figures(found: Found) -> dict[str, Any]:
         end.server_cpu_seconds - begin.server_cpu_seconds, end.workers_cpu_seconds - begin.workers_cpu_seconds,
     ]  # fmt: skip
     recovery = sorted(found.recovery_seconds)
+    ratio, speed = rate(last) / rate(first), _probe(first) / _probe(last)
     return {
         "minutes": round(seconds / 60, 1),
         "snapshot_held": found.has_snapshot,
         "runs": done,
         "runs_per_second_first": round(rate(first)),
         "runs_per_second_last": round(rate(last)),
-        "last_over_first": round(rate(last) / rate(first), 3),
+        "last_over_first": round(ratio, 3),
         "runs_per_cpu_second_first": round(_per_cpu(first), 1),
         "runs_per_cpu_second_last": round(_per_cpu(last), 1),
-        "machine_speed_last_over_first": round(_probe(first) / _probe(last), 3),
-        "last_over_first_at_equal_speed": round(rate(last) / rate(first) * _probe(last) / _probe(first), 3),
+        "machine_speed_last_over_first": round(speed, 3),
+        "last_over_first_at_equal_speed": round(ratio / speed, 3),
         "kills": found.kills,
         "recovery_seconds_p50": statistics.median(recovery) if recovery else None,
         "recovery_seconds_p99": recovery[int(0.99 * (len(recovery) - 1))] if recovery else None,

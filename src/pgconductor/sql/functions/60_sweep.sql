@@ -186,15 +186,15 @@ exception when lock_not_available then
 end $$;
 
 -- The executions that these processes hold, found by the numbers of the processes: with a snapshot held open there are
--- many dead leases, of which only the young are looked at.
-create or replace function held_by(p_orchestrators uuid[]) returns uuid[]
+-- many dead leases, of which only the young are looked at. p_known: leases with these tokens are left out.
+create or replace function held_by(p_orchestrators uuid[], p_known bigint[] default '{}') returns uuid[]
 language plpgsql stable set search_path from current set enable_indexscan = off set enable_indexonlyscan = off set enable_bitmapscan = on as $$
 declare
   v_numbers int[] := array(select number from orchestrator where id = any(p_orchestrators));
 begin
   return array(
     select execution_id from lease
-    where orchestrator_number = any(v_numbers) and orchestrator_id = any(p_orchestrators));
+    where orchestrator_number = any(v_numbers) and orchestrator_id = any(p_orchestrators) and token <> all(p_known));
 end $$;
 
 -- What the sweep does, of which there is one at a time.
@@ -202,7 +202,7 @@ create or replace function take_over(p_expiry interval, p_now timestamptz) retur
 language plpgsql volatile set search_path from current as $$
 declare
   v_dead uuid[];
-  v_lost uuid[];
+  v_lost uuid[] := '{}'::uuid[];
   v_lanes int[];
   v_effects effects := row('{}'::int[], '{}'::text[]);
 begin
@@ -217,7 +217,7 @@ begin
   delete from orchestrator where id = any(v_dead);
   perform prune_events(p_now);
   v_lanes := v_effects.lane_ids || deliver_events(p_now) || sweep_limits(p_now);
-  return json_build_object('lost', coalesce(cardinality(v_lost), 0), 'queues', queues_of(v_lanes),
+  return json_build_object('lost', cardinality(v_lost), 'queues', queues_of(v_lanes),
                            'watchers', v_effects.watchers, 'prune', is_prune_due(p_now));
 end $$;
 
@@ -264,16 +264,11 @@ end $$;
 -- p_known: the tokens of the claims whose replies it has.
 create or replace function reconcile(p_orchestrator uuid, p_known bigint[], p_now timestamptz default null) returns json
 language plpgsql volatile set search_path from current set enable_seqscan = off set enable_mergejoin = off set jit = off set plan_cache_mode = force_generic_plan as $$
-declare
-  v_free uuid[];
 begin
   if not hold_alive(p_orchestrator) then
     return null;
   end if;
-  v_free := array(
-    select l.execution_id from unnest(held_by(array[p_orchestrator])) h join lease l on l.execution_id = h
-    where l.orchestrator_id = p_orchestrator and l.token <> all(p_known));
-  return json_build_object('queues', queues_of(give_back(v_free, instant(p_now))));
+  return json_build_object('queues', queues_of(give_back(held_by(array[p_orchestrator], p_known), instant(p_now))));
 end $$;
 
 -- Makes leased executions ready without counting anything against them; a cancelled one ends.
