@@ -35,7 +35,7 @@ from typing import Any, Literal, Protocol, TypeVar, cast
 from uuid import UUID
 
 import psycopg
-from msgspec import Raw
+from msgspec import UNSET, Raw
 
 from pgconductor.engine import Claimed, Completion, Engine, Fresh, Operation, Outcome, Query, SavedStep
 from pgconductor.errors import AttemptTimeout, ConductorError, Crash, Retry, StaleLease, Suspend, is_permanent
@@ -270,8 +270,8 @@ class Attempt:
         result = Raw(returns.store(value, "result")[0])
         if self.journal.memos.operations:
             self._warn_of_unasked()
-        if self.claimed.parent_id is None and not self._storing and not self.journal.is_tied:
-            return Completion(self.claimed.id, self.token, result)
+        if not self._storing and not self.journal.is_tied:
+            return Completion(self.claimed.id, self.token, result, self.claimed.parent_id or UNSET)
         return Outcome(self.claimed.id, self.token, "completed", result=result)
 
     def _stopped(self, error: asyncio.CancelledError) -> Outcome | None:

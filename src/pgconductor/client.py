@@ -5,9 +5,9 @@ sent together as soon as one of `FLIGHTS_MAX` statements is back: the busier the
 statement of many is refused, each call is sent by itself, so that one bad call delays no other. Every call has its id
 before it is sent, so a lost reply is repeated.
 
-**Hints.** After the commit, and never on its path, the queues with new work are named on the channel, from a
-transaction of its own; one hint at a time is on its way, a pause follows, and what comes meanwhile is gathered. A lost
-hint costs a worker's poll.
+**Hints.** The queues with new work are named on the channel. A plain call that comes alone after a silence brings its
+hint along: its commit sends it. All other hints go out behind the commit, from a transaction of its own. One hint at a
+time is on its way, a pause follows, and what comes meanwhile is gathered. A lost hint costs a worker's poll.
 
 **Threads.** `invoke_sync` and `result_sync` run on an event loop in a thread of the process's own, shared by its
 threads, so that they gather and wait as the others do. A forked child makes its own.
@@ -102,7 +102,7 @@ class LoopClient:
     async def enqueue_many(self, rows: Sequence[NewExecution]) -> list[str]:
         """Enqueue calls in one statement; return their ids, which a dedupe key may have changed."""
         if len(rows) == 1 and rows[0].is_plain:
-            enqueued = await self._enqueue(self._engine.enqueue_one(rows[0]))
+            enqueued = await self._enqueue_one(rows[0])
         else:
             enqueued = await self._enqueue(self._engine.enqueue(rows))
         return ids_of(rows, enqueued)
@@ -138,6 +138,12 @@ class LoopClient:
             self._is_hinting = True
             self._spawn(self._send_hints())
 
+    def _has_hinted(self) -> None:
+        """Begin the pause after a hint that went out with a commit."""
+        if not self._is_hinting:
+            self._is_hinting = True
+            self._spawn(self._send_hints(HINT_PAUSE_SECONDS))
+
     async def close(self) -> None:
         """Let what is on its way arrive, then close the connections. May be used again."""
         while self._tasks:
@@ -148,6 +154,13 @@ class LoopClient:
     async def _enqueue(self, query: Query[Enqueued]) -> Enqueued:
         enqueued = await self.run(query, self._engine.enqueue_again(query))
         self.hint(enqueued.queues)
+        return enqueued
+
+    async def _enqueue_one(self, row: NewExecution) -> Enqueued:
+        hint = not self._is_hinting
+        enqueued = await self._enqueue(self._engine.enqueue_one(row, hint=hint))
+        if hint and not enqueued.queues:
+            self._has_hinted()
         return enqueued
 
     async def _send_alone(self, row: NewExecution) -> str:
@@ -199,8 +212,9 @@ class LoopClient:
     def _has_hints(self) -> bool:
         return bool(self._queues or self._watchers or self._is_for_all)
 
-    async def _send_hints(self) -> None:
+    async def _send_hints(self, pause_seconds: float = 0) -> None:
         try:
+            await asyncio.sleep(pause_seconds)
             while self._has_hints:
                 for hint in self._take_hints():
                     await self.pool.run(self._engine.notify(hint))

@@ -267,11 +267,12 @@ class Await(Struct, omit_defaults=True, gc=False):
 
 
 class Completion(Struct, gc=False):
-    """The outcome of an execution without parent, of whose children none is open."""
+    """The outcome of an execution of whose children none is open, and which has left no waits behind."""
 
     id: str
     token: int
     result: Raw
+    parent: str | UnsetType = UNSET
 
 
 class Fresh(Struct, gc=False):
@@ -400,10 +401,10 @@ class Engine(Reports):
         parameters = (as_text(calls), notify, again, self._now())
         return self._query("enqueue", "json boolean boolean timestamptz", parameters, _enqueued, harmless=False)
 
-    def enqueue_one(self, call: NewExecution) -> Query[Enqueued]:
-        """The same for one plain call."""
-        parameters = (call.id, call.task, call.queue, call.priority, as_text(call.payload), False, self._now())
-        casts = "uuid text text smallint json boolean timestamptz"
+    def enqueue_one(self, call: NewExecution, *, hint: bool = False) -> Query[Enqueued]:
+        """The same for one plain call. `hint`: let the hint go out with the commit, if nobody else's does just now."""
+        parameters = (call.id, call.task, call.queue, call.priority, as_text(call.payload), hint, False, self._now())
+        casts = "uuid text text smallint json boolean boolean timestamptz"
         return self._query("enqueue_one", casts, parameters, _enqueued, harmless=False)
 
     def enqueue_alike(self, calls: AlikeExecutions) -> Query[Enqueued]:

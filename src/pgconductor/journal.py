@@ -38,7 +38,7 @@ from pgconductor.errors import (
     error_type_of,
 )
 from pgconductor.events import encode_where, new_event
-from pgconductor.ids import new_id
+from pgconductor.ids import new_ids
 from pgconductor.memos import Memos
 from pgconductor.model import EventDef, check_event
 from pgconductor.options import CallOptions
@@ -377,7 +377,7 @@ class Journal:
         if self._claimed.depth >= DEPTH_MAX:
             raise DepthExceeded(calls[0].task, DEPTH_MAX)
         operation = Operation(self._claimed.id, name, self.round_of(name), kind)
-        operation.children = [child_of(call, f"{kind} {name!r}") for call in calls]
+        operation.children = children_of(calls, f"{kind} {name!r}")
         if timeout is not None:
             operation.due_in = seconds(timeout, f"{kind} {name!r}: timeout")
             operation.timeout_error = _stored_timeout(ChildTimeout(timeout), timeout)
@@ -402,20 +402,32 @@ def remember_call(journal: Journal, name: str, answer: str) -> None:
         journal.remember(journal.finished(name, "call", b"null"))
 
 
-def child_of(call: Call[Any], place: str) -> NewExecution:
-    """Return the row of a child, refusing options that an attached child cannot have."""
-    options = call.options
+def children_of(calls: Sequence[Call[Any]], place: str) -> list[NewExecution]:
+    """Return the rows of children, refusing options that an attached child cannot have."""
+    checked: CallOptions | None = None
+    for call in calls:
+        if call.options is not checked:  # calls of one task mostly share theirs
+            checked = call.options
+            _check_child_options(checked, place)
+    return [_child(id, call) for id, call in zip(new_ids(len(calls)), calls, strict=True)]
+
+
+def _check_child_options(options: CallOptions, place: str) -> None:
     for option in ("conn", "dedupe_key", "throttle", "debounce"):
         if getattr(options, option) is not None:
             raise ConfigurationError(f"{place}: {option}", "cannot be given to a child", "drop it, or use app.invoke")
+
+
+def _child(id: str, call: Call[Any]) -> NewExecution:
+    options = call.options
     return NewExecution(
-        new_id(),
+        id,
         call.task,
         Raw(call.payload.encode()),
-        queue=options.queue,
-        priority=options.priority or 0,
-        run_at=options.run_at,
-        delay=_delay(options),
+        options.queue,
+        options.priority or 0,
+        options.run_at,
+        None if options.delay is None else options.delay.total_seconds(),
     )
 
 
@@ -473,10 +485,6 @@ def _check_children(name: str, rows: Mapping[int, Recorded], calls: Sequence[Cal
         task = rows[index].child_task
         if task != call.task and task is not None:
             raise StepMismatch(name, f"invoke_all with {task!r} as child {index}", f"invoke_all with {call.task!r}")
-
-
-def _delay(options: CallOptions) -> float | None:
-    return None if options.delay is None else options.delay.total_seconds()
 
 
 def _stored_timeout(error: ConductorError, timeout: Duration) -> Raw:

@@ -452,11 +452,21 @@ async def test_close_is_idempotent_and_the_conductor_works_again(app: Conductor,
     assert len(executions(db)) == 2
 
 
-async def test_a_new_execution_is_hinted_off_the_commit_path(app: Conductor, database: str) -> None:
+async def test_a_call_after_a_silence_is_hinted_by_its_commit_and_those_right_behind_it_together(
+    app: Conductor, database: str
+) -> None:
+    task = app.create_task(add)
+    await task.invoke(0)
+    await app.close()
     async with await psycopg.AsyncConnection.connect(database, autocommit=True) as listener:
         await listener.execute("listen pgconductor")
+        before = client_of(app).pool.query_count
 
-        await app.create_task(add).invoke(1)
+        await task.invoke(1)
 
-        async for hint in listener.notifies(timeout=30, stop_after=1):
-            assert hint.payload.startswith("ready ")
+        assert [hint.payload async for hint in listener.notifies(timeout=30, stop_after=1)] == ["ready 1"]
+        assert client_of(app).pool.query_count - before == 1
+        for number in range(2, 6):
+            await task.invoke(number)
+        await app.close()  # what is on its way arrives
+        assert {hint.payload async for hint in listener.notifies(timeout=30, stop_after=1)} == {"ready 1"}

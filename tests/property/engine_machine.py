@@ -38,7 +38,7 @@ class Held:
     id: str
     worker: UUID
     token: int
-    is_root: bool
+    parent: str | None
     opened: list[Json] = field(default_factory=list[Json])
 
 
@@ -168,7 +168,7 @@ class EngineMachine(RuleBasedStateMachine):
         assert len(claimed) <= limit * len(wants)
         for row in claimed:
             assert str(row[0]) not in self.ended
-            self.held.append(Held(str(row[0]), worker, self.token, is_root=row[7] is None))
+            self.held.append(Held(str(row[0]), worker, self.token, parent=row[7] and str(row[7])))
         return len(claimed)
 
     @precondition(lambda self: bool(self.held))
@@ -180,13 +180,14 @@ class EngineMachine(RuleBasedStateMachine):
         chosen = {mine[number % len(mine)].id: (mine[number % len(mine)], how) for number, how in picks}
         self._settle(first.worker, [self._outcome(held, how, delay) for held, how in chosen.values()])
 
-    @precondition(lambda self: any(held.is_root and not held.opened for held in self.held))
+    @precondition(lambda self: any(not held.opened for held in self.held))
     @rule(number=numbers)
     def settle_plain(self, number: int) -> None:
-        plain = [held for held in self.held if held.is_root and not held.opened and not self._has_steps(held)]
+        plain = [held for held in self.held if not held.opened and not self._has_steps(held)]
         if plain:
             held = plain[number % len(plain)]
-            self._settle(held.worker, [], [{"id": held.id, "token": held.token, "result": 1}])
+            completed = {"id": held.id, "token": held.token, "result": 1, "parent": held.parent}
+            self._settle(held.worker, [], [completed])
 
     def _has_steps(self, held: Held) -> bool:
         return self.db.execute("select from step where execution_id = %s", (held.id,)).fetchone() is not None

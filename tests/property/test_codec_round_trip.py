@@ -124,6 +124,7 @@ def test_any_value_is_stored_exactly_or_refused(annotation: Any, value: Any) -> 
         assert codec.decode(raw) == value or codec.encode(codec.decode(raw)) == raw
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])
 @given(models)
 def test_model_comes_back_equal_as_far_as_pydantic_can_tell(value: Model | None) -> None:
     codec = codec_for(Model | None)

@@ -120,9 +120,17 @@ def claim_one(db: Db, **options: Any) -> str:
     return str(claimed["id"])
 
 
-def complete(db: Db, id: str, result: Any = None, token: int = 1, worker: UUID = WORKER, now: float = 0) -> Json:
-    """Settle as a worker does what has neither parent nor children."""
-    return settle_plain(db, {"id": id, "token": token, "result": result}, worker=worker, now=now)
+def complete(
+    db: Db,
+    id: str,
+    result: Any = None,
+    token: int = 1,
+    worker: UUID = WORKER,
+    now: float = 0,
+    parent: str | None = None,
+) -> Json:
+    """Settle as a worker does what has no open children."""
+    return settle_plain(db, {"id": id, "token": token, "result": result, "parent": parent}, worker=worker, now=now)
 
 
 def settle_plain(db: Db, *completed: Json, worker: UUID = WORKER, now: float = 0) -> Json:
@@ -137,7 +145,7 @@ def settle(db: Db, *outcomes: Json, worker: UUID = WORKER, now: float = 0) -> Js
 
 
 def finish(db: Db, id: str, result: Any = None, token: int = 1, now: float = 0, worker: UUID = WORKER) -> Json:
-    """Complete an execution that has a parent or children."""
+    """Complete an execution that may have open children."""
     return settle(db, {"id": id, "outcome": "completed", "result": result, "token": token}, now=now, worker=worker)
 
 

@@ -10,14 +10,14 @@ import pytest
 from pgconductor.id_array import IdArray
 from pgconductor.ids import new_ids
 from tests.flow.support import concurrency, limited, set_limit
-from tests.sql.support import Db, array, at, claim, count, enqueue, register, row, state
+from tests.sql.support import Db, array, at, claim, count, enqueue, register, row, session, state
 
 Enqueue: TypeAlias = Callable[..., list[str]]
 
 
 def one_by_one(db: Db, ids: list[str], payloads: tuple[str, ...], call: tuple[Any, ...], *, again: bool) -> None:
     for id, payload in zip(ids, payloads, strict=True):
-        marks = "cast(%s as uuid), %s, %s, cast(%s as smallint), cast(%s as json), %s, %s"
+        marks = "cast(%s as uuid), %s, %s, cast(%s as smallint), cast(%s as json), false, %s, %s"
         db.execute(f"select enqueue_one({marks})", (id, *call, payload, again, at(0)))
 
 
@@ -151,6 +151,22 @@ def test_a_plain_call_says_where_there_is_new_work(db: Db) -> None:
     marks = "cast(%s as uuid), 'work', null, cast(0 as smallint), cast('{}' as json)"
     answers = [db.execute(f"select enqueue_one({marks}) as it".encode(), (uuid4(),)).fetchone() for _ in range(2)]
     assert [answer and answer["it"]["queues"] for answer in answers] == [[queue["id"]]] * 2
+
+
+def test_a_call_may_bring_its_hint_along_one_at_a_time(db: Db, database: str) -> None:
+    register(db, "work")
+    queue = db.execute("select id from queue where name = 'default'").fetchone()
+    assert queue is not None
+    marks = "cast(%s as uuid), 'work', null, cast(0 as smallint), cast('{}' as json), p_hint => true"
+    call = f"select enqueue_one({marks}) as it".encode()
+    with session(database) as other:
+        other.execute("listen pgconductor")
+        with db.transaction():
+            assert db.execute(call, (uuid4(),)).fetchone() == {"it": {"queues": []}}
+            assert other.execute(call, (uuid4(),)).fetchone() == {"it": {"queues": [queue["id"]]}}
+            assert [*other.notifies(timeout=0)] == []
+        assert [hint.payload for hint in other.notifies(timeout=30, stop_after=1)] == [f"ready {queue['id']}"]
+        assert [*other.notifies(timeout=0)] == []
 
 
 def test_a_list_of_ids_is_the_array_of_them(db: Db) -> None:

@@ -1,5 +1,8 @@
 """finish and wake: every end of a child reaches its parent, at any depth."""
 
+from typing import Any
+from uuid import uuid4
+
 import pytest
 
 from tests.sql.support import (
@@ -8,6 +11,7 @@ from tests.sql.support import (
     chain,
     claim,
     claim_one,
+    complete,
     count,
     enqueue,
     fail,
@@ -18,6 +22,7 @@ from tests.sql.support import (
     row,
     save,
     settle,
+    settle_plain,
     state,
     states,
     step,
@@ -33,6 +38,36 @@ def test_a_value_goes_up_one_level_at_a_time(db: Db, depth: int) -> None:
         assert (state(db, ids[level - 1]), step(db, ids[level - 1], "call")["value"]) == ("ready", level)
         claim(db, token=100 + level - 1)
     assert [row(db, id)["depth"] for id in ids] == list(range(depth + 1))
+
+
+def test_a_plain_completion_of_a_child_leaves_the_rows_that_any_other_leaves(db: Db) -> None:
+    mine = {"id", "execution_id", "parent_id", "root_id", "child_id", "ord", "seq", "cached_seq"}
+    left: list[list[dict[str, Any]]] = []
+    for is_plain in (True, False):
+        parent, child = parent_and_child(db)
+        claim(db)
+        answer = complete(db, child, 7, parent=parent) if is_plain else finish(db, child, 7)
+        assert (answer["lost"], len(answer["queues"])) == ([], 1)
+        ready = db.execute("select * from ready where execution_id = %s", (parent,)).fetchone() or {}
+        found = [row(db, parent), row(db, child), step(db, parent, "call"), ready]
+        left.append([{name: value for name, value in each.items() if name not in mine} for each in found])
+        claim(db, token=9)  # the parent, so that the next round does not
+    assert left[0] == left[1]
+    assert all(left[0])
+    assert count(db, "wait") == 0
+
+
+def test_plain_completions_of_a_batch_end_cancelled_what_is_to_be_cancelled_and_answer_each_parent(db: Db) -> None:
+    families = [parent_and_child(db) for _ in range(3)]
+    claim(db)
+    cancel(db, families[1][1], reason="because")
+    completed = [{"id": child, "token": 1, "result": 5, "parent": parent} for parent, child in families]
+    settle_plain(db, *completed, {"id": str(uuid4()), "token": 1, "result": 5, "parent": families[0][0]})
+    settle_plain(db, *completed)
+    assert [step(db, parent, "call")["status"] for parent, _ in families] == ["completed", "cancelled", "completed"]
+    assert [state(db, parent) for parent, _ in families] == ["ready"] * 3
+    assert count(db, "ready") == 3
+    assert count(db, "lease") == count(db, "wait") == 0
 
 
 @pytest.mark.covers("P15")

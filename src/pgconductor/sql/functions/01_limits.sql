@@ -32,21 +32,6 @@ begin
   end loop;
 end $$;
 
--- p_ops: as open_operations takes them. So many children are at least so many bytes.
-create or replace function check_fan_outs(p_ops json) returns void
-language plpgsql volatile set search_path from current as $$
-declare
-  v_count int;
-begin
-  if p_ops is null or octet_length(p_ops::text) <= 500000 then
-    return;
-  end if;
-  select max(json_array_length(o.children)) into v_count from json_to_recordset(p_ops) as o(children json);
-  if v_count > 10000 then
-    raise exception '% children of one operation, at most 10000 are allowed', v_count using errcode = 'PC003';
-  end if;
-end $$;
-
 create or replace function check_size(p_what text, p_value json) returns void
 language plpgsql volatile set search_path from current as $$
 begin

@@ -272,9 +272,11 @@ end $$;
 -- nor expiry. Everything else, a repetition after a lost reply, and what is to be refused, is left to enqueue: the
 -- effect is the same.
 -- Two inserts and one lookup; half the cost of enqueue.
+-- p_hint: send the hint with this commit, and name no queue for the caller to hint. A NOTIFY makes all others of the
+-- server wait until its commit is on the disk. So one call at a time has it, and the others name their queues.
 create or replace function enqueue_one(
-  p_id uuid, p_task text, p_queue text, p_priority smallint, p_payload json, p_again boolean default false,
-  p_now timestamptz default null
+  p_id uuid, p_task text, p_queue text, p_priority smallint, p_payload json, p_hint boolean default false,
+  p_again boolean default false, p_now timestamptz default null
 ) returns json
 language plpgsql volatile set search_path from current set enable_seqscan = off set enable_mergejoin = off set jit = off set plan_cache_mode = force_generic_plan as $$
 declare
@@ -295,6 +297,10 @@ begin
   insert into execution (id, ord, created_at, lane_id, priority, payload)
   values (p_id, v_ord, instant(p_now), v_lane, p_priority, p_payload);
   insert into ready (lane_id, priority, ord, execution_id) values (v_lane, p_priority, v_ord, p_id);
+  if p_hint and pg_try_advisory_xact_lock(hashtext(current_schema()), 1006) then
+    perform pg_notify(current_schema(), 'ready ' || v_queue);
+    return '{"queues":[]}'::json;
+  end if;
   return ('{"queues":[' || v_queue || ']}')::json;
 end $$;
 

@@ -39,9 +39,6 @@ declare
   v_lanes int[];
   v_locked int[];
 begin
-  if not exists (select from look) then
-    return null;
-  end if;
   select array_agg(l.id), array_agg(l.task_id) into v_lanes, v_locked
   from json_to_recordset(p_wants) as w(queue int)
   join queue q on q.id = w.queue and q.paused_at is null
@@ -180,15 +177,18 @@ create or replace function claim(
 language plpgsql volatile set search_path from current set enable_seqscan = off set enable_mergejoin = off set enable_bitmapscan = off set jit = off set plan_cache_mode = force_generic_plan as $$
 declare
   v_now timestamptz := instant(p_now);
+  v_number int;
   v_want record;
   v_seen bigint;
   v_limited int[];
   v_taken ready[] := '{}'::ready[];
+  v_is_windowed boolean := false;
   v_found boolean;
   v_began_at timestamptz;
   v_seconds float8;
 begin
-  if not hold_alive(p_orchestrator) then
+  select number into v_number from orchestrator where id = p_orchestrator for key share;  -- as hold_alive does
+  if not found then
     return null;
   end if;
   perform set_config('synchronous_commit', 'off', true);
@@ -196,16 +196,19 @@ begin
     perform fire_timers(p_now);
   end if;
 
-  v_limited := limited_lanes(p_wants, p_tasks, v_now);
+  if exists (select from look) then
+    v_limited := limited_lanes(p_wants, p_tasks, v_now);
+  end if;
   v_began_at := clock_timestamp();
   for v_want in
     -- of each range, what begins with its first row; queue by queue, so that no more is looked at than is taken
-    select w.n, w."limit", coalesce(w.free, w."limit") as free, f.ranges, f.limited
+    select w.n, w."limit", coalesce(w.free, w."limit") as free, f.ranges, f.limited, f.is_windowed
     from (select * from rows from (json_to_recordset(p_wants) as (queue int, "limit" int, free int))
           with ordinality as w(queue, "limit", free, n) order by n) w
     cross join lateral (
       select array_agg(row(l.id, r.place - 1, f.before_place)::scan_range) filter (where not l.is_limited) as ranges,
-             array_agg(l.id order by l.id) filter (where l.is_limited) as limited
+             array_agg(l.id order by l.id) filter (where l.is_limited) as limited,
+             bool_or(k.window_start is not null) as is_windowed
       from queue q
       join lane l on l.queue_id = q.id and l.task_id = any(p_tasks)
       join task k on k.id = l.task_id
@@ -221,6 +224,7 @@ begin
       where q.id = w.queue and q.paused_at is null and (k.window_start is null or closes_in(k, v_now) is not null)) f
     where f.ranges is not null or f.limited is not null
   loop
+    v_is_windowed := v_is_windowed or v_want.is_windowed;
     v_taken := v_taken || take_best(v_want.ranges, v_want.limited, v_want."limit", v_want.free, v_now);
     if cardinality(v_taken) >= 2000 then
       v_seen := v_want.n;
@@ -229,8 +233,7 @@ begin
   end loop;
   v_seconds := extract(epoch from clock_timestamp() - v_began_at);
   insert into lease (execution_id, orchestrator_id, token, claimed_at, orchestrator_number)
-  select t.execution_id, o.id, p_token, v_now, o.number
-  from (select id, number from orchestrator where id = p_orchestrator) o cross join unnest(v_taken) t;
+  select t.execution_id, p_orchestrator, p_token, v_now, v_number from unnest(v_taken) t;
   v_found := cardinality(v_taken) > 0;
   return json_build_object(
     'seconds', v_seconds, 'next_due', next_due(v_now),
@@ -238,6 +241,6 @@ begin
     'more', case when v_seen is not null or v_limited is not null then
       left_to_claim(p_wants, v_seen, v_taken, v_limited) end,
     'last', case when v_found then last_places(v_taken, v_limited) end,
-    'closing', case when v_found then closings(v_taken, v_now) end,
+    'closing', case when v_found and v_is_windowed then closings(v_taken, v_now) end,
     'claimed', case when v_found then handed_out(v_taken, p_orchestrator) end);
 end $$;

@@ -5,71 +5,77 @@
 -- Returns {lost: [execution ids whose lease is gone], queues: [queue ids with new work], next_due: 0 when events are
 -- to be delivered}.
 
--- Opens operations: a pending step each, and the children it asks for. Only operations that were not there yet
--- create children. The caller holds the tree locks and the rows of the parents.
+-- Opens operations: a pending step each, and the children it asks for. Those that are there already are left alone.
+-- The caller holds the tree locks and the rows of the parents, so that nobody else opens any of theirs meanwhile.
 -- p_ops: [{id (execution), name, round, kind, due_at?, due_in? (seconds), keep, timeout_error?, window?, detached?,
 --          children: [{id, task, queue, payload, priority, delay, run_at}], event?, where?}]
 create or replace function open_operations(p_ops json, p_now timestamptz) returns int[]
 language plpgsql volatile set search_path from current as $$
 declare
   v_children new_child[];
-  v_opened uuid[];
 begin
   perform check_sizes(p_ops);
-  perform check_fan_outs(p_ops);
   v_children := children_to_open(p_ops, p_now);
   -- an invocation or a start is the row of its one child; anything else has a row of its own
   if json_array_length(p_ops) > (select count(*) from unnest(v_children) c where c.index = 0) then
     perform open_headers(p_ops, p_now);
   end if;
-
-  with opened as (
-    insert into step (execution_id, name, round, index, kind, status, keep_on_timeout, created_at, finished_at, due_at,
-                      child_id, child_task, error)
-    select c.parent_id, c.name, c.round, c.index, c.kind,
-           case when c.detached then 'completed' else 'pending' end::step_status, c.keep, p_now,
-           case when c.detached then p_now end, c.expires_at, c.id, c.task, c.timeout_error
-    from unnest(v_children) c
-    on conflict do nothing
-    returning child_id
-  )
-  select array_agg(child_id) into v_opened from opened;
-  if v_opened is null then
+  if v_children is null then
     return '{}'::int[];
   end if;
-  if cardinality(v_opened) < cardinality(v_children) then
-    v_children := array(select c from unnest(v_children) c where c.id = any(v_opened));
-  end if;
+  insert into step (execution_id, name, round, index, kind, status, keep_on_timeout, created_at, finished_at, due_at,
+                    child_id, child_task, error)
+  select c.parent_id, c.name, c.round, c.index, c.kind,
+         case when c.detached then 'completed' else 'pending' end::step_status, c.keep, p_now,
+         case when c.detached then p_now end, c.expires_at, c.id, c.task, c.timeout_error
+  from unnest(v_children) c;
   return insert_executions(child_executions(v_children), p_now);
 end $$;
 
--- The rows of what is more than its one child: fan-outs with their counters, sleeps and waits.
+-- The rows of what is more than its one child: fan-outs with their counters, sleeps and waits. A fan-out is read without
+-- its children, which cost the most to read.
 create or replace function open_headers(p_ops json, p_now timestamptz) returns void
 language plpgsql volatile set search_path from current as $$
+declare
+  v_headers json;
+  v_most int;
 begin
+  select json_agg(json_build_object(
+           'id', o.id, 'name', o.name, 'round', o.round, 'kind', o.kind, 'due_at', o.due_at, 'due_in', o.due_in,
+           'keep', o.keep, 'timeout_error', o.timeout_error, 'count', o.count, 'window', o."window", 'event', o.event,
+           'where', o."where") order by o.place),
+         max(o.count)
+  into v_headers, v_most
+  from (select o.*, json_array_length(o.children) as count
+        from rows from (json_to_recordset(p_ops) as (id uuid, name text, round smallint, kind step_kind,
+          due_at timestamptz, due_in float8, keep boolean, timeout_error json, children json, "window" int, event text,
+          "where" jsonb)) with ordinality as o(id, name, round, kind, due_at, due_in, keep, timeout_error, children,
+          "window", event, "where", place)
+        where o.kind not in ('invoke', 'start') offset 0) o;
+  if v_most > 10000 then
+    raise exception '% children of one operation, at most 10000 are allowed', v_most using errcode = 'PC003';
+  end if;
   with opened as (
     insert into step (execution_id, name, round, index, kind, status, keep_on_timeout, created_at, finished_at, due_at,
                       error, child_task, event_where)
-    select o.id, o.name, o.round, 0, o.kind,
-           case when json_array_length(o.children) = 0 then 'completed' else 'pending' end::step_status,
-           coalesce(o.keep, false), p_now, case when json_array_length(o.children) = 0 then p_now end,
+    select o.id, o.name, o.round, 0, o.kind, case when o.count = 0 then 'completed' else 'pending' end::step_status,
+           coalesce(o.keep, false), p_now, case when o.count = 0 then p_now end,
            coalesce(o.due_at, p_now + make_interval(secs => o.due_in)), o.timeout_error, o.event, o."where"
-    from json_to_recordset(p_ops) as o(id uuid, name text, round smallint, kind step_kind, due_at timestamptz,
-      due_in float8, keep boolean, timeout_error json, children json, event text, "where" jsonb)
-    where o.kind not in ('invoke', 'start')
+    from json_to_recordset(v_headers) as o(id uuid, name text, round smallint, kind step_kind, due_at timestamptz,
+      due_in float8, keep boolean, timeout_error json, count int, event text, "where" jsonb)
     on conflict do nothing
     returning execution_id, name, round
   )
   insert into wait_item (execution_id, name, round, kind, left_count, next_index)
-  select o.id, o.name, o.round, o.kind, json_array_length(o.children), o."window" + 1
-  from json_to_recordset(p_ops) as o(id uuid, name text, round smallint, kind step_kind, "window" int, children json)
+  select o.id, o.name, o.round, o.kind, o.count, o."window" + 1
+  from json_to_recordset(v_headers) as o(id uuid, name text, round smallint, kind step_kind, "window" int, count int)
   join opened n on n.execution_id = o.id and n.name = o.name and n.round = o.round
-  where o.kind = 'invoke_all' and json_array_length(o.children) > 0
+  where o.kind = 'invoke_all' and o.count > 0
   on conflict do nothing;
-  perform listen(waits_of(p_ops), p_now);
+  perform listen(waits_of(v_headers), p_now);
 end $$;
 
--- The children that operations ask for, in their order. Those beyond a fan-out's window are due at infinity until one
+-- The children that operations ask for which are not there yet, in their order. Those beyond a fan-out's window are due at infinity until one
 -- before them ends. Read once, since what is nested costs the most to read.
 create or replace function children_to_open(p_ops json, p_now timestamptz) returns new_child[]
 language plpgsql stable set search_path from current as $$
@@ -85,9 +91,12 @@ begin
     from rows from (json_to_recordset(p_ops) as (id uuid, name text, round smallint, kind step_kind, due_at timestamptz,
       due_in float8, keep boolean, detached boolean, timeout_error json, "window" int, children json)) with ordinality
       as o(id, name, round, kind, due_at, due_in, keep, detached, timeout_error, "window", children, place)
+    left join lateral (
+      select true as is_there from step k
+      where k.execution_id = o.id and k.name = o.name and k.round = o.round and k.index = 0 offset 0) known on true
     cross join lateral rows from (json_to_recordset(o.children) as (id uuid, task text, queue text, payload json,
       priority smallint, delay float8, run_at timestamptz)) with ordinality as c
-    where c.ordinality = 1 or o.kind = 'invoke_all');
+    where known.is_there is null and (c.ordinality = 1 or o.kind = 'invoke_all'));
 end $$;
 
 -- The executions of new children.

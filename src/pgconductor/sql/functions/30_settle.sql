@@ -2,13 +2,13 @@
 -- Called by a worker's settler. States: running -> completed, failed, cancelled; ready (released, retried at once);
 -- scheduled (retried later); waiting (parked), or ready again when what it waits for has already been answered.
 -- Locks, in the order of 00_locks.sql: the caller's orchestrator row, trees, executions with their parents and open
--- descendants. A plain completion (no parent, no open child) locks its own row only, by updating it.
+-- descendants. A plain completion (no open child, nothing left behind) locks its own row and that of its parent.
 -- Fence: an outcome counts only while the lease (execution, orchestrator, token) exists; else its id is returned in
 -- lost and nothing of it happens. A repetition after a lost reply is therefore harmless.
 -- A cancel request wins: whatever the outcome says, the execution ends cancelled.
 -- Returns {lost, queues: [queue ids with new work], watchers: [who is to be told], next_due: seconds}.
 
--- Completes executions without parent, whose children have all answered. p_completed: [{id, token, result}]
+-- Completes executions whose children have all answered. p_completed: [{id, token, result, parent?}]
 create or replace function settle_plain(
   p_orchestrator uuid, p_completed json, p_now timestamptz, inout p_lost uuid[],
   out p_lanes int[], out p_watchers text[]
@@ -20,8 +20,14 @@ declare
   v_results json[];
   v_gone uuid[];
   v_count int;
+  v_answers answer[];
   v_effects effects := row('{}'::int[], '{}'::text[]);
 begin
+  if position('"parent"' in p_completed::text) > 0 then  -- perhaps in a result, and then this locks nothing
+    perform lock_executions(array(
+      select unnest(array[g.id, g.parent])
+      from json_to_recordset(p_completed) as g(id uuid, parent uuid) where g.parent is not null));
+  end if;
   select array_agg(l.execution_id order by l.execution_id), array_agg(l.claimed_at order by l.execution_id),
          array_agg(g.result order by l.execution_id)
   into v_ids, v_claimed, v_results
@@ -29,16 +35,24 @@ begin
   cross join lateral (select * from lease k where k.execution_id = g.id offset 0) l
   where l.token = g.token and l.orchestrator_id = p_orchestrator;
 
-  update execution e
-  set outcome = 'completed', result = h.result, error = null, finished_at = p_now,
-      started_at = coalesce(e.started_at, h.claimed_at)
-  from unnest(v_ids, v_claimed, v_results) as h(id, claimed_at, result)
-  where e.id = h.id and e.cancel_requested_at is null and e.outcome is null;
-  get diagnostics v_count = row_count;
+  with done as (
+    update execution e
+    set outcome = 'completed', result = h.result, error = null, finished_at = p_now,
+        started_at = coalesce(e.started_at, h.claimed_at)
+    from unnest(v_ids, v_claimed, v_results) as h(id, claimed_at, result)
+    where e.id = h.id and e.cancel_requested_at is null and e.outcome is null
+    returning e.parent_id, e.parent_step, e.parent_round, e.parent_index, h.result
+  )
+  select count(*), array_agg(row(d.parent_id, d.parent_step, d.parent_round, d.parent_index, 'completed', d.result,
+                                 null)::answer) filter (where d.parent_id is not null)
+  into v_count, v_answers from done d;
 
   if v_count < coalesce(cardinality(v_ids), 0) then
     v_effects := finish(cancelled(array(
       select id from execution where id = any(v_ids) and outcome is null)), p_now);
+  end if;
+  if v_answers is not null then
+    v_effects := merge(v_effects, answer(v_answers, p_now));
   end if;
   if exists (select from keeps_nothing) then
     v_gone := kept_not(v_ids, p_now);
@@ -198,7 +212,7 @@ begin
     select id from unnest(p_again) where coalesce(delay, 0) <= 0)), '{}')::effects;
 end $$;
 
--- p_completed: plain completions, [{id, token, result}].
+-- p_completed: plain completions, [{id, token, result, parent?}].
 -- p_outcomes: [{id, token, outcome: completed | failed | retried | released | crashed | parked, result, error, delay (seconds),
 --               ops, awaits, fresh: [{name, round}] (timed out operations that a retry does afresh), cached}]
 create or replace function settle(

@@ -150,11 +150,14 @@ declare
   v_lanes int[] := '{}'::int[];
 begin
   for v_item in
-    select i.execution_id, i.name, i.round, i.next_index, count(*)::int as ended
-    from unnest(p_members) w
-    join wait_item i on i.execution_id = w.execution_id and i.name = w.name and i.round = w.round
-    where w.index < i.next_index
-    group by i.execution_id, i.name, i.round
+    select i.execution_id, i.name, i.round, i.next_index,
+           (select count(*)::int from unnest(p_members) w
+            where w.execution_id = i.execution_id and w.name = i.name and w.round = i.round
+              and w.index < i.next_index) as ended
+    from (select distinct execution_id, name, round from unnest(p_members)) f
+    cross join lateral (
+      select * from wait_item k where k.execution_id = f.execution_id and k.name = f.name and k.round = f.round offset 0) i
+    where i.next_index is not null
   loop
     select array_agg(child_id) as ids, max(index) as index into v_next
     from (select s.child_id, s.index from step s join timer t on t.execution_id = s.child_id
