@@ -5,9 +5,7 @@ sent together as soon as one of `FLIGHTS_MAX` statements is back: the busier the
 statement of many is refused, each call is sent by itself, so that one bad call delays no other. Every call has its id
 before it is sent, so a lost reply is repeated.
 
-**Hints.** The queues with new work are named on the channel. A plain call that comes alone after a silence brings its
-hint along: its commit sends it. All other hints go out behind the commit, from a transaction of its own. One hint at a
-time is on its way, a pause follows, and what comes meanwhile is gathered. A lost hint costs a worker's poll.
+**Hints.** See `hints`.
 
 **Threads.** `invoke_sync` and `result_sync` run on an event loop in a thread of the process's own, shared by its
 threads, so that they gather and wait as the others do. A forked child makes its own.
@@ -24,6 +22,7 @@ from typing import Any, Final, TypeVar
 from pgconductor.engine import AlikeExecutions, Ended, Engine, Enqueued, Moved, NewExecution, Query
 from pgconductor.errors import ConductorError
 from pgconductor.events import NewEvent
+from pgconductor.hints import Hints
 from pgconductor.pool import NotMigrated, Pool
 from pgconductor.results import Results
 
@@ -32,8 +31,6 @@ T = TypeVar("T")
 FLIGHTS_MAX: Final = 2
 CALLS_PER_STATEMENT_MAX: Final = 1_000
 BYTES_PER_STATEMENT_MAX: Final = 8 * 1024 * 1024
-HINT_BYTES_MAX: Final = 7_900  # Postgres allows 8,000
-HINT_PAUSE_SECONDS: Final = 0.002  # whoever was hinted is awake by now; the first hint after a silence goes at once
 
 Loop = asyncio.AbstractEventLoop
 
@@ -68,10 +65,7 @@ class LoopClient:
         self._gathered: list[_Waiting] = []
         self._flight_count = 0
         self._tasks: set[asyncio.Task[None]] = set()
-        self._queues: set[int] = set()
-        self._watchers: set[str] = set()
-        self._is_for_all = False
-        self._is_hinting = False
+        self._hints = Hints(engine, self.pool, self._spawn)
 
     async def run(self, query: Query[T], again: Query[T] | None = None) -> T:
         """Run a query; see `Pool.run`. On a development server of ours, install the engine first if it is missing."""
@@ -124,25 +118,8 @@ class LoopClient:
     def hint(
         self, queues: Sequence[int] | None = None, watchers: Sequence[str] | None = None, *, to_all: bool = False
     ) -> None:
-        """Name queues with new work, and who waited for what has ended, to whoever listens; soon, in the background.
-
-        Args:
-            queues: The queues.
-            watchers: Who waited.
-            to_all: Let every worker look, whatever its queues.
-        """
-        self._queues.update(queues or ())
-        self._watchers.update(watchers or ())
-        self._is_for_all = self._is_for_all or to_all
-        if self._has_hints and not self._is_hinting:
-            self._is_hinting = True
-            self._spawn(self._send_hints())
-
-    def _has_hinted(self) -> None:
-        """Begin the pause after a hint that went out with a commit."""
-        if not self._is_hinting:
-            self._is_hinting = True
-            self._spawn(self._send_hints(HINT_PAUSE_SECONDS))
+        """Name queues with new work, and who waited for what has ended; see `Hints.add`."""
+        self._hints.add(queues, watchers, to_all=to_all)
 
     async def close(self) -> None:
         """Let what is on its way arrive, then close the connections. May be used again."""
@@ -157,10 +134,13 @@ class LoopClient:
         return enqueued
 
     async def _enqueue_one(self, row: NewExecution) -> Enqueued:
-        hint = not self._is_hinting
-        enqueued = await self._enqueue(self._engine.enqueue_one(row, hint=hint))
-        if hint and not enqueued.queues:
-            self._has_hinted()
+        with self._hints.carrier() as carries:
+            query = self._engine.enqueue_one(row, hint=carries)
+            enqueued = await self.run(query, self._engine.enqueue_again(query))
+            if enqueued.hinted:
+                self._hints.went_along(enqueued.queues)
+            else:
+                self._hints.add(enqueued.queues)
         return enqueued
 
     async def _send_alone(self, row: NewExecution) -> str:
@@ -207,31 +187,6 @@ class LoopClient:
             for waiting, execution_id in zip(batch, ids, strict=True):
                 if not waiting.answer.done():
                     waiting.answer.set_result(execution_id)
-
-    @property
-    def _has_hints(self) -> bool:
-        return bool(self._queues or self._watchers or self._is_for_all)
-
-    async def _send_hints(self, pause_seconds: float = 0) -> None:
-        try:
-            await asyncio.sleep(pause_seconds)
-            while self._has_hints:
-                for hint in self._take_hints():
-                    await self.pool.run(self._engine.notify(hint))
-                await asyncio.sleep(HINT_PAUSE_SECONDS)
-        except ConductorError:
-            self._queues.clear()  # only hints: workers and waiters look for themselves
-            self._watchers.clear()
-            self._is_for_all = False
-        finally:
-            self._is_hinting = False
-
-    def _take_hints(self) -> list[str]:
-        queues, self._queues = self._queues, set()
-        watchers, self._watchers = self._watchers, set()
-        to_all, self._is_for_all = self._is_for_all, False
-        ready = ["ready"] if to_all else _hints("ready", map(str, sorted(queues)))
-        return [*ready, *_hints("told", sorted(watchers))]
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
@@ -341,14 +296,3 @@ async def _cancel_others() -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _hints(word: str, names: Any) -> list[str]:
-    """Write names behind a word, in as few texts as the server's limit allows."""
-    hints: list[str] = []
-    for name in names:
-        if hints and len(hints[-1]) + 1 + len(name) <= HINT_BYTES_MAX:
-            hints[-1] += f" {name}"
-        else:
-            hints.append(f"{word} {name}")
-    return hints

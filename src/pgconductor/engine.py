@@ -121,10 +121,11 @@ class Moved(Struct):
 
 
 class Enqueued(Struct):
-    """`ids` only where a dedupe key may have kept earlier executions."""
+    """`ids` only where a dedupe key may have kept earlier executions; `hinted`: the commit has sent the hint."""
 
     queues: list[int]
     ids: list[str] | None = None
+    hinted: bool = False
 
 
 class Beat(Struct):
@@ -592,9 +593,5 @@ class Engine(Reports):
 
     def outstanding(self, orchestrator: str, queues: Sequence[int], tasks: Sequence[int]) -> Query[Outstanding]:
         """See 70_inspect.sql."""
-        return self._query(
-            "outstanding",
-            "uuid int[] int[] timestamptz",
-            (orchestrator, list(queues), list(tasks), self._now()),
-            _outstanding,
-        )
+        parameters = (orchestrator, list(queues), list(tasks), self._now())
+        return self._query("outstanding", "uuid int[] int[] timestamptz", parameters, _outstanding)

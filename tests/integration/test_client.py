@@ -12,7 +12,7 @@ import psycopg
 import pytest
 from msgspec.structs import replace
 
-from pgconductor import Batch, BatchContext, Call, Conductor, Context, SyncContext, Tick, cron, invocable
+from pgconductor import Batch, BatchContext, Call, Conductor, Context, SyncContext, Tick, cron, hints, invocable
 from pgconductor.calls import CallPlan
 from pgconductor.client import LoopClient
 from pgconductor.engine import NewExecution
@@ -470,3 +470,34 @@ async def test_a_call_after_a_silence_is_hinted_by_its_commit_and_those_right_be
             await task.invoke(number)
         await app.close()  # what is on its way arrives
         assert {hint.payload async for hint in listener.notifies(timeout=30, stop_after=1)} == {"ready 1"}
+
+
+async def test_calls_that_take_longer_than_the_pause_bring_their_hints_along(
+    app: Conductor, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hints, "PAUSE_SECONDS", 0.0)
+    task = app.create_task(add)
+    await task.invoke(0)
+    await app.close()
+    async with await psycopg.AsyncConnection.connect(database, autocommit=True) as listener:
+        await listener.execute("listen pgconductor")
+        before = client_of(app).pool.query_count
+
+        for number in range(20):
+            await task.invoke(number)
+        await app.close()
+
+        assert client_of(app).pool.query_count - before == 20
+        heard = [hint.payload async for hint in listener.notifies(timeout=30, stop_after=20)]
+        assert heard == ["ready 1"] * 20
+
+
+async def test_calls_at_the_same_time_are_hinted_by_one_commit_or_behind_them(app: Conductor, database: str) -> None:
+    task = app.create_task(add)
+    async with await psycopg.AsyncConnection.connect(database, autocommit=True) as listener:
+        await listener.execute("listen pgconductor")
+        await asyncio.gather(*(task.invoke(number) for number in range(200)))
+        await app.close()
+        heard = [hint.payload async for hint in listener.notifies(timeout=0.5)]
+    assert set(heard) == {"ready 1"}
+    assert len(heard) < 20

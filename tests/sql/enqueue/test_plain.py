@@ -162,7 +162,7 @@ def test_a_call_may_bring_its_hint_along_one_at_a_time(db: Db, database: str) ->
     with session(database) as other:
         other.execute("listen pgconductor")
         with db.transaction():
-            assert db.execute(call, (uuid4(),)).fetchone() == {"it": {"queues": []}}
+            assert db.execute(call, (uuid4(),)).fetchone() == {"it": {"queues": [queue["id"]], "hinted": True}}
             assert other.execute(call, (uuid4(),)).fetchone() == {"it": {"queues": [queue["id"]]}}
             assert [*other.notifies(timeout=0)] == []
         assert [hint.payload for hint in other.notifies(timeout=30, stop_after=1)] == [f"ready {queue['id']}"]

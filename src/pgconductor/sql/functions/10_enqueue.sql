@@ -272,8 +272,8 @@ end $$;
 -- nor expiry. Everything else, a repetition after a lost reply, and what is to be refused, is left to enqueue: the
 -- effect is the same.
 -- Two inserts and one lookup; half the cost of enqueue.
--- p_hint: send the hint with this commit, and name no queue for the caller to hint. A NOTIFY makes all others of the
--- server wait until its commit is on the disk. So one call at a time has it, and the others name their queues.
+-- p_hint: send the hint with this commit; hinted says whether it does. A NOTIFY makes all others of the server wait
+-- until its commit is on the disk. So one call at a time has it, and the callers of the others send theirs.
 create or replace function enqueue_one(
   p_id uuid, p_task text, p_queue text, p_priority smallint, p_payload json, p_hint boolean default false,
   p_again boolean default false, p_now timestamptz default null
@@ -299,7 +299,7 @@ begin
   insert into ready (lane_id, priority, ord, execution_id) values (v_lane, p_priority, v_ord, p_id);
   if p_hint and pg_try_advisory_xact_lock(hashtext(current_schema()), 1006) then
     perform pg_notify(current_schema(), 'ready ' || v_queue);
-    return '{"queues":[]}'::json;
+    return ('{"queues":[' || v_queue || '],"hinted":true}')::json;
   end if;
   return ('{"queues":[' || v_queue || ']}')::json;
 end $$;
