@@ -108,7 +108,7 @@ class Hints:
 
     async def _pause(self) -> None:
         while (left := self._quiet_until - self._time()) > 0:  # noqa: ASYNC110 (a call may make it longer)
-            await asyncio.sleep(left)
+            await asyncio.sleep(max(left, 0.001))  # loops count in milliseconds
 
     def _take(self) -> list[str]:
         queues, self._queues = self._queues, set()
