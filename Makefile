@@ -11,7 +11,7 @@ PYTEST_ARGS ?= -n 3 --dist worksteal
 # The releases for `make test-postgres`, and what is run on each: all that talks to the server.
 POSTGRES ?= 15 16 17 18
 POSTGRES_TESTS ?= tests/sql tests/integration tests/flow tests/events tests/schedules tests/changes tests/migration \
-  tests/retention tests/why tests/servers
+  tests/retention tests/why tests/servers tests/security tests/fault
 POSTGRES_STAMP := .postgres/.installed
 MIGRATIONS := $(wildcard src/pgconductor/sql/migrations/*.sql)
 

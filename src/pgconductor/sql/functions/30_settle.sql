@@ -18,6 +18,7 @@ declare
   v_ids uuid[];
   v_claimed timestamptz[];
   v_results json[];
+  v_fleeting int[];
   v_gone uuid[];
   v_count int;
   v_answers answer[];
@@ -35,17 +36,19 @@ begin
   cross join lateral (select * from lease k where k.execution_id = g.id offset 0) l
   where l.token = g.token and l.orchestrator_id = p_orchestrator;
 
+  v_fleeting := array(select l.id from keeps_nothing n join lane l on l.task_id = n.task_id);
   with done as (
     update execution e
     set outcome = 'completed', result = h.result, error = null, finished_at = p_now,
         started_at = coalesce(e.started_at, h.claimed_at)
     from unnest(v_ids, v_claimed, v_results) as h(id, claimed_at, result)
     where e.id = h.id and e.cancel_requested_at is null and e.outcome is null
-    returning e.parent_id, e.parent_step, e.parent_round, e.parent_index, h.result
+    returning e.id, e.lane_id, e.parent_id, e.parent_step, e.parent_round, e.parent_index, h.result
   )
   select count(*), array_agg(row(d.parent_id, d.parent_step, d.parent_round, d.parent_index, 'completed', d.result,
-                                 null)::answer) filter (where d.parent_id is not null)
-  into v_count, v_answers from done d;
+                                 null)::answer) filter (where d.parent_id is not null),
+         array_agg(d.id) filter (where d.lane_id = any(v_fleeting))
+  into v_count, v_answers, v_gone from done d;
 
   if v_count < coalesce(cardinality(v_ids), 0) then
     v_effects := finish(cancelled(array(
@@ -54,8 +57,8 @@ begin
   if v_answers is not null then
     v_effects := merge(v_effects, answer(v_answers, p_now));
   end if;
-  if exists (select from keeps_nothing) then
-    v_gone := kept_not(v_ids, p_now);
+  if v_gone is not null then
+    v_gone := kept_not(v_gone, p_now);
   end if;
   p_lanes := v_effects.lane_ids || release_permits(v_ids);
   p_watchers := v_effects.watchers || watchers_of(v_ids);
