@@ -20,7 +20,7 @@ from contextlib import suppress
 from typing import Any, Final, TypeVar
 
 from pgconductor.engine import AlikeExecutions, Ended, Engine, Enqueued, Moved, NewExecution, Query
-from pgconductor.errors import ConductorError
+from pgconductor.errors import ConductorError, ServerError
 from pgconductor.events import NewEvent
 from pgconductor.hints import Hints
 from pgconductor.pool import NotMigrated, Pool
@@ -31,6 +31,7 @@ T = TypeVar("T")
 FLIGHTS_MAX: Final = 2
 CALLS_PER_STATEMENT_MAX: Final = 1_000
 BYTES_PER_STATEMENT_MAX: Final = 8 * 1024 * 1024
+_NOTIFY_QUEUE_IS_FULL: Final = "54000"
 
 Loop = asyncio.AbstractEventLoop
 
@@ -134,13 +135,21 @@ class LoopClient:
         return enqueued
 
     async def _enqueue_one(self, row: NewExecution) -> Enqueued:
-        with self._hints.carrier() as carries:
-            query = self._engine.enqueue_one(row, hint=carries)
-            enqueued = await self.run(query, self._engine.enqueue_again(query))
-            if enqueued.hinted:
-                self._hints.went_along(enqueued.queues)
-            else:
-                self._hints.add(enqueued.queues)
+        with self._hints.lone_call() as carries:
+            try:
+                return await self._send_one(row, hint=carries)
+            except ServerError as error:
+                if not carries or getattr(error.__cause__, "sqlstate", None) != _NOTIFY_QUEUE_IS_FULL:
+                    raise
+            return await self._send_one(row, hint=False)
+
+    async def _send_one(self, row: NewExecution, *, hint: bool) -> Enqueued:
+        query = self._engine.enqueue_one(row, hint=hint)
+        enqueued = await self.run(query, self._engine.enqueue_again(query))
+        if enqueued.hinted:
+            self._hints.went_along(enqueued.queues)
+        else:
+            self._hints.add(enqueued.queues)
         return enqueued
 
     async def _send_alone(self, row: NewExecution) -> str:

@@ -8,7 +8,7 @@ worker's poll.
 
 import asyncio
 from collections.abc import Callable, Coroutine, Generator, Iterable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Final
 
 from pgconductor.engine import Engine
@@ -17,6 +17,7 @@ from pgconductor.pool import Pool
 
 BYTES_MAX: Final = 7_900  # Postgres allows 8,000
 PAUSE_SECONDS: Final = 0.002  # whoever was hinted is awake by now; the first hint after a silence goes at once
+CARRIER_SECONDS_MAX: Final = 0.01
 
 
 class Hints:
@@ -36,9 +37,11 @@ class Hints:
         self._queues: set[int] = set()
         self._watchers: set[str] = set()
         self._is_for_all = False
-        self._is_sending = False  # or pausing
+        self._has_sender = False
+        self._is_on_its_way = False
         self._quiet_until = 0.0
-        self._carrier_count = 0
+        self._carrier: asyncio.Event | None = None
+        self._covered: set[int] = set()
         self._call_seconds = 0.0
 
     def add(
@@ -52,59 +55,84 @@ class Hints:
             to_all: Let every worker look, whatever its queues.
         """
         self._queues.update(queues or ())
+        self._covered.difference_update(queues or ())
         self._watchers.update(watchers or ())
         self._is_for_all = self._is_for_all or to_all
         self._go()
 
     @contextmanager
-    def carrier(self) -> Generator[bool]:
-        """Tell a call whether it is to bring its hint along; it is to be sent within."""
+    def lone_call(self) -> Generator[bool]:
+        """Tell a plain call, which is to be sent within, whether to bring its hint along."""
         began_at = self._time()
         carries = self._may_carry(began_at)
-        self._carrier_count += carries
+        if carries:
+            self._carrier, self._covered = asyncio.Event(), set(self._queues)
         try:
             yield carries
             self._call_seconds = self._time() - began_at
         finally:
-            self._carrier_count -= carries
+            if carries and self._carrier is not None:
+                self._carrier.set()
+                self._carrier = None
             self._go()
 
     def went_along(self, queues: Sequence[int]) -> None:
-        """Know that the commit of a call has named these queues."""
-        self._queues.difference_update(queues)
-        self._quiet_until = self._time() + PAUSE_SECONDS
-        if not self._is_sending:
-            self._is_sending = True
-            self._spawn(self._send(is_quiet=True))
+        """Know that the commit of the call that carries has named these queues.
+
+        What was gathered while the call was on its way may have been committed after it, and is hinted still.
+        """
+        self._queues.difference_update(self._covered.intersection(queues))
+        if not self._has_any:
+            self._quiet_until = self._time() + PAUSE_SECONDS
+            self._start_sender()
 
     def _may_carry(self, now: float) -> bool:
-        if self._carrier_count:
+        if self._carrier is not None or self._is_on_its_way:
             return False
-        return not self._is_sending or now + self._call_seconds >= self._quiet_until > 0
+        return not self._has_sender or now + self._call_seconds >= self._quiet_until
 
     @property
     def _has_any(self) -> bool:
         return bool(self._queues or self._watchers or self._is_for_all)
 
     def _go(self) -> None:
-        if self._has_any and not self._is_sending and not self._carrier_count:
-            self._is_sending = True
+        if self._has_any:
+            self._start_sender()
+
+    def _start_sender(self) -> None:
+        if not self._has_sender:
+            self._has_sender = True
             self._spawn(self._send())
 
-    async def _send(self, *, is_quiet: bool = False) -> None:
+    async def _send(self) -> None:
+        """Send what is gathered, and keep the pauses, until a pause has ended with nothing gathered."""
         try:
-            if is_quiet:
+            await self._pause()
+            while self._has_any:
+                await self._carried()
+                if self._quiet_until <= self._time():
+                    await self._send_now()
                 await self._pause()
-            while self._has_any and not self._carrier_count:
-                self._quiet_until = 0.0
-                for hint in self._take():
-                    await self._pool.run(self._engine.notify(hint))
-                self._quiet_until = self._time() + PAUSE_SECONDS
-                await self._pause()
+        finally:
+            self._has_sender = False
+
+    async def _carried(self) -> None:
+        """Wait for the call that brings a hint along, for it may name all that there is to name; not for long."""
+        if self._carrier is not None:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(CARRIER_SECONDS_MAX):
+                    await self._carrier.wait()
+
+    async def _send_now(self) -> None:
+        self._is_on_its_way = True
+        try:
+            for hint in self._take():
+                await self._pool.run(self._engine.notify(hint))
         except ConductorError:
             self._take()  # only hints: workers and waiters look for themselves
         finally:
-            self._is_sending = False
+            self._is_on_its_way = False
+            self._quiet_until = self._time() + PAUSE_SECONDS
 
     async def _pause(self) -> None:
         while (left := self._quiet_until - self._time()) > 0:  # noqa: ASYNC110 (a call may make it longer)

@@ -377,7 +377,7 @@ class Journal:
         if self._claimed.depth >= DEPTH_MAX:
             raise DepthExceeded(calls[0].task, DEPTH_MAX)
         operation = Operation(self._claimed.id, name, self.round_of(name), kind)
-        operation.children = children_of(calls, f"{kind} {name!r}")
+        operation.children = rows_of_children(calls, f"{kind} {name!r}")
         if timeout is not None:
             operation.due_in = seconds(timeout, f"{kind} {name!r}: timeout")
             operation.timeout_error = _stored_timeout(ChildTimeout(timeout), timeout)
@@ -402,7 +402,7 @@ def remember_call(journal: Journal, name: str, answer: str) -> None:
         journal.remember(journal.finished(name, "call", b"null"))
 
 
-def children_of(calls: Sequence[Call[Any]], place: str) -> list[NewExecution]:
+def rows_of_children(calls: Sequence[Call[Any]], place: str) -> list[NewExecution]:
     """Return the rows of children, refusing options that an attached child cannot have."""
     checked: CallOptions | None = None
     for call in calls:

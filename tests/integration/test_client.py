@@ -492,6 +492,43 @@ async def test_calls_that_take_longer_than_the_pause_bring_their_hints_along(
         assert heard == ["ready 1"] * 20
 
 
+async def test_other_hints_go_out_beside_one_call_after_the_other(app: Conductor, database: str) -> None:
+    task = app.create_task(add)
+    await task.invoke(0)
+    is_over = False
+
+    async def keep_calling() -> None:
+        while not is_over:
+            await task.invoke(1)
+
+    async with await psycopg.AsyncConnection.connect(database, autocommit=True) as listener:
+        await listener.execute("listen pgconductor")
+        calling = asyncio.create_task(keep_calling())
+        await asyncio.sleep(0.05)
+        client_of(app).hint(watchers=["somebody"])
+        async for hint in listener.notifies(timeout=30):
+            if hint.payload == "told somebody":
+                break
+        else:
+            pytest.fail("the hint did not go out while calls went on")
+        is_over = True
+        await calling
+
+
+async def test_what_was_gathered_while_a_call_carried_its_hint_is_hinted_still(app: Conductor) -> None:
+    task = app.create_task(add)
+    await task.invoke(0)
+    await app.close()
+    client = client_of(app)
+    before = client.pool.query_count
+    with client._hints.lone_call() as carries:
+        assert carries
+        client.hint([1])  # of a call that was committed after the one that carries, and answered before it
+        client._hints.went_along([1])
+    await client.close()
+    assert client.pool.query_count - before == 1
+
+
 async def test_calls_at_the_same_time_are_hinted_by_one_commit_or_behind_them(app: Conductor, database: str) -> None:
     task = app.create_task(add)
     async with await psycopg.AsyncConnection.connect(database, autocommit=True) as listener:

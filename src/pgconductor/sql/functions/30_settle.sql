@@ -8,7 +8,8 @@
 -- A cancel request wins: whatever the outcome says, the execution ends cancelled.
 -- Returns {lost, queues: [queue ids with new work], watchers: [who is to be told], next_due: seconds}.
 
--- Completes executions whose children have all answered. p_completed: [{id, token, result, parent?}]
+-- Completes executions whose children have all answered; the caller has locked those that have a parent, and it.
+-- p_completed: [{id, token, result, parent?}]
 create or replace function settle_plain(
   p_orchestrator uuid, p_completed json, p_now timestamptz, inout p_lost uuid[],
   out p_lanes int[], out p_watchers text[]
@@ -24,11 +25,6 @@ declare
   v_answers answer[];
   v_effects effects := row('{}'::int[], '{}'::text[]);
 begin
-  if position('"parent"' in p_completed::text) > 0 then  -- perhaps in a result, and then this locks nothing
-    perform lock_executions(array(
-      select unnest(array[g.id, g.parent])
-      from json_to_recordset(p_completed) as g(id uuid, parent uuid) where g.parent is not null));
-  end if;
   select array_agg(l.execution_id order by l.execution_id), array_agg(l.claimed_at order by l.execution_id),
          array_agg(g.result order by l.execution_id)
   into v_ids, v_claimed, v_results
@@ -82,8 +78,9 @@ begin
     from execution where id = any(p_ids));
 end $$;
 
--- Locks what outcomes touch: their executions and parents, and the open descendants of those that end.
-create or replace function lock_for_settle(p_held settlement[]) returns void
+-- Locks, in one look, what outcomes and plain completions touch: their executions and parents, and the open descendants
+-- of those that end.
+create or replace function lock_for_settle(p_held settlement[], p_completed json) returns void
 language plpgsql volatile set search_path from current as $$
 declare
   v_creating uuid[];
@@ -100,7 +97,8 @@ begin
   into v_creating, v_cancelling, v_ids
   from unnest(p_held) h cross join lateral (select * from execution k where k.id = h.id offset 0) e;
   perform lock_trees(v_creating, v_cancelling);
-  perform lock_executions(v_ids || array(select open_descendants(v_ending)));
+  perform lock_executions(v_ids || array(select open_descendants(v_ending)) || array(
+    select unnest(array[g.id, g.parent]) from json_to_recordset(p_completed) as g(id uuid, parent uuid)));
 end $$;
 
 -- Parks: opens what is new, then waits, unless something awaited has been answered already.
@@ -234,11 +232,6 @@ begin
   end if;
   perform check_sizes(p_completed);
   perform check_sizes(p_outcomes);
-  if json_array_length(p_completed) > 0 then
-    select * into v_plain from settle_plain(p_orchestrator, p_completed, v_now, v_lost);
-    v_lost := v_plain.p_lost;
-    v_effects := row(v_plain.p_lanes, v_plain.p_watchers)::effects;
-  end if;
   if json_array_length(p_outcomes) > 0 then
     select array_agg(row(o.id, o.outcome, o.result, o.error, o.delay, o.ops, o.awaits, o.fresh, o.cached,
                          l.claimed_at)::settlement) filter (where l.execution_id is not null),
@@ -248,16 +241,25 @@ begin
       delay float8, ops json, awaits json, fresh json, cached boolean)
     left join lateral (select * from lease k where k.execution_id = o.id offset 0) l
       on l.token = o.token and l.orchestrator_id = p_orchestrator;
-    if v_held is not null then
-      v_effects := merge(v_effects, settle_held(p_orchestrator, v_held, v_now));
-    end if;
+  end if;
+  -- completions of roots alone lock what they update; a result that has the word, too, costs no more than the look
+  if v_held is not null or position('"parent"' in p_completed::text) > 0 then
+    perform lock_for_settle(v_held, p_completed);
+  end if;
+  if json_array_length(p_completed) > 0 then
+    select * into v_plain from settle_plain(p_orchestrator, p_completed, v_now, v_lost);
+    v_lost := v_plain.p_lost;
+    v_effects := row(v_plain.p_lanes, v_plain.p_watchers)::effects;
+  end if;
+  if v_held is not null then
+    v_effects := merge(v_effects, settle_held(p_orchestrator, v_held, v_now));
   end if;
   return json_build_object(
     'lost', v_lost, 'queues', queues_of(v_effects.lane_ids), 'watchers', v_effects.watchers,
     'next_due', next_due(v_now));
 end $$;
 
--- Settles outcomes whose leases are held.
+-- Settles outcomes whose leases are held; the caller has locked what they touch.
 create or replace function settle_held(p_orchestrator uuid, p_held settlement[], p_now timestamptz) returns effects
 language plpgsql volatile set search_path from current as $$
 declare
@@ -270,7 +272,6 @@ declare
   v_ended ended[];
   v_effects effects := row('{}'::int[], '{}'::text[]);
 begin
-  perform lock_for_settle(p_held);
   -- a first try of this very call may have gone on while its sender had given it up
   select array_agg(h.id), coalesce(array_agg(h.id) filter (where h.is_flagged), '{}'),
          array_agg(h.held) filter (where not h.is_flagged and h.outcome in ('retried', 'released', 'crashed')),

@@ -1,0 +1,93 @@
+"""One settle with plain completions and other outcomes takes its locks in one look: crossing ones do not deadlock."""
+
+from functools import partial
+from uuid import UUID
+
+import psycopg
+
+from tests.sql.support import (
+    WORKER,
+    Background,
+    Db,
+    Json,
+    call,
+    cancel,
+    claim_one,
+    enqueue,
+    op,
+    park,
+    register,
+    session,
+    state,
+    wait_until_blocked,
+)
+
+OTHER = UUID(int=2)
+BOOM = {"type": "ValueError", "message": "boom"}
+
+
+def family(db: Db, token: int) -> tuple[str, list[str]]:
+    """Return a parent that waits for two children, and them."""
+    enqueue(db)
+    parent = claim_one(db, tasks=["work"], token=token)
+    children = op(parent, "all", "invoke_all", {}, {})
+    park(db, parent, children, token=token)
+    return parent, [each["id"] for each in children["children"]]
+
+
+def settle_both(db: Db, worker: UUID, completed: Json, outcome: Json) -> Json:
+    answer: Json = call(db, "settle", worker, [completed], [outcome])
+    return answer
+
+
+def release_when_blocked(db: Db, blocker: psycopg.Connection[object], *waiting: psycopg.Connection[object]) -> None:
+    for each in waiting:
+        wait_until_blocked(db, each)
+    blocker.rollback()
+
+
+def test_two_workers_that_complete_and_fail_children_of_each_other_s_parents(db: Db, database: str) -> None:
+    register(db, "work", "child")
+    register(db, worker=OTHER)
+    (one, of_one), (two, of_two) = family(db, 1), family(db, 2)
+    for place, child in enumerate([*of_one, *of_two]):
+        assert claim_one(db, worker=(WORKER, OTHER)[place % 2], token=10 + place, limit=1, tasks=["child"]) == child
+    with session(database) as first, session(database) as second, session(database) as blocker:
+        blocker.autocommit = False
+        blocker.execute("select from execution where id in (%s, %s) for update", (of_two[0], of_one[1]))
+        mine = {"id": of_one[0], "token": 10, "result": 1, "parent": one}, {"id": of_two[0], "token": 12}
+        theirs = {"id": of_two[1], "token": 13, "result": 1, "parent": two}, {"id": of_one[1], "token": 11}
+        failed = {"outcome": "failed", "error": BOOM}
+        settles = [
+            Background(partial(settle_both, first, WORKER, mine[0], mine[1] | failed)),
+            Background(partial(settle_both, second, OTHER, theirs[0], theirs[1] | failed)),
+        ]
+        release_when_blocked(db, blocker, first, second)
+        assert [each.result()["lost"] for each in settles] == [[], []]
+    assert [state(db, id) for id in (one, two)] == ["ready", "ready"]
+    assert [state(db, id) for id in (*of_one, *of_two)] == ["completed", "failed", "failed", "completed"]
+
+
+def test_a_cancel_of_the_parent_beside_a_completion_and_a_park_of_its_children(db: Db, database: str) -> None:
+    register(db, "work", "child")
+    parent, (done, napping) = family(db, 1)
+    for place, child in enumerate((done, napping)):
+        assert claim_one(db, token=10 + place, limit=1, tasks=["child"]) == child
+    with session(database) as first, session(database) as second, session(database) as blocker:
+        blocker.autocommit = False
+        blocker.execute("select lock_trees(array[cast(%s as uuid)], '{}')", (parent,))
+        cancelling = Background(partial(cancel, first, parent))
+        wait_until_blocked(db, first)
+        nap = {
+            "id": napping,
+            "token": 11,
+            "outcome": "parked",
+            "ops": [op(napping, "nap", "sleep", due_in=60)],
+            "awaits": [{"name": "nap", "round": 0, "kind": "sleep", "awaited": True}],
+        }
+        completed = {"id": done, "token": 10, "result": 1, "parent": parent}
+        settling = Background(partial(settle_both, second, WORKER, completed, nap))
+        release_when_blocked(db, blocker, second)
+        assert cancelling.result() == "cancelled"
+        settling.result()
+    assert [state(db, id) for id in (parent, napping)] == ["cancelled", "cancelled"]
