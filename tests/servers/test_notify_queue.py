@@ -42,5 +42,7 @@ async def test_an_invoke_is_stored_when_its_hint_cannot_be_sent(full: str) -> No
         async def add(_: Context, number: int) -> int:
             return number
 
-        run = await add.invoke(1)
+        await add.invoke(1)  # makes its lane, and so is no plain call
+        await app.close()
+        run = await add.invoke(2)
         assert await run.state() == "ready"
