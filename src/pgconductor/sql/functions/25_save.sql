@@ -75,8 +75,8 @@ begin
   perform listen(waits_of(v_headers), p_now);
 end $$;
 
--- The children that operations ask for which are not there yet, in their order. Those beyond a fan-out's window are due at infinity until one
--- before them ends. Read once, since what is nested costs the most to read.
+-- The children that operations ask for which are not there yet, in their order. Those beyond a fan-out's window are due at
+-- infinity until one before them ends. Read once, since what is nested costs the most to read.
 create or replace function children_to_open(p_ops json, p_now timestamptz) returns new_child[]
 language plpgsql stable set search_path from current as $$
 begin
