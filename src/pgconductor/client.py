@@ -131,26 +131,20 @@ class LoopClient:
 
     async def _enqueue(self, query: Query[Enqueued]) -> Enqueued:
         enqueued = await self.run(query, self._engine.enqueue_again(query))
-        self.hint(enqueued.queues)
+        if enqueued.hinted:
+            self._hints.went_along(enqueued.queues)
+        else:
+            self.hint(enqueued.queues)
         return enqueued
 
     async def _enqueue_one(self, row: NewExecution) -> Enqueued:
         with self._hints.lone_call() as carries:
             try:
-                return await self._send_one(row, hint=carries)
+                return await self._enqueue(self._engine.enqueue_one(row, hint=carries))
             except ServerError as error:
                 if not carries or getattr(error.__cause__, "sqlstate", None) != _NOTIFY_QUEUE_IS_FULL:
                     raise
-            return await self._send_one(row, hint=False)
-
-    async def _send_one(self, row: NewExecution, *, hint: bool) -> Enqueued:
-        query = self._engine.enqueue_one(row, hint=hint)
-        enqueued = await self.run(query, self._engine.enqueue_again(query))
-        if enqueued.hinted:
-            self._hints.went_along(enqueued.queues)
-        else:
-            self._hints.add(enqueued.queues)
-        return enqueued
+            return await self._enqueue(self._engine.enqueue_one(row))
 
     async def _send_alone(self, row: NewExecution) -> str:
         self._flight_count += 1

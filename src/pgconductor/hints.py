@@ -64,15 +64,15 @@ class Hints:
     def lone_call(self) -> Generator[bool]:
         """Tell a plain call, which is to be sent within, whether to bring its hint along."""
         began_at = self._time()
-        carries = self._may_carry(began_at)
-        if carries:
-            self._carrier, self._covered = asyncio.Event(), set(self._queues)
+        carrier = asyncio.Event() if self._may_carry(began_at) else None
+        if carrier is not None:
+            self._carrier, self._covered = carrier, set(self._queues)
         try:
-            yield carries
+            yield carrier is not None
             self._call_seconds = self._time() - began_at
         finally:
-            if carries and self._carrier is not None:
-                self._carrier.set()
+            if carrier is not None:
+                carrier.set()
                 self._carrier = None
             self._go()
 

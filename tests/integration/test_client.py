@@ -1,7 +1,8 @@
 """What a conductor sends and what is then there: one execution a call, with its options, whatever happens."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
@@ -24,6 +25,7 @@ from pgconductor.errors import (
     ServerError,
 )
 from pgconductor.pool import Connection, Pool
+from pgconductor.task import Task
 from tests.sql.support import Db
 from tests.waiting import until
 
@@ -452,14 +454,26 @@ async def test_close_is_idempotent_and_the_conductor_works_again(app: Conductor,
     assert len(executions(db)) == 2
 
 
-async def test_a_call_after_a_silence_is_hinted_by_its_commit_and_those_right_behind_it_together(
-    app: Conductor, database: str
-) -> None:
+async def silent(app: Conductor) -> Task[..., int]:
+    """Return a task that has a lane, when all hints have gone out."""
     task = app.create_task(add)
     await task.invoke(0)
     await app.close()
+    return task
+
+
+@asynccontextmanager
+async def listening(database: str) -> AsyncGenerator[psycopg.AsyncConnection[Any]]:
     async with await psycopg.AsyncConnection.connect(database, autocommit=True) as listener:
         await listener.execute("listen pgconductor")
+        yield listener
+
+
+async def test_a_call_after_a_silence_is_hinted_by_its_commit_and_those_right_behind_it_together(
+    app: Conductor, database: str
+) -> None:
+    task = await silent(app)
+    async with listening(database) as listener:
         before = client_of(app).pool.query_count
 
         await task.invoke(1)
@@ -476,11 +490,8 @@ async def test_calls_that_take_longer_than_the_pause_bring_their_hints_along(
     app: Conductor, database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hints, "PAUSE_SECONDS", 0.0)
-    task = app.create_task(add)
-    await task.invoke(0)
-    await app.close()
-    async with await psycopg.AsyncConnection.connect(database, autocommit=True) as listener:
-        await listener.execute("listen pgconductor")
+    task = await silent(app)
+    async with listening(database) as listener:
         before = client_of(app).pool.query_count
 
         for number in range(20):
@@ -501,8 +512,7 @@ async def test_other_hints_go_out_beside_one_call_after_the_other(app: Conductor
         while not is_over:
             await task.invoke(1)
 
-    async with await psycopg.AsyncConnection.connect(database, autocommit=True) as listener:
-        await listener.execute("listen pgconductor")
+    async with listening(database) as listener:
         calling = asyncio.create_task(keep_calling())
         await asyncio.sleep(0.05)
         client_of(app).hint(watchers=["somebody"])
@@ -516,9 +526,7 @@ async def test_other_hints_go_out_beside_one_call_after_the_other(app: Conductor
 
 
 async def test_what_was_gathered_while_a_call_carried_its_hint_is_hinted_still(app: Conductor) -> None:
-    task = app.create_task(add)
-    await task.invoke(0)
-    await app.close()
+    await silent(app)
     client = client_of(app)
     before = client.pool.query_count
     with client._hints.lone_call() as carries:
@@ -531,8 +539,7 @@ async def test_what_was_gathered_while_a_call_carried_its_hint_is_hinted_still(a
 
 async def test_calls_at_the_same_time_are_hinted_by_one_commit_or_behind_them(app: Conductor, database: str) -> None:
     task = app.create_task(add)
-    async with await psycopg.AsyncConnection.connect(database, autocommit=True) as listener:
-        await listener.execute("listen pgconductor")
+    async with listening(database) as listener:
         await asyncio.gather(*(task.invoke(number) for number in range(200)))
         await app.close()
         heard = [hint.payload async for hint in listener.notifies(timeout=0.5)]

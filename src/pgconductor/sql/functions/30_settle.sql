@@ -32,6 +32,7 @@ begin
   cross join lateral (select * from lease k where k.execution_id = g.id offset 0) l
   where l.token = g.token and l.orchestrator_id = p_orchestrator;
 
+  -- whose ends may be kept not at all: few look further, kept_not decides
   v_fleeting := array(select l.id from keeps_nothing n join lane l on l.task_id = n.task_id);
   with done as (
     update execution e
