@@ -538,10 +538,10 @@ async def test_what_was_gathered_while_a_call_carried_its_hint_is_hinted_still(a
 
 
 async def test_calls_at_the_same_time_are_hinted_by_one_commit_or_behind_them(app: Conductor, database: str) -> None:
-    task = app.create_task(add)
+    task = await silent(app)
     async with listening(database) as listener:
         await asyncio.gather(*(task.invoke(number) for number in range(200)))
         await app.close()
         heard = [hint.payload async for hint in listener.notifies(timeout=0.5)]
     assert set(heard) == {"ready 1"}
-    assert len(heard) < 20
+    assert len(heard) < 100  # one after the other, while the pool's other connections go on
