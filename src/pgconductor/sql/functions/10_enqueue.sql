@@ -71,7 +71,7 @@ begin
     where t.expires_in is not null and n.due_at is distinct from 'infinity';
   end if;
   return put_ready(array(
-    select row(n.lane_id, n.priority, n.ord, n.id, null, null)::ready from unnest(p_new) n
+    select row(n.lane_id, n.priority, n.ord, n.id, null, null, null)::ready from unnest(p_new) n
     where n.due_at is null or n.due_at <= p_now));
 end $$;
 
@@ -122,7 +122,7 @@ begin
   if p_with.due_at > p_now then
     insert into timer values (p_id, p_with.due_at);
   else
-    perform put_ready(array[row(v_old.lane_id, p_with.priority, v_old.ord, p_id, null, null)::ready]);
+    perform put_ready(array[row(v_old.lane_id, p_with.priority, v_old.ord, p_id, null, null, null)::ready]);
   end if;
   update expiry x set due_at = coalesce(p_with.due_at, p_now) + t.expires_in
   from lane l join task t on t.id = l.task_id

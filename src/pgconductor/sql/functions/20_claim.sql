@@ -100,7 +100,8 @@ begin
       order by place_of(priority, ord) limit p_take for update skip locked))
     returning *
   )
-  select coalesce(array_agg(row(t.lane_id, t.priority, t.ord, t.execution_id, t.cached_by, t.cached_seq)::ready), '{}')
+  select coalesce(array_agg(row(t.lane_id, t.priority, t.ord, t.execution_id, t.cached_by, t.cached_seq,
+                                t.cached_open)::ready), '{}')
   into v_taken from taken t;
   return v_taken;
 end $$;
@@ -116,14 +117,19 @@ begin
           group by lane_id, place_of(priority, ord) >> 46) n);
 end $$;
 
--- The recorded operations of a resumed execution, newest rounds included, as arrays; only those after p_since.
-create or replace function recorded_steps(p_execution uuid, p_since bigint default 0) returns json
+-- The recorded operations of a resumed execution, newest rounds included, as arrays; only those after p_since. p_open:
+-- the names that can have any; without it all that is recorded is looked through.
+create or replace function recorded_steps(p_execution uuid, p_since bigint default 0, p_open json default null)
+returns json
 language plpgsql stable set search_path from current as $$
 begin
   return (
     select json_agg(json_build_array(name, round, index, kind, status, value, error, child_id, child_task, dropped)
                     order by name, round, index)
-    from step where execution_id = p_execution and seq > p_since);
+    from (select * from step where p_open is null and execution_id = p_execution and seq > p_since
+          union all
+          select s.* from json_array_elements_text(p_open) as o(name) cross join lateral (
+            select * from step k where k.execution_id = p_execution and k.name = o.name and k.seq > p_since offset 0) s) n);
 end $$;
 
 -- What the worker is told of what it was given, in the order in which it stands.
@@ -135,7 +141,8 @@ begin
       e.id, l.task_id, l.queue_id, e.payload, e.failures, e.crashes, e.depth, e.parent_id, e.root_id, e.trigger,
       t.cached_by = p_orchestrator,
       case when t.ord < 0 or e.started_at is not null then
-        recorded_steps(e.id, case when t.cached_by = p_orchestrator then t.cached_seq else 0 end) end,
+        case when t.cached_by = p_orchestrator then recorded_steps(e.id, t.cached_seq, t.cached_open)
+        else recorded_steps(e.id) end end,
       e.trigger_kind, e.trigger_data)
       order by place_of(t.priority, t.ord))
     from unnest(p_taken) t

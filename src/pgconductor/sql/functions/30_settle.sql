@@ -118,13 +118,14 @@ begin
   perform count_waits(p_parked, p_now);
 
   select array_agg(f.id) as ids, array_agg(f.is_cached) as is_cached, array_agg(f.unseen_since) as unseen_since,
-         array_agg(f.due_at) as due_at,
+         array_agg(f.due_at) as due_at, array_agg(f.open_names) as open_names,
          coalesce(array_agg(f.id) filter (where f.is_answered), '{}') as answered,
          bool_or(f.due_at is not null) as has_due
   into v_found from found_at_park(p_parked) f;
-  insert into wait (execution_id, parked_at, cached_by, cached_seq)
-  select f.id, p_now, case when f.is_cached then p_orchestrator end, f.unseen_since
-  from unnest(v_found.ids, v_found.is_cached, v_found.unseen_since) as f(id, is_cached, unseen_since);
+  insert into wait (execution_id, parked_at, cached_by, cached_seq, cached_open)
+  select f.id, p_now, case when f.is_cached then p_orchestrator end, f.unseen_since, f.open_names
+  from unnest(v_found.ids, v_found.is_cached, v_found.unseen_since, v_found.open_names)
+    as f(id, is_cached, unseen_since, open_names);
   if v_found.has_due then
     insert into timer (execution_id, due_at)
     select f.id, f.due_at from unnest(v_found.ids, v_found.due_at) as f(id, due_at)
@@ -138,15 +139,17 @@ end $$;
 
 -- What stands in the database of operations that parked executions have open: whether one that is awaited has been
 -- answered, when the first is due, and after which position in step_seq the worker has seen nothing. Operations that it
--- thought open may have been answered while it ran.
+-- thought open may have been answered while it ran. Only what is open can be answered, so a few names say where to look.
 create or replace function found_at_park(p_parked settlement[])
-returns table (id uuid, is_cached boolean, is_answered boolean, due_at timestamptz, unseen_since bigint)
+returns table (id uuid, is_cached boolean, is_answered boolean, due_at timestamptz, unseen_since bigint, open_names json)
 language plpgsql volatile set search_path from current as $$
 #variable_conflict use_column
 begin
   return query
     select p.id, p.cached, coalesce(f.is_answered, false), f.due_at,
-           least((select last_value from step_seq), f.first_answer - 1)
+           least((select last_value from step_seq), f.first_answer - 1),
+           case when p.cached and json_array_length(p.awaits) <= 10 then
+             (select json_agg(a.name) from json_to_recordset(p.awaits) as a(name text)) end
     from unnest(p_parked) p
     cross join lateral (
       select bool_or(a.awaited and s.index = 0 and s.status <> 'pending') as is_answered,

@@ -19,8 +19,9 @@ language plpgsql volatile set search_path from current as $$
 declare
   v_count int;
 begin
-  insert into ready (lane_id, priority, ord, execution_id, cached_by, cached_seq)
-  select r.lane_id, r.priority, case when p_late then late_ord() else r.ord end, r.execution_id, r.cached_by, r.cached_seq
+  insert into ready (lane_id, priority, ord, execution_id, cached_by, cached_seq, cached_open)
+  select r.lane_id, r.priority, case when p_late then late_ord() else r.ord end, r.execution_id, r.cached_by, r.cached_seq,
+         r.cached_open
   from unnest(p_rows) r join lane l on l.id = r.lane_id
   where not l.is_limited;
   get diagnostics v_count = row_count;
@@ -43,8 +44,9 @@ create or replace function hold_back(p_rows ready[]) returns void
 language plpgsql volatile set search_path from current as $$
 begin
   with held as (
-    insert into backlog (execution_id, lane_id, is_start, keys, priority, ord, cached_by, cached_seq)
-    select r.execution_id, r.lane_id, r.ord >= 0, k.keys, r.priority, r.ord, r.cached_by, r.cached_seq
+    insert into backlog (execution_id, lane_id, is_start, keys, priority, ord, cached_by, cached_seq, cached_open)
+    select r.execution_id, r.lane_id, r.ord >= 0, k.keys, r.priority, r.ord, r.cached_by, r.cached_seq,
+           r.cached_open
     from unnest(p_rows) r join execution e on e.id = r.execution_id
     cross join lateral (
       select coalesce(json_agg(limit_key(t.key_path, e.payload) order by t.id), '[]')::text as keys
@@ -225,7 +227,8 @@ begin
     ), refused as materialized (
       select execution_id from counted join room using (limit_place, key) where nth > room.room
     )
-    select coalesce(array_agg(row(c.lane_id, c.priority, c.ord, c.execution_id, c.cached_by, c.cached_seq)::ready
+    select coalesce(array_agg(row(c.lane_id, c.priority, c.ord, c.execution_id, c.cached_by, c.cached_seq,
+                                  c.cached_open)::ready
                               order by c.place, c.is_start, c.turn), '{}')
     from (select * from candidate c where not exists (select from refused r where r.execution_id = c.execution_id)
           order by c.place, c.is_start, c.turn limit p_limit) c);
@@ -256,7 +259,7 @@ begin
   update backlog_key k set turn = nextval('execution_ord')
   from (select distinct is_start, keys from unnest(v_taken)) b
   where k.lane_id = p_lane and k.is_start = b.is_start and k.keys = b.keys;
-  return array(select row(b.lane_id, b.priority, b.ord, b.execution_id, b.cached_by, b.cached_seq)::ready
+  return array(select row(b.lane_id, b.priority, b.ord, b.execution_id, b.cached_by, b.cached_seq, b.cached_open)::ready
                from unnest(v_taken) b);
 end $$;
 
@@ -341,7 +344,7 @@ begin
     delete from backlog where execution_id in (
       select execution_id from backlog where lane_id = any(v_free) for update skip locked) returning *
   )
-  select array_agg(row(m.lane_id, m.priority, m.ord, m.execution_id, m.cached_by, m.cached_seq)::ready)
+  select array_agg(row(m.lane_id, m.priority, m.ord, m.execution_id, m.cached_by, m.cached_seq, m.cached_open)::ready)
   into v_moved from moved m;
   perform put_ready(v_moved);
   -- What runs already counts. Only a claim that was under way when the limits changed can have taken it without.

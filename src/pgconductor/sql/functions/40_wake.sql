@@ -4,12 +4,11 @@
 -- Return effects: the lanes that have new work, and who sleeps until one of these executions ends.
 
 -- Makes executions ready before fresh work of the same priority.
-create or replace function make_ready(p_ids uuid[], p_cached_by uuid default null, p_cached_seq bigint default null)
-returns int[]
+create or replace function make_ready(p_ids uuid[]) returns int[]
 language plpgsql volatile set search_path from current as $$
 begin
   return put_ready(array(
-    select row(e.lane_id, e.priority, late_ord(), e.id, p_cached_by, p_cached_seq)::ready
+    select row(e.lane_id, e.priority, late_ord(), e.id, null, null, null)::ready
     from execution e where e.id = any(p_ids)));
 end $$;
 
@@ -28,7 +27,7 @@ begin
   select array_agg(w::wait), array_agg(w.execution_id) into v_woken, v_ids
   from (select * from woken) w;
   v_lanes := put_ready(array(
-    select row(e.lane_id, e.priority, late_ord(), e.id, w.cached_by, w.cached_seq)::ready
+    select row(e.lane_id, e.priority, late_ord(), e.id, w.cached_by, w.cached_seq, w.cached_open)::ready
     from unnest(v_woken) w cross join lateral (select * from execution k where k.id = w.execution_id offset 0) e));
   delete from timer where execution_id = any(v_ids);
   delete from wait_item where execution_id = any(v_ids) and kind <> 'invoke_all';
@@ -167,7 +166,7 @@ begin
     if v_next.ids is not null then
       delete from timer where execution_id = any(v_next.ids);
       v_lanes := v_lanes || put_ready(array(
-        select row(lane_id, priority, ord, id, null, null)::ready from execution where id = any(v_next.ids)), true);
+        select row(lane_id, priority, ord, id, null, null, null)::ready from execution where id = any(v_next.ids)), true);
       insert into expiry (execution_id, due_at)
       select e.id, p_now + t.expires_in
       from execution e join lane l on l.id = e.lane_id join task t on t.id = l.task_id

@@ -66,7 +66,7 @@ begin
     order by t.due_at limit p_limit for update skip locked);
   delete from timer where execution_id = any(v_due);
   perform put_ready(array(
-    select row(lane_id, priority, ord, id, null, null)::ready from execution where id = any(v_due)), true);
+    select row(lane_id, priority, ord, id, null, null, null)::ready from execution where id = any(v_due)), true);
   perform tell(v_effects.watchers);
   perform open_gates(v_now);
   perform hint_at(v_woken);

@@ -81,7 +81,8 @@ create table ready (
   ord bigint not null,
   execution_id uuid not null,
   cached_by uuid,
-  cached_seq bigint
+  cached_seq bigint,
+  cached_open json
 ) with (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 20000, autovacuum_vacuum_cost_delay = 0);
 -- The expression is place_of(priority, ord), written out.
 create unique index ready_order on ready (lane_id, (ord - priority::bigint * 140737488355328));
@@ -107,7 +108,8 @@ create table wait (
   execution_id uuid primary key,
   parked_at timestamptz not null,
   cached_by uuid,
-  cached_seq bigint
+  cached_seq bigint,
+  cached_open json
 ) with (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 5000, autovacuum_vacuum_cost_delay = 0);
 
 -- What is waited for by count: the fan-out of an invoke_all, and a wait on started children.

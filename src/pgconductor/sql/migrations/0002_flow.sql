@@ -54,7 +54,8 @@ create table backlog (
   priority smallint not null,
   ord bigint not null,
   cached_by uuid,
-  cached_seq bigint
+  cached_seq bigint,
+  cached_open json
 ) with (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 5000, autovacuum_vacuum_cost_delay = 0);
 create unique index backlog_order on backlog (lane_id, is_start, keys, priority desc, ord);
 
