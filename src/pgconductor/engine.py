@@ -109,6 +109,7 @@ class Saved(Struct):
 class Moved(Struct):
     """What an operation set in motion besides itself; `prune`: whether a prune would find something.
 
+    `futile`: a vacuum would be in vain, and nobody holds it off.
     `gave_up`: a sweep met a lock that others hold on to, here, and did nothing.
     """
 
@@ -117,6 +118,7 @@ class Moved(Struct):
     queues: list[int] | None = None
     watchers: list[str] | None = None
     prune: bool = False
+    futile: bool = False
     gave_up: str | None = None
 
 

@@ -17,6 +17,7 @@ could sweep itself.
 A sweep that the limit ends is run again, beside the beats and with a minute to end in, on a connection that is opened
 for it: taking over reads the leases, and beside a snapshot that is held for long they have many dead rows. The next are
 run there at once, until one takes something over quickly.
+Where it finds that a vacuum would be in vain, it holds autovacuum off, beside the beats (`vacuum`).
 After a long time without answers it lets a whole lease go by before it sweeps again: where the server was away, or
 this process stood still, the others must be given the time to show that they live. The engine asks when the server
 was started for the same reason, which does not cover the time that its recovery took.
@@ -39,6 +40,7 @@ from pgconductor.engine import Moved
 from pgconductor.membership import Membership
 from pgconductor.scan import Scan
 from pgconductor.session import Session
+from pgconductor.vacuum import hold_off_vacuum
 
 if TYPE_CHECKING:
     from pgconductor.engine import Engine
@@ -140,6 +142,7 @@ class Heartbeat:
         self._ended = False
         self._sweeps_from = 0.0
         self._long_sweep: asyncio.Task[None] | None = None
+        self._holding_off: asyncio.Task[None] | None = None
         self._sweeps_apart = False
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._run, name="pgconductor heartbeat", daemon=True)
@@ -183,7 +186,7 @@ class Heartbeat:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(max(0.0, began_at + self._timing.beat - time.monotonic())):
                     await self._poke.wait()
-        watchdog.cancel()  # a long sweep is cancelled by the runner
+        watchdog.cancel()  # what runs beside the beats is cancelled by the runner
         await session.close()
 
     async def _guard(self, work: Awaitable[None]) -> None:
@@ -247,6 +250,8 @@ class Heartbeat:
             log.warning("took over %d executions of processes that stopped beating", moved.lost)
         if moved.lost or moved.queues or moved.watchers:
             self._tell(self._listener.on_swept, moved)
+        if moved.futile and (self._holding_off is None or self._holding_off.done()):
+            self._holding_off = asyncio.create_task(self._guard(hold_off_vacuum(self._dsn, self._engine)))
         if moved.prune:
             await self._prune(session)
 

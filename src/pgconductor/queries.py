@@ -48,6 +48,9 @@ def quote(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
+_names = reader(list[str])
+
+
 class Queries:
     """Build the queries of one schema.
 
@@ -77,6 +80,10 @@ class Queries:
         """Send a hint to whoever listens; the channel is the schema's name. Its commit waits for no disk."""
         statement = "select pg_notify(%s, %s), set_config('synchronous_commit', 'off', true)"
         return Query(statement, (self.schema, payload), as_is)
+
+    def hold_off_vacuum(self) -> Query[list[str] | None]:
+        """See 62_vacuum.sql. None: there is nothing to hold off, or another process does it."""
+        return self._query("hold_off_vacuum", "", (), _names)
 
     def _now(self) -> datetime | None:
         return self._clock() if self._clock else None

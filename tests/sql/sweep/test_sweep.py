@@ -231,7 +231,7 @@ def test_nobody_is_swept_right_after_the_server_started(db: Db) -> None:
 
 
 def test_sweeping_an_empty_engine_is_no_error(db: Db) -> None:
-    assert sweep(db, 30) == {"lost": 0, "queues": [], "watchers": [], "prune": False}
+    assert sweep(db, 30) == {"lost": 0, "queues": [], "watchers": [], "prune": False, "futile": False}
 
 
 @pytest.mark.parametrize("how", ["complete", "fail", "cancel"])

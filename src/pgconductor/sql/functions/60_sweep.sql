@@ -168,6 +168,7 @@ end $$;
 -- It waits no longer than its lock_timeout for any lock, and does nothing then: it shares a connection with the beats of
 -- its process, and others may wait for what it holds itself.
 -- Returns {lost: how many executions were taken over, queues, watchers, prune: whether a prune would find something,
+-- futile: whether a vacuum would be in vain, and nobody holds it off,
 -- gave_up: in which statement it met a lock that others held on to}.
 create or replace function sweep(p_expiry interval default '20 seconds', p_now timestamptz default null) returns json
 language plpgsql volatile set search_path from current set enable_seqscan = off set enable_mergejoin = off set jit = off set plan_cache_mode = force_generic_plan set lock_timeout = '1s' as $$
@@ -218,7 +219,7 @@ begin
   perform prune_events(p_now);
   v_lanes := v_effects.lane_ids || deliver_events(p_now) || sweep_limits(p_now);
   return json_build_object('lost', cardinality(v_lost), 'queues', queues_of(v_lanes),
-                           'watchers', v_effects.watchers, 'prune', is_prune_due(p_now));
+                           'watchers', v_effects.watchers, 'prune', is_prune_due(p_now), 'futile', note_vacuums());
 end $$;
 
 -- The ends of those among crashed executions whose crash budget is used up.

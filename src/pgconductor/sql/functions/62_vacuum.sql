@@ -1,0 +1,79 @@
+-- hold_off_vacuum: keep autovacuum from reading, minute after minute, the dead rows that it may not remove.
+-- Called by one process at a time, in a transaction that it keeps open for a second, and then again. States: none.
+-- Locks: one advisory lock; tables of this schema in share update exclusive mode, taken only where that is possible at
+-- once. The lock is in the way of vacuum, analyze and changes of a table's definition, and of nothing else.
+--
+-- While a snapshot is held open anywhere in the database, what has been deleted or updated since cannot be removed.
+-- Autovacuum goes by how many dead rows there are, so it reads all of them once a minute, however often it was in vain:
+-- with 15 million of each kind it took a fifth of two processors. It passes by a table whose lock it does not get at
+-- once. A vacuum that must come, against wraparound, waits for the lock and gets it within the second; so does anybody.
+
+-- The tables with so many dead rows that looking at all of them is dear, with what the server's statistics say.
+create or replace function many_dead(p_least bigint)
+returns table (name text, dead_count bigint, vacuum_count bigint, vacuumed_at timestamptz)
+language plpgsql stable set search_path from current as $$
+#variable_conflict use_column
+begin
+  return query
+    select c.relname::text, pg_stat_get_dead_tuples(c.oid),
+           pg_stat_get_vacuum_count(c.oid) + pg_stat_get_autovacuum_count(c.oid),
+           greatest(pg_stat_get_last_vacuum_time(c.oid), pg_stat_get_last_autovacuum_time(c.oid))
+    from pg_class c
+    where c.relname in ('ready', 'lease', 'execution', 'step', 'timer', 'wait', 'wait_item')
+      and c.relnamespace = quote_ident(current_schema())::regnamespace
+      and pg_stat_get_dead_tuples(c.oid) >= p_least;
+end $$;
+
+-- Whether another vacuum of a table would be in vain: the latest one left much behind, less than half as much has come
+-- since, and it was not long ago. So all vacuums together read no more than a few times what there is, and when the
+-- snapshot is gone, the first one that removes something comes after p_longest at the latest.
+create or replace function is_vacuum_futile(
+  p_name text, p_dead bigint, p_count bigint, p_vacuumed_at timestamptz, p_least bigint, p_longest interval
+) returns boolean
+language plpgsql stable set search_path from current as $$
+begin
+  return exists (
+    select from vacuum_mark m
+    where m.name = p_name and m.vacuum_count = p_count and m.left_count >= p_least and p_dead < m.left_count * 1.5
+      and p_vacuumed_at > clock_timestamp() - p_longest);
+end $$;
+
+-- Notes what vacuums that came since the last look have left. Returns whether one is to be held off, and nobody does it.
+create or replace function note_vacuums(p_least bigint default 1000000, p_longest interval default '10 minutes')
+returns boolean
+language plpgsql volatile set search_path from current as $$
+begin
+  update vacuum_mark m set vacuum_count = d.vacuum_count, left_count = d.dead_count
+  from many_dead(p_least) d where d.name = m.name and d.vacuum_count <> m.vacuum_count;
+  insert into vacuum_mark (name, vacuum_count, left_count)
+  select d.name, d.vacuum_count, 0 from many_dead(p_least) d
+  where not exists (select from vacuum_mark m where m.name = d.name);
+  return exists (
+      select from many_dead(p_least) d
+      where is_vacuum_futile(d.name, d.dead_count, d.vacuum_count, d.vacuumed_at, p_least, p_longest))
+    and pg_try_advisory_xact_lock(hashtext(current_schema()), 1007);
+end $$;
+
+-- Locks, until the transaction ends, the tables whose vacuum would be in vain. Returns their names; none is null, and so
+-- it is while another process does it. A table that is being vacuumed, or changed, is named and not locked.
+create or replace function hold_off_vacuum(p_least bigint default 1000000, p_longest interval default '10 minutes')
+returns json
+language plpgsql volatile set search_path from current as $$
+declare
+  v_names text[];
+  v_name text;
+begin
+  if not pg_try_advisory_xact_lock(hashtext(current_schema()), 1007) then
+    return null;
+  end if;
+  select array_agg(d.name order by d.name) into v_names from many_dead(p_least) d
+  where is_vacuum_futile(d.name, d.dead_count, d.vacuum_count, d.vacuumed_at, p_least, p_longest);
+  foreach v_name in array coalesce(v_names, '{}') loop
+    begin
+      execute format('lock table %I.%I in share update exclusive mode nowait', current_schema(), v_name);
+    exception when lock_not_available then
+      null;  -- the next call tries again
+    end;
+  end loop;
+  return to_json(v_names);
+end $$;
