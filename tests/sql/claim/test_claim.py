@@ -1,6 +1,7 @@
 """claim: ready → running."""
 
 from functools import partial
+from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
@@ -15,6 +16,7 @@ from tests.sql.support import (
     call,
     claim,
     claim_one,
+    complete,
     count,
     enqueue,
     enqueue_many,
@@ -165,6 +167,46 @@ def test_who_parked_with_a_cache_is_given_only_what_changed(db: Db) -> None:
     settle(db, {"id": id, "outcome": "parked", "ops": [sleep], "awaits": awaits, "cached": True})
     (claimed,) = claim(db, token=2, now=5, fire=True)
     assert (claimed["cached"], [s[0] for s in claimed["steps"]]) == (True, ["nap"])
+
+
+@pytest.mark.parametrize("count", [3, 12])
+def test_who_parked_on_several_is_given_those_that_were_answered(db: Db, count: int) -> None:
+    id = park_cached(db, *(op("", f"call {n}", "invoke", {}) for n in range(count)))
+    names = db.execute("select cached_open from wait").fetchall()
+    assert names == [{"cached_open": [f"call {n}" for n in range(count)] if count == 3 else None}]
+    for child in claim(db, tasks=["child"], limit=2):
+        complete(db, child["id"], parent=id)
+    (claimed,) = claim(db, token=2, tasks=["work"])
+    assert (claimed["cached"], [s[0] for s in claimed["steps"]]) == (True, ["call 0", "call 1"])
+
+
+def test_who_parked_on_a_fan_out_is_given_the_rows_of_its_children(db: Db) -> None:
+    id = park_cached(db, op("", "all", "invoke_all", {}, {}))
+    for child in claim(db, tasks=["child"]):
+        complete(db, child["id"], parent=id)
+    (claimed,) = claim(db, token=2, tasks=["work"])
+    assert [(s[0], s[2]) for s in claimed["steps"]] == [("all", 0), ("all", 1), ("all", 2)]
+
+
+def test_what_changed_is_found_by_name_however_the_execution_became_ready(db: Db) -> None:
+    register(db, "work", limits=[{"kind": "concurrency", "max": 1}])
+    id = park_cached(db, op("", "call", "invoke", {}))
+    (child,) = claim(db, tasks=["child"])
+    complete(db, child["id"], parent=id)
+    assert db.execute("select cached_open from backlog").fetchall() == [{"cached_open": ["call"]}]
+    (claimed,) = claim(db, token=2, tasks=["work"])
+    assert (claimed["cached"], [s[0] for s in claimed["steps"]]) == (True, ["call"])
+
+
+def park_cached(db: Db, *ops: dict[str, Any]) -> str:
+    """Park an execution with a recorded step on operations, by a process that keeps its memos."""
+    id = enqueue(db)
+    claim(db)
+    save(db, id, "a")
+    opened = [each | {"id": id} for each in ops]
+    awaits = [{"name": each["name"], "round": 0, "kind": each["kind"], "awaited": True} for each in ops]
+    settle(db, {"id": id, "outcome": "parked", "ops": opened, "awaits": awaits, "cached": True})
+    return id
 
 
 def test_another_process_is_given_everything(db: Db) -> None:
