@@ -109,7 +109,20 @@ select cast(json_build_object(
   'autovacuum', current_setting('autovacuum'),
   'connections_max', cast(current_setting('max_connections') as int)
     - cast(current_setting('superuser_reserved_connections') as int),
-  'connections', (select count(*) from pg_stat_activity where backend_type = 'client backend')) as text)"""
+  'connections', (select count(*) from pg_stat_activity where backend_type = 'client backend'),
+  'snapshots', (select json_agg(json_build_object('holder', holder, 'seconds', seconds, 'transactions', transactions))
+    from (
+      select concat('session ', pid, ' of ', usename, ' ' || nullif(application_name, '')) as holder,
+             extract(epoch from clock_timestamp() - xact_start) as seconds, cast(null as int) as transactions
+      from pg_stat_activity
+      where datname = current_database() and pid <> pg_backend_pid()
+        and (backend_xmin is not null or backend_xid is not null)
+      union all
+      select 'prepared transaction ' || gid, extract(epoch from clock_timestamp() - prepared), null
+      from pg_prepared_xacts where database = current_database()
+      union all
+      select 'replication slot ' || slot_name, null, age(xmin) from pg_replication_slots where xmin is not null
+      order by 2 desc nulls last, 3 desc nulls last limit 20) h)) as text)"""
 
 
 class Reports(Queries):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import psycopg
 import pytest
 from click.testing import CliRunner, Result
 from psycopg.conninfo import make_conninfo
@@ -214,6 +215,21 @@ def test_doctor_examines_server_schema_hints_and_workers(database: str) -> None:
     assert verdicts["schema"] == verdicts["hints"] == verdicts["encoding"] == "ok"
     assert verdicts["workers"] == "warning"
     assert result.exit_code == (1 if verdicts["durability"] == "failure" else 0)
+
+
+def old_snapshots(database: str) -> list[dict[str, str]]:
+    return [each for each in json.loads(run(database, "doctor", "--json").stdout) if each["name"] == "old snapshot"]
+
+
+def test_doctor_names_who_keeps_dead_rows_from_vacuum(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with psycopg.connect(database, application_name="nightly report") as held:
+        held.execute("set transaction isolation level repeatable read")
+        held.execute("select 1")
+        assert old_snapshots(database) == []
+        monkeypatch.setattr(sys.modules["pgconductor.cli.doctor"], "SNAPSHOT_SECONDS_MAX", 0)
+        (found,) = old_snapshots(database)
+        assert found["verdict"] == "warning"
+        assert f"session {held.info.backend_pid} of {held.info.user} nightly report has held one" in found["found"]
 
 
 def test_a_server_that_is_not_there_is_one_line_without_the_password() -> None:

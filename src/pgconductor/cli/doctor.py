@@ -11,7 +11,7 @@ from rich.text import Text
 from pgconductor import schema
 from pgconductor.cli.session import Settings, json_option, pass_settings, print_json
 from pgconductor.cli.status import stranded_reason
-from pgconductor.cli.text import console, line, redacted, redacted_dsn, safe
+from pgconductor.cli.text import console, elapsed, line, redacted, redacted_dsn, safe
 from pgconductor.client import LoopClient
 from pgconductor.engine import Engine
 from pgconductor.errors import ConductorError
@@ -21,6 +21,8 @@ VERSION_LOWEST: Final = 15
 VERSION_HIGHEST: Final = 18
 CONNECTIONS_LEFT_MIN: Final = 10
 HINT_SECONDS_MAX: Final = 3.0
+SNAPSHOT_SECONDS_MAX: Final = 900
+SNAPSHOT_TRANSACTIONS_MAX: Final = 1_000_000
 POOLER_REMEDY: Final = "work starts within the poll interval of a second; connect workers directly to be faster"
 
 
@@ -97,6 +99,17 @@ def _judge_durability(facts: dict[str, Any]) -> Iterator[Check]:
         yield Check("durability", "ok", f"fsync on, synchronous_commit {facts['synchronous_commit']}")
     if facts["autovacuum"] != "on":
         yield Check("autovacuum", "warning", "off: the tables grow and claiming slows down", "turn it on")
+    yield from _judge_snapshots(facts["snapshots"] or [])
+
+
+def _judge_snapshots(held: list[dict[str, Any]]) -> Iterator[Check]:
+    """Name who keeps dead rows alive: no vacuum removes what has died since."""
+    for each in held:
+        seconds, transactions = each["seconds"] or 0, each["transactions"] or 0
+        if seconds > SNAPSHOT_SECONDS_MAX or transactions > SNAPSHOT_TRANSACTIONS_MAX:
+            since = f"for {elapsed(seconds)}" if seconds else f"for {transactions:,} transactions"
+            found = f"{line(each['holder'])} has held one {since}: dead rows stay, and the tables grow"
+            yield Check("old snapshot", "warning", found, "end it, or drop it if nothing needs it any more")
 
 
 async def _examine_engine(client: LoopClient, engine: Engine) -> list[Check]:
