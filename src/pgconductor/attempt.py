@@ -241,6 +241,8 @@ class Attempt:
         self._close()
         if self._storing:
             await asyncio.wait(self._storing)
+            if isinstance(outcome, Outcome) and outcome.outcome == "parked":
+                outcome.awaits = self.journal.open_awaits()  # what was started meanwhile is open, too
         return None if self.exit == "abandoned" else outcome
 
     def _close(self) -> None:

@@ -143,6 +143,7 @@ class Heartbeat:
         self._sweeps_from = 0.0
         self._long_sweep: asyncio.Task[None] | None = None
         self._holding_off: asyncio.Task[None] | None = None
+        self._can_hold_off = True
         self._sweeps_apart = False
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._run, name="pgconductor heartbeat", daemon=True)
@@ -250,10 +251,16 @@ class Heartbeat:
             log.warning("took over %d executions of processes that stopped beating", moved.lost)
         if moved.lost or moved.queues or moved.watchers:
             self._tell(self._listener.on_swept, moved)
-        if moved.futile and (self._holding_off is None or self._holding_off.done()):
-            self._holding_off = asyncio.create_task(self._guard(hold_off_vacuum(self._dsn, self._engine)))
+        if moved.futile and self._holding_off is None and self._can_hold_off:
+            self._holding_off = asyncio.create_task(self._hold_off_vacuum())
         if moved.prune:
             await self._prune(session)
+
+    async def _hold_off_vacuum(self) -> None:
+        try:
+            self._can_hold_off = await hold_off_vacuum(self._dsn, self._engine)
+        finally:
+            self._holding_off = None
 
     async def _prune(self, session: Session) -> None:
         """Remove what has been kept long enough: a batch, and more of them while there is time before the next beat."""

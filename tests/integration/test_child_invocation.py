@@ -1,6 +1,7 @@
 """The rules C1 to C12 of child invocation, each by the test that is named for it, with real workers."""
 
 import asyncio
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
@@ -528,3 +529,35 @@ def test_c2_plain_functions_invoke_children_too(app: App, database: str) -> None
             return await (await parent.invoke()).result(20)
 
     assert asyncio.run(work()) == 4 + 20
+
+
+async def test_a_start_that_is_stored_while_its_parent_is_left_is_among_what_the_parent_has_open(
+    app: App, db: Db, database: str, working: Working
+) -> None:
+    is_running, is_locked, is_given_up = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    @app.task(queue="elsewhere")
+    async def child(ctx: Context) -> None: ...
+
+    @app.task
+    async def parent(ctx: Context) -> None:
+        is_running.set()
+        await is_locked.wait()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(0.05):
+                await ctx.start("given up", child.bind())
+        is_given_up.set()
+        await ctx.invoke("call", child.bind())
+
+    async with working(queues=["default"]):
+        run = await parent.invoke()
+        await is_running.wait()
+        with psycopg.connect(database) as other:
+            other.execute("select from pgconductor.execution where id = %s for update", (run.id,))
+            is_locked.set()
+            await is_given_up.wait()  # the start waits for the lock
+            for _ in range(100):
+                await asyncio.sleep(0)  # the run is left
+        await until_row(db, "select from wait")
+        (found,) = rows(db, "select cached_open from wait")
+    assert sorted(found["cached_open"]) == ["call", "given up"]

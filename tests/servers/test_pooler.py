@@ -30,6 +30,7 @@ from pgconductor.engine import Engine
 from pgconductor.membership import Timing
 from pgconductor.notify import Listener
 from pgconductor.session import Session
+from pgconductor.vacuum import hold_off_vacuum
 from tests.servers import pgbouncer
 from tests.servers.pgbouncer import Pooler, pooled
 from tests.sql.support import Db
@@ -228,6 +229,11 @@ def test_doctor_tells_of_the_pooler(dsn: str) -> None:
     (hints,) = [check for check in json.loads(found.stdout) if check["name"] == "hints"]
     assert hints["verdict"] == "warning"
     assert hints["found"] == "a pooler stands in front: there is no LISTEN, so workers and waiting clients poll"
+
+
+async def test_nobody_holds_off_autovacuum_on_a_session_of_the_pooler(app: Conductor, dsn: str) -> None:
+    await app.migrate()
+    assert await hold_off_vacuum(dsn, app.engine) is False
 
 
 def test_migrations_are_right_through_a_pooler(pooler: Pooler, server: str) -> None:

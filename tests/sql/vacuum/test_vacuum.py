@@ -98,6 +98,15 @@ def test_the_transaction_that_holds_it_off_keeps_no_row_alive_itself(db: Db, dat
         assert one(db, query, holder.info.backend_pid) == {"backend_xmin": None, "backend_xid": None}
 
 
+def test_a_holder_that_is_not_heard_of_loses_the_lock(db: Db, database: str, snapshot: Db) -> None:
+    vacuum_in_vain(db)
+    note(db)
+    with session(database) as holder, holder.transaction():
+        holder.execute("set local idle_in_transaction_session_timeout = 0")
+        hold(holder)
+        assert one(holder, "show idle_in_transaction_session_timeout").popitem()[1] == "5s"
+
+
 def test_one_process_holds_it_off_at_a_time(db: Db, database: str, snapshot: Db) -> None:
     vacuum_in_vain(db)
     with session(database) as first, session(database) as second:
@@ -119,6 +128,17 @@ def test_a_vacuum_that_removes_what_is_dead_is_not_held_off(db: Db, database: st
 
 def test_dead_rows_that_no_vacuum_has_looked_at_are_not_kept_from_it(db: Db, snapshot: Db) -> None:
     bury(db, 2 * LEAST)
+    assert not note(db)
+    bury(db, 2 * LEAST)
+    assert not note(db)
+    assert hold(db) is None
+
+
+def test_what_dies_after_a_vacuum_that_left_little_is_not_taken_for_what_it_left(db: Db, snapshot: Db) -> None:
+    vacuum_in_vain(db)
+    assert note(db)
+    snapshot.execute("rollback")
+    db.execute("vacuum timer")
     assert not note(db)
     bury(db, 2 * LEAST)
     assert not note(db)

@@ -1,12 +1,13 @@
 -- hold_off_vacuum: keep autovacuum from reading, minute after minute, the dead rows that it may not remove.
--- Called by one process at a time, in a transaction that it keeps open for a second, and then again. States: none.
+-- Called by one process at a time, in a transaction that it keeps open for a moment, and then again. States: none.
 -- Locks: one advisory lock; tables of this schema in share update exclusive mode, taken only where that is possible at
 -- once. The lock is in the way of vacuum, analyze and changes of a table's definition, and of nothing else.
 --
 -- While a snapshot is held open anywhere in the database, what has been deleted or updated since cannot be removed.
 -- Autovacuum goes by how many dead rows there are, so it reads all of them once a minute, however often it was in vain:
 -- with 15 million of each kind it took a fifth of two processors. It passes by a table whose lock it does not get at
--- once. A vacuum that must come, against wraparound, waits for the lock and gets it within the second; so does anybody.
+-- once. A vacuum that must come, against wraparound, waits for the lock and gets it after the moment; so does anybody.
+-- A holder that is not heard of any more, since its machine was lost or stands still, loses it within five seconds.
 
 -- The tables with so many dead rows that looking at all of them is dear, with what the server's statistics say.
 create or replace function many_dead(p_least bigint)
@@ -43,8 +44,9 @@ create or replace function note_vacuums(p_least bigint default 1000000, p_longes
 returns boolean
 language plpgsql volatile set search_path from current as $$
 begin
+  -- of all that have a mark: one that left little must be noted, too, before much dies again
   update vacuum_mark m set vacuum_count = d.vacuum_count, left_count = d.dead_count
-  from many_dead(p_least) d where d.name = m.name and d.vacuum_count <> m.vacuum_count;
+  from many_dead(0) d where d.name = m.name and d.vacuum_count <> m.vacuum_count;
   insert into vacuum_mark (name, vacuum_count, left_count)
   select d.name, d.vacuum_count, 0 from many_dead(p_least) d
   where not exists (select from vacuum_mark m where m.name = d.name);
@@ -66,6 +68,7 @@ begin
   if not pg_try_advisory_xact_lock(hashtext(current_schema()), 1007) then
     return null;
   end if;
+  perform set_config('idle_in_transaction_session_timeout', '5s', true);
   select array_agg(d.name order by d.name) into v_names from many_dead(p_least) d
   where is_vacuum_futile(d.name, d.dead_count, d.vacuum_count, d.vacuumed_at, p_least, p_longest);
   foreach v_name in array coalesce(v_names, '{}') loop
