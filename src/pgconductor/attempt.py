@@ -49,6 +49,9 @@ from pgconductor.task import Task
 T = TypeVar("T")
 Exit = Literal["parked", "released", "refused", "abandoned"]
 
+LONG_COUNT = 30
+"""From so many recorded operations on, a resume finds what is new by name, which costs short ones more."""
+
 PASSES_CONCURRENT = 32
 """How many more passes of the loop a handler gets that runs several tasks, before it is parked."""
 
@@ -299,6 +302,7 @@ class Attempt:
                 ops=self.journal.unsaved or None,
                 awaits=self.journal.open_awaits(),
                 cached=True,
+                long=len(self.memos.operations) >= LONG_COUNT,
             )
         return Outcome(self.claimed.id, self.token, "released")
 

@@ -286,7 +286,7 @@ class Fresh(Struct, gc=False):
 
 
 class Outcome(Struct, omit_defaults=True, gc=False):
-    """Any other outcome. `delay` is in seconds; `cached`: this process keeps the steps of what it parks."""
+    """Any other outcome. `delay`: seconds; `cached`: this process keeps the steps of what it parks; `long`: many."""
 
     id: str
     token: int
@@ -298,6 +298,7 @@ class Outcome(Struct, omit_defaults=True, gc=False):
     awaits: list[Await] | None = None
     fresh: list[Fresh] | None = None
     cached: bool = False
+    long: bool = False
 
 
 class Want(Struct):
@@ -558,8 +559,7 @@ class Engine(Reports):
 
     def sweep(self, expiry_seconds: float) -> Query[Moved]:
         """See 60_sweep.sql."""
-        parameters = (f"{expiry_seconds} seconds", self._now())
-        return self._query("sweep", "interval timestamptz", parameters, _moved)
+        return self._query("sweep", "interval timestamptz", (f"{expiry_seconds} seconds", self._now()), _moved)
 
     def prune(self, limit: int = 1_000) -> Query[Pruned]:
         """See 80_prune.sql."""

@@ -20,6 +20,7 @@ from pgconductor import (
     ExecutionFailed,
     RetryPolicy,
     SyncContext,
+    attempt,
 )
 from tests.integration.conftest import Working
 from tests.waiting import until_row
@@ -532,8 +533,9 @@ def test_c2_plain_functions_invoke_children_too(app: App, database: str) -> None
 
 
 async def test_a_start_that_is_stored_while_its_parent_is_left_is_among_what_the_parent_has_open(
-    app: App, db: Db, database: str, working: Working
+    app: App, db: Db, database: str, working: Working, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(attempt, "LONG_COUNT", 0)
     is_running, is_locked, is_given_up = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
     @app.task(queue="elsewhere")

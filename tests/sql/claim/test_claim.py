@@ -180,6 +180,15 @@ def test_who_parked_on_several_is_given_those_that_were_answered(db: Db, count: 
     assert (claimed["cached"], [s[0] for s in claimed["steps"]]) == (True, ["call 0", "call 1"])
 
 
+def test_what_has_little_recorded_is_looked_through(db: Db) -> None:
+    id = park_cached(db, op("", "call", "invoke", {}), is_long=False)
+    assert db.execute("select cached_open from wait").fetchall() == [{"cached_open": None}]
+    (child,) = claim(db, tasks=["child"])
+    complete(db, child["id"], parent=id)
+    (claimed,) = claim(db, token=2, tasks=["work"])
+    assert (claimed["cached"], [s[0] for s in claimed["steps"]]) == (True, ["call"])
+
+
 def test_who_parked_on_a_fan_out_is_given_the_rows_of_its_children(db: Db) -> None:
     id = park_cached(db, op("", "all", "invoke_all", {}, {}))
     for child in claim(db, tasks=["child"]):
@@ -198,14 +207,14 @@ def test_what_changed_is_found_by_name_however_the_execution_became_ready(db: Db
     assert (claimed["cached"], [s[0] for s in claimed["steps"]]) == (True, ["call"])
 
 
-def park_cached(db: Db, *ops: dict[str, Any]) -> str:
+def park_cached(db: Db, *ops: dict[str, Any], is_long: bool = True) -> str:
     """Park an execution with a recorded step on operations, by a process that keeps its memos."""
     id = enqueue(db)
     claim(db)
     save(db, id, "a")
     opened = [each | {"id": id} for each in ops]
     awaits = [{"name": each["name"], "round": 0, "kind": each["kind"], "awaited": True} for each in ops]
-    settle(db, {"id": id, "outcome": "parked", "ops": opened, "awaits": awaits, "cached": True})
+    settle(db, {"id": id, "outcome": "parked", "ops": opened, "awaits": awaits, "cached": True, "long": is_long})
     return id
 
 

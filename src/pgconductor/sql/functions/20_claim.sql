@@ -123,13 +123,17 @@ create or replace function recorded_steps(p_execution uuid, p_since bigint defau
 returns json
 language plpgsql stable set search_path from current as $$
 begin
+  if p_open is null then
+    return (
+      select json_agg(json_build_array(name, round, index, kind, status, value, error, child_id, child_task, dropped)
+                      order by name, round, index)
+      from step where execution_id = p_execution and seq > p_since);
+  end if;
   return (
-    select json_agg(json_build_array(name, round, index, kind, status, value, error, child_id, child_task, dropped)
-                    order by name, round, index)
-    from (select * from step where p_open is null and execution_id = p_execution and seq > p_since
-          union all
-          select s.* from json_array_elements_text(p_open) as o(name) cross join lateral (
-            select * from step k where k.execution_id = p_execution and k.name = o.name and k.seq > p_since offset 0) s) n);
+    select json_agg(json_build_array(s.name, round, index, kind, status, value, error, child_id, child_task, dropped)
+                    order by s.name, round, index)
+    from json_array_elements_text(p_open) as o(name) cross join lateral (
+      select * from step k where k.execution_id = p_execution and k.name = o.name and k.seq > p_since offset 0) s);
 end $$;
 
 -- What the worker is told of what it was given, in the order in which it stands.

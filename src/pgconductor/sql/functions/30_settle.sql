@@ -139,7 +139,8 @@ end $$;
 
 -- What stands in the database of operations that parked executions have open: whether one that is awaited has been
 -- answered, when the first is due, and after which position in step_seq the worker has seen nothing. Operations that it
--- thought open may have been answered while it ran. Only what is open can be answered, so a few names say where to look.
+-- thought open may have been answered while it ran. Only what is open can be answered, so a few names say where to look;
+-- that pays where much is recorded (long).
 create or replace function found_at_park(p_parked settlement[])
 returns table (id uuid, is_cached boolean, is_answered boolean, due_at timestamptz, unseen_since bigint, open_names json)
 language plpgsql volatile set search_path from current as $$
@@ -148,7 +149,7 @@ begin
   return query
     select p.id, p.cached, coalesce(f.is_answered, false), f.due_at,
            least((select last_value from step_seq), f.first_answer - 1),
-           case when p.cached and json_array_length(p.awaits) <= 10 then
+           case when p.cached and p.long and json_array_length(p.awaits) <= 10 then
              (select json_agg(a.name) from json_to_recordset(p.awaits) as a(name text)) end
     from unnest(p_parked) p
     cross join lateral (
@@ -219,7 +220,7 @@ end $$;
 
 -- p_completed: plain completions, [{id, token, result, parent?}].
 -- p_outcomes: [{id, token, outcome: completed | failed | retried | released | crashed | parked, result, error, delay (seconds),
---               ops, awaits, fresh: [{name, round}] (timed out operations that a retry does afresh), cached}]
+--               ops, awaits, fresh: [{name, round}] (timed out operations that a retry does afresh), cached, long}]
 create or replace function settle(
   p_orchestrator uuid, p_completed json, p_outcomes json, p_now timestamptz default null
 ) returns json
@@ -237,12 +238,12 @@ begin
   perform check_sizes(p_completed);
   perform check_sizes(p_outcomes);
   if json_array_length(p_outcomes) > 0 then
-    select array_agg(row(o.id, o.outcome, o.result, o.error, o.delay, o.ops, o.awaits, o.fresh, o.cached,
+    select array_agg(row(o.id, o.outcome, o.result, o.error, o.delay, o.ops, o.awaits, o.fresh, o.cached, o.long,
                          l.claimed_at)::settlement) filter (where l.execution_id is not null),
            v_lost || coalesce(array_agg(o.id) filter (where l.execution_id is null), '{}')
     into v_held, v_lost
     from json_to_recordset(p_outcomes) as o(id uuid, token bigint, outcome text, result json, error json,
-      delay float8, ops json, awaits json, fresh json, cached boolean)
+      delay float8, ops json, awaits json, fresh json, cached boolean, long boolean)
     left join lateral (select * from lease k where k.execution_id = o.id offset 0) l
       on l.token = o.token and l.orchestrator_id = p_orchestrator;
   end if;

@@ -201,7 +201,7 @@ create type new_child as (
   due_at timestamptz
 );
 create type settlement as (
-  id uuid, outcome text, result json, error json, delay float8, ops json, awaits json, fresh json, cached boolean,
+  id uuid, outcome text, result json, error json, delay float8, ops json, awaits json, fresh json, cached boolean, long boolean,
   claimed_at timestamptz
 );
 create type ended as (id uuid, outcome outcome, result json, error json);
