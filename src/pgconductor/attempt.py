@@ -49,7 +49,7 @@ from pgconductor.task import Task
 T = TypeVar("T")
 Exit = Literal["parked", "released", "refused", "abandoned"]
 
-LONG_COUNT = 30
+LONG_COUNT = 150
 """From so many recorded operations on, a resume finds what is new by name, which costs short ones more."""
 
 PASSES_CONCURRENT = 32
