@@ -25,18 +25,17 @@ begin
       and pg_stat_get_dead_tuples(c.oid) >= p_least;
 end $$;
 
--- Whether another vacuum of a table would be in vain: the latest one left much behind, less than half as much has come
+-- The tables of which another vacuum would be in vain: the latest one left much behind, less than half as much has come
 -- since, and it was not long ago. So all vacuums together read no more than a few times what there is, and when the
--- snapshot is gone, the first one that removes something comes after p_longest at the latest.
-create or replace function is_vacuum_futile(
-  p_name text, p_dead bigint, p_count bigint, p_vacuumed_at timestamptz, p_least bigint, p_longest interval
-) returns boolean
+-- snapshot is gone, the first one that removes something comes after p_longest at the latest. None is null.
+create or replace function futile_vacuums(p_least bigint, p_longest interval) returns text[]
 language plpgsql stable set search_path from current as $$
 begin
-  return exists (
-    select from vacuum_mark m
-    where m.name = p_name and m.vacuum_count = p_count and m.left_count >= p_least and p_dead < m.left_count * 1.5
-      and p_vacuumed_at > clock_timestamp() - p_longest);
+  return (
+    select array_agg(d.name order by d.name)
+    from many_dead(p_least) d join vacuum_mark m on m.name = d.name and m.vacuum_count = d.vacuum_count
+    where m.left_count >= p_least and d.dead_count < m.left_count * 1.5
+      and d.vacuumed_at > clock_timestamp() - p_longest);
 end $$;
 
 -- Notes what vacuums that came since the last look have left. Returns whether one is to be held off, and nobody does it.
@@ -50,10 +49,7 @@ begin
   insert into vacuum_mark (name, vacuum_count, left_count)
   select d.name, d.vacuum_count, 0 from many_dead(p_least) d
   where not exists (select from vacuum_mark m where m.name = d.name);
-  return exists (
-      select from many_dead(p_least) d
-      where is_vacuum_futile(d.name, d.dead_count, d.vacuum_count, d.vacuumed_at, p_least, p_longest))
-    and pg_try_advisory_xact_lock(hashtext(current_schema()), 1007);
+  return futile_vacuums(p_least, p_longest) is not null and pg_try_advisory_xact_lock(hashtext(current_schema()), 1007);
 end $$;
 
 -- Locks, until the transaction ends, the tables whose vacuum would be in vain. Returns their names; none is null, and so
@@ -69,8 +65,7 @@ begin
     return null;
   end if;
   perform set_config('idle_in_transaction_session_timeout', '5s', true);
-  select array_agg(d.name order by d.name) into v_names from many_dead(p_least) d
-  where is_vacuum_futile(d.name, d.dead_count, d.vacuum_count, d.vacuumed_at, p_least, p_longest);
+  v_names := futile_vacuums(p_least, p_longest);
   foreach v_name in array coalesce(v_names, '{}') loop
     begin
       execute format('lock table %I.%I in share update exclusive mode nowait', current_schema(), v_name);
