@@ -60,7 +60,7 @@ async def _hold_off(connection: psycopg.AsyncConnection[Any], query: "Query[list
 
 def _report(names: list[str]) -> None:
     log.warning(
-        "millions of dead rows of %s stayed after the latest vacuum: something holds an old snapshot (see `pgconductor "
+        "very many dead rows of %s stayed after the latest vacuum: something holds an old snapshot (see `pgconductor "
         "doctor`); autovacuum is held off for now, since it would only read them again",
         ", ".join(names),
     )

@@ -39,7 +39,7 @@ async def test_it_is_held_off_while_a_snapshot_is_held_and_work_goes_on(
         with psycopg.connect(database) as reader:
             reader.execute("begin isolation level repeatable read")
             reader.execute("select 1")
-            bury(db, 1_100_000)
+            bury(db, 300_000)
             await until_row(db, "select from vacuum_mark where name = 'ready'")
             db.execute("vacuum ready")
 

@@ -1,6 +1,7 @@
 """hold_off_vacuum: autovacuum is kept from what it could not remove, and from nothing else."""
 
 from collections.abc import Generator
+from datetime import timedelta
 
 import psycopg
 import pytest
@@ -160,6 +161,11 @@ def test_it_may_come_when_the_latest_one_was_long_ago(db: Db, snapshot: Db) -> N
     assert note(db)
     assert not note(db, longest="0 seconds")
     assert hold(db, longest="0 seconds") is None
+
+
+@pytest.mark.parametrize(("millions", "minutes"), [(0.25, 10), (5, 10), (6, 12), (28, 56)])
+def test_the_more_it_left_the_longer_it_is_not_repeated(db: Db, millions: float, minutes: int) -> None:
+    assert call(db, "vacuum_rest", int(millions * 1_000_000)) == timedelta(minutes=minutes)
 
 
 def test_a_few_dead_rows_are_nobodys_concern(db: Db, snapshot: Db) -> None:

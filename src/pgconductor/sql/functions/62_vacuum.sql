@@ -25,6 +25,13 @@ begin
       and pg_stat_get_dead_tuples(c.oid) >= p_least;
 end $$;
 
+-- How long a vacuum that left p_left_count dead rows is not repeated: two minutes for each million, so that what reading
+-- them again takes is the same small share of a processor, be there many or few; at least ten minutes.
+create or replace function vacuum_rest(p_left_count bigint) returns interval
+language sql immutable set search_path from current as $$
+  select greatest(interval '10 minutes', interval '2 minutes' * (p_left_count / 1000000.0));
+$$;
+
 -- The tables of which another vacuum would be in vain: the latest one left much behind, less than half as much has come
 -- since, and it was not long ago. So all vacuums together read no more than a few times what there is, and when the
 -- snapshot is gone, the first one that removes something comes after p_longest at the latest. None is null.
@@ -35,11 +42,11 @@ begin
     select array_agg(d.name order by d.name)
     from many_dead(p_least) d join vacuum_mark m on m.name = d.name and m.vacuum_count = d.vacuum_count
     where m.left_count >= p_least and d.dead_count < m.left_count * 1.5
-      and d.vacuumed_at > clock_timestamp() - p_longest);
+      and d.vacuumed_at > clock_timestamp() - least(p_longest, vacuum_rest(m.left_count)));
 end $$;
 
 -- Notes what vacuums that came since the last look have left. Returns whether one is to be held off, and nobody does it.
-create or replace function note_vacuums(p_least bigint default 1000000, p_longest interval default '10 minutes')
+create or replace function note_vacuums(p_least bigint default 250000, p_longest interval default '1 hour')
 returns boolean
 language plpgsql volatile set search_path from current as $$
 begin
@@ -54,7 +61,7 @@ end $$;
 
 -- Locks, until the transaction ends, the tables whose vacuum would be in vain. Returns their names; none is null, and so
 -- it is while another process does it. A table that is being vacuumed, or changed, is named and not locked.
-create or replace function hold_off_vacuum(p_least bigint default 1000000, p_longest interval default '10 minutes')
+create or replace function hold_off_vacuum(p_least bigint default 250000, p_longest interval default '1 hour')
 returns json
 language plpgsql volatile set search_path from current as $$
 declare
