@@ -25,7 +25,7 @@ from pgconductor.session import ConnectionLost, Session, backoff_seconds
 
 if TYPE_CHECKING:
     from pgconductor.crew import Crew
-    from pgconductor.engine import Engine
+    from pgconductor.engine import Engine, Query
     from pgconductor.schedules import DueSchedule
     from pgconductor.worker import Worker
 
@@ -79,6 +79,7 @@ class Claimer:
         self._on_schedules = on_schedules
         self._token = 0
         self._expected: set[int] = set()
+        self._one: tuple[int, str] | None = None  # a queue, and what is to be claimed of it
         self._wake = asyncio.Event()
         self._poll_at = 0.0
         self._due_at = 0.0
@@ -124,6 +125,16 @@ class Claimer:
             self._expected |= mine
             self._wake.set()
 
+    def expect_one(self, queue_id: int, task_id: int, execution_id: str) -> None:
+        """Expect an execution, which is claimed by itself if there is nothing else to look for."""
+        if queue_id not in self._crew.by_queue or task_id not in self._crew.tasks:
+            return
+        if self._one is None and not self._expected and self._wants(queue_id):
+            self._one = (queue_id, execution_id)
+        else:
+            self._expected.add(queue_id)
+        self._wake.set()
+
     def look(self) -> None:
         """Look at everything now."""
         self._poll_at = 0.0
@@ -143,7 +154,7 @@ class Claimer:
     @property
     def is_quiet(self) -> bool:
         """Whether everything was looked at, nothing more is expected and no timer is due."""
-        has_looked = not self._is_claiming and not self._expected and self._head_at == _FOR_EVER
+        has_looked = not (self._is_claiming or self._expected or self._one) and self._head_at == _FOR_EVER
         return has_looked and min(self._poll_at, self._due_at) > time.monotonic()
 
     # ------------------------------------------------------------ the loop
@@ -191,7 +202,7 @@ class Claimer:
     def _has_reason(self) -> bool:
         if self._crew.is_held() or self._membership.is_fenced():
             return False
-        if min(self._poll_at, self._due_at, self._head_at) <= time.monotonic():
+        if self._one or min(self._poll_at, self._due_at, self._head_at) <= time.monotonic():
             return True
         return any(self._wants(queue_id) for queue_id in self._expected)
 
@@ -206,10 +217,21 @@ class Claimer:
             self._poll_at = now + self.poll_seconds * (2 if self._is_listening() else 1)
         if self._reconcile_at <= now:
             await self._reconcile()
+        if (one := self._take_one(is_alone=not is_poll and not is_due)) is not None:
+            await self._claim_one(one)
+            return
         wants = self._collect_wants(everything=is_poll or is_due or self._head_at <= now)
         self._head_at = _FOR_EVER if self._head_at <= now else self._head_at
         if wants or is_due or is_poll:  # schedules are due whether or not there is a free slot
             await self._claim(wants, fire=is_due or is_poll)
+
+    def _take_one(self, *, is_alone: bool) -> str | None:
+        """Return what is to be claimed by itself; where there is more to look for, its queue is looked at with it."""
+        one, self._one = self._one, None
+        if one is not None and (self._expected or not is_alone):
+            self._expected.add(one[0])
+            return None
+        return one and one[1]
 
     def _collect_wants(self, *, everything: bool) -> list[Want]:
         wants: list[Want] = []
@@ -224,8 +246,27 @@ class Claimer:
 
     async def _claim(self, wants: list[Want], *, fire: bool) -> None:
         self._token += 1
-        id, token, start = self._membership.id, self._token, self._scan.start(time.monotonic())
-        query = self._engine.claim(id, token, wants, self._task_ids, fire=fire, ranges=self._scan.ranges(start))
+        token, start = self._token, self._scan.start(time.monotonic())
+        ranges = self._scan.ranges(start)
+        claim = await self._ask(
+            self._engine.claim(self._membership.id, token, wants, self._task_ids, fire=fire, ranges=ranges)
+        )
+        if claim is not None:
+            self._set_due(claim.next_due, fired=fire)
+            self._on_schedules(claim.schedules)
+            self._expect_more(claim, wants, start)
+            self._distribute(claim, token)
+
+    async def _claim_one(self, execution_id: str) -> None:
+        self._token += 1
+        token = self._token
+        claim = await self._ask(self._engine.claim_one(self._membership.id, token, execution_id))
+        if claim is not None:
+            self._distribute(claim, token)
+
+    async def _ask(self, query: "Query[Claim | None]") -> Claim | None:
+        """Return what a claim brought; None if it no longer counts, since this process is not what it was."""
+        id = self._membership.id
         self._is_claiming = True
         try:
             fault("before_claim")
@@ -235,11 +276,7 @@ class Claimer:
             self._is_claiming = False
         if claim is None:
             self._on_declared_dead(id)
-        elif id == self._membership.id and not self._membership.is_fenced():
-            self._set_due(claim.next_due, fired=fire)
-            self._on_schedules(claim.schedules)
-            self._expect_more(claim, wants, start)
-            self._distribute(claim, token)
+        return claim if id == self._membership.id and not self._membership.is_fenced() else None
 
     def _expect_more(self, claim: Claim, wants: list[Want], start: Start) -> None:
         """Expect more where it was left, or came as asked for; else look again at the head, if this did not."""

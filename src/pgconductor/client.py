@@ -138,13 +138,17 @@ class LoopClient:
         return enqueued
 
     async def _enqueue_one(self, row: NewExecution) -> Enqueued:
-        with self._hints.lone_call() as carries:
+        with self._hints.lone_call() as hint:
             try:
-                return await self._enqueue(self._engine.enqueue_one(row, hint=carries))
+                enqueued = await self._enqueue(self._engine.enqueue_one(row, hint))
             except ServerError as error:
-                if not carries or getattr(error.__cause__, "sqlstate", None) != _NOTIFY_QUEUE_IS_FULL:
+                if hint is None or getattr(error.__cause__, "sqlstate", None) != _NOTIFY_QUEUE_IS_FULL:
                     raise
-            return await self._enqueue(self._engine.enqueue_one(row))
+                return await self._enqueue(self._engine.enqueue_one(row))
+        if hint == "one" and not await self.run(self._engine.confirm(row.id)):
+            again = self._engine.enqueue_again(self._engine.enqueue_one(row))
+            return await self._enqueue(again)  # the server went down before its disk had the call
+        return enqueued
 
     async def _send_alone(self, row: NewExecution) -> str:
         self._flight_count += 1

@@ -9,7 +9,7 @@ Instants are the database's. A test that moves the clock gives the engine a `clo
 """
 
 from collections.abc import Sequence
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any, Final, Literal
 
 from msgspec import UNSET, Raw, Struct, UnsetType
@@ -17,7 +17,7 @@ from msgspec import UNSET, Raw, Struct, UnsetType
 from pgconductor.events import Emitted, NewEvent, Subscription
 from pgconductor.id_array import IdArray
 from pgconductor.queries import Query as Query  # noqa: PLC0414 (who imports the engine has it from here)
-from pgconductor.queries import Report, Reports, as_is, as_text, many_reports, reader
+from pgconductor.queries import Report, Reports, as_is, as_text, is_true, many_reports, reader
 from pgconductor.queries import quote as quote  # noqa: PLC0414
 from pgconductor.relations import TableShape, TriggerRow, TriggerStep
 from pgconductor.scan import Range, ToldPlaces
@@ -334,11 +334,6 @@ class LimitRow(Struct):
     seconds: float | None = None
 
 
-def kept_seconds(kept: timedelta | None) -> float:
-    """Return how long something is kept as `TaskRow` says it."""
-    return -1.0 if kept is None else kept.total_seconds()
-
-
 # ---------------------------------------------------------------- the queries
 
 
@@ -360,10 +355,6 @@ _shapes = reader(list[TableShape])
 _names = reader(list[Named])
 _pruned = reader(Pruned)
 _steps = reader(list[Recorded])
-
-
-def _is_true(answer: object) -> bool:
-    return answer == "true"
 
 
 class Engine(Reports):
@@ -405,10 +396,10 @@ class Engine(Reports):
         parameters = (as_text(calls), notify, again, self._now())
         return self._query("enqueue", "json boolean boolean timestamptz", parameters, _enqueued, harmless=False)
 
-    def enqueue_one(self, call: NewExecution, *, hint: bool = False) -> Query[Enqueued]:
-        """The same for one plain call. `hint`: let the hint go out with the commit, if nobody else's does just now."""
+    def enqueue_one(self, call: NewExecution, hint: Literal["queue", "one"] | None = None) -> Query[Enqueued]:
+        """The same for one plain call. `hint`: let the hint go out with the commit; after "one", `confirm` the call."""
         parameters = (call.id, call.task, call.queue, call.priority, as_text(call.payload), hint, False, self._now())
-        casts = "uuid text text smallint json boolean boolean timestamptz"
+        casts = "uuid text text smallint json text boolean timestamptz"
         return self._query("enqueue_one", casts, parameters, _enqueued, harmless=False)
 
     def enqueue_alike(self, calls: AlikeExecutions) -> Query[Enqueued]:
@@ -456,6 +447,11 @@ class Engine(Reports):
         return self._query(
             "claim", "uuid bigint json int[] boolean timestamptz json", parameters, _claim, harmless=False
         )
+
+    def claim_one(self, orchestrator: str, token: int, execution: str) -> Query[Claim | None]:
+        """See 20_claim.sql."""
+        parameters = (orchestrator, token, execution, self._now())
+        return self._query("claim_one", "uuid bigint uuid timestamptz", parameters, _claim, harmless=False)
 
     def save(
         self, orchestrator: str, steps: Sequence[SavedStep], operations: Sequence[Operation]
@@ -550,7 +546,7 @@ class Engine(Reports):
     ) -> Query[bool]:
         """See 35_permits.sql. False: there is no such task or limit."""
         per = None if per_seconds is None else f"{per_seconds} seconds"
-        return self._query("set_limit", "text int text text interval", (task, limit, kind, key, per), _is_true)
+        return self._query("set_limit", "text int text text interval", (task, limit, kind, key, per), is_true)
 
     def beat(self, orchestrator: str, stopping: bool = False, places: ToldPlaces | None = None) -> Query[Beat]:
         """See 60_sweep.sql."""

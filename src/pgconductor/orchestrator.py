@@ -20,7 +20,7 @@ import platform
 import threading
 import time
 from collections.abc import Awaitable, Generator, Mapping, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from typing import TYPE_CHECKING, Any, Final, Self, cast
 from uuid import UUID, uuid4
 
@@ -388,8 +388,16 @@ class _Process:
                 self.claimer.expect(int(word) for word in words if word.isdecimal())
             else:
                 self.claimer.look()
+        elif kind == "one":
+            self._hear_of_one(words)
         elif kind == "told" and self._membership.id in words:
             self._heartbeat.poke()
+
+    def _hear_of_one(self, words: list[str]) -> None:
+        """Expect what is named: `<queue id> <task id> <execution id>`; anybody may send anything on the channel."""
+        with suppress(ValueError):
+            queue_id, task_id, execution_id = words
+            self.claimer.expect_one(int(queue_id), int(task_id), str(UUID(execution_id)))
 
     def _on_slot_free(self, worker: Worker) -> None:
         self.claimer.on_slot_free(worker)

@@ -43,6 +43,11 @@ def as_is(answer: Any) -> Any:
     return answer
 
 
+def is_true(answer: Any) -> bool:
+    """Read a boolean."""
+    return bool(answer == "true")
+
+
 def quote(name: str) -> str:
     """Quote an identifier for use in a statement."""
     return '"' + name.replace('"', '""') + '"'
@@ -80,6 +85,10 @@ class Queries:
         """Send a hint to whoever listens; the channel is the schema's name. Its commit waits for no disk."""
         statement = "select pg_notify(%s, %s), set_config('synchronous_commit', 'off', true)"
         return Query(statement, (self.schema, payload), as_is)
+
+    def confirm(self, execution: str) -> Query[bool]:
+        """See 10_enqueue.sql."""
+        return self._query("confirm", "uuid", (execution,), is_true)
 
     def hold_off_vacuum(self) -> Query[list[str] | None]:
         """See 62_vacuum.sql. None: there is nothing to hold off, or another process does it."""

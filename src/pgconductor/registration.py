@@ -2,11 +2,12 @@
 
 import inspect
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, Final, get_origin
 
 from pgconductor.annotations import admits, describe_type, hints_of, written_function
 from pgconductor.checks import check_function
-from pgconductor.engine import LimitRow, TaskRow, kept_seconds
+from pgconductor.engine import LimitRow, TaskRow
 from pgconductor.errors import ConfigurationError
 from pgconductor.events import check_columns, check_fields
 from pgconductor.model import Change, Cron, Event, Invocable, OnChange, OnEvent, Tick, Trigger
@@ -61,14 +62,18 @@ def task_row(task: Task[..., Any]) -> TaskRow:
         config.queue,
         config.max_attempts,
         config.max_crashes,
-        keep_completed=kept_seconds(config.keep_completed),
-        keep_failed=kept_seconds(config.keep_failed),
+        keep_completed=_kept_seconds(config.keep_completed),
+        keep_failed=_kept_seconds(config.keep_failed),
         expires=None if config.expires is None else config.expires.total_seconds(),
         window_start=None if window is None else window.start.isoformat(),
         window_end=None if window is None else window.end.isoformat(),
         window_zone=None if window is None else window.tz,
         limits=_limits(config),
     )
+
+
+def _kept_seconds(kept: timedelta | None) -> float:
+    return -1.0 if kept is None else kept.total_seconds()
 
 
 def _limits(config: TaskConfig) -> list[LimitRow]:

@@ -122,8 +122,9 @@ async def test_f1_15_a_sleep_whose_registration_s_reply_was_swallowed_is_slept_o
 
 
 @pytest.mark.covers("F45")
-async def test_f4_45_an_enqueue_whose_reply_was_swallowed_makes_one_execution(world: World) -> None:
-    swallowed = world.proxy.arm("swallow", "enqueue_one")
+@pytest.mark.parametrize("call", ["enqueue_one", "confirm"])
+async def test_f4_45_an_enqueue_whose_reply_was_swallowed_makes_one_execution(world: World, call: str) -> None:
+    swallowed = world.proxy.arm("swallow", call)
     with app.bound_to(world.proxied_dsn, Engine("pgconductor")):
         run = await program.invoke([step("a")])
         await app.close()

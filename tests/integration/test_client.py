@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from pgconductor import Batch, BatchContext, Call, Conductor, Context, SyncContext, Tick, cron, hints, invocable
 from pgconductor.calls import CallPlan
 from pgconductor.client import LoopClient
-from pgconductor.engine import NewExecution
+from pgconductor.engine import NewExecution, Query
 from pgconductor.errors import (
     ConfigurationError,
     EncodeError,
@@ -469,17 +469,24 @@ async def listening(database: str) -> AsyncGenerator[psycopg.AsyncConnection[Any
         yield listener
 
 
+def task_id(db: Db) -> int:
+    found = db.execute("select id from task").fetchone()
+    assert found is not None
+    return int(found["id"])
+
+
 async def test_a_call_after_a_silence_is_hinted_by_its_commit_and_those_right_behind_it_together(
-    app: Conductor, database: str
+    app: Conductor, db: Db, database: str
 ) -> None:
     task = await silent(app)
     async with listening(database) as listener:
         before = client_of(app).pool.query_count
 
-        await task.invoke(1)
+        run = await task.invoke(1)
 
-        assert [hint.payload async for hint in listener.notifies(timeout=30, stop_after=1)] == ["ready 1"]
-        assert client_of(app).pool.query_count - before == 1
+        (hint,) = [hint.payload async for hint in listener.notifies(timeout=30, stop_after=1)]
+        assert hint == f"one 1 {task_id(db)} {run.id}"
+        assert client_of(app).pool.query_count - before == 2  # it is confirmed by another
         for number in range(2, 6):
             await task.invoke(number)
         await app.close()  # what is on its way arrives
@@ -498,9 +505,10 @@ async def test_calls_that_take_longer_than_the_pause_bring_their_hints_along(
             await task.invoke(number)
         await app.close()
 
-        assert client_of(app).pool.query_count - before == 20
-        heard = [hint.payload async for hint in listener.notifies(timeout=30, stop_after=20)]
-        assert heard == ["ready 1"] * 20
+        assert client_of(app).pool.query_count - before == 21  # the first comes after a silence
+        first, *others = [hint.payload async for hint in listener.notifies(timeout=30, stop_after=20)]
+        assert first.startswith("one 1 ")
+        assert others == ["ready 1"] * 19
 
 
 async def test_other_hints_go_out_beside_one_call_after_the_other(app: Conductor, database: str) -> None:
@@ -529,12 +537,39 @@ async def test_what_was_gathered_while_a_call_carried_its_hint_is_hinted_still(a
     await silent(app)
     client = client_of(app)
     before = client.pool.query_count
-    with client._hints.lone_call() as carries:
-        assert carries
+    with client._hints.lone_call() as hint:
+        assert hint == "one"
         client.hint([1])  # of a call that was committed after the one that carries, and answered before it
         client._hints.went_along([1])
     await client.close()
     assert client.pool.query_count - before == 1
+
+
+async def test_a_hint_does_not_name_one_call_alone_while_others_are_gathered(app: Conductor) -> None:
+    await silent(app)
+    client = client_of(app)
+    client._hints._queues.add(1)
+    with client._hints.lone_call() as hint:
+        assert hint == "queue"
+    await client.close()
+
+
+async def test_a_call_that_the_server_lost_before_its_disk_had_it_is_made_again(
+    app: Conductor, db: Db, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = await silent(app)
+    client = client_of(app)
+    confirm = client._engine.confirm
+
+    def lose(execution_id: str) -> Query[bool]:
+        db.execute("delete from ready where execution_id = %s", (execution_id,))
+        db.execute("delete from execution where id = %s", (execution_id,))
+        db.execute("delete from audit.history where execution_id = %s", (execution_id,))
+        return confirm(execution_id)
+
+    monkeypatch.setattr(client._engine, "confirm", lose)
+    run = await task.invoke(1)
+    assert run.id in [row["id"] for row in executions(db)]
 
 
 async def test_calls_at_the_same_time_are_hinted_by_one_commit_or_behind_them(app: Conductor, database: str) -> None:
@@ -543,5 +578,5 @@ async def test_calls_at_the_same_time_are_hinted_by_one_commit_or_behind_them(ap
         await asyncio.gather(*(task.invoke(number) for number in range(200)))
         await app.close()
         heard = [hint.payload async for hint in listener.notifies(timeout=0.5)]
-    assert set(heard) == {"ready 1"}
+    assert {hint for hint in heard if not hint.startswith("one ")} <= {"ready 1"}
     assert len(heard) < 100  # one after the other, while the pool's other connections go on

@@ -3,12 +3,15 @@
 import asyncio
 import time
 from collections import Counter
+from uuid import UUID
 
 import psycopg
 import pytest
 from psycopg.rows import DictRow
 
 from pgconductor import Conductor, Context, Orchestrator, scan
+from pgconductor.claimer import Claimer
+from pgconductor.engine import Claim, Query
 from pgconductor.membership import Timing
 from pgconductor.scan import Start
 from tests.waiting import until
@@ -19,6 +22,11 @@ Db = psycopg.Connection[DictRow]
 
 def states(db: Db) -> Counter[str]:
     return Counter(row["state"] for row in db.execute("select state from executions"))
+
+
+def claimer_of(orchestrator: Orchestrator) -> Claimer:
+    assert orchestrator._process is not None
+    return orchestrator._process.claimer
 
 
 async def test_drain_runs_everything_and_stops(app: App, db: Db) -> None:
@@ -55,6 +63,45 @@ async def test_drain_takes_due_timers_along_and_leaves_later_ones(app: App, db: 
     assert until_due.rowcount == 1
     await Orchestrator(app).drain()
     assert states(db) == {"completed": 1, "scheduled": 1}
+
+
+async def test_a_lone_call_is_claimed_by_itself(app: App, db: Db, monkeypatch: pytest.MonkeyPatch) -> None:
+    @app.task
+    async def double(ctx: Context, number: int) -> int:
+        return 2 * number
+
+    async with Orchestrator(app) as orchestrator:
+        claimer = claimer_of(orchestrator)
+        await until(lambda: claimer.is_quiet)
+        named: list[str] = []
+        claim_one = claimer._engine.claim_one
+
+        def noted(orchestrator: str, token: int, execution: str) -> Query[Claim | None]:
+            named.append(execution)
+            return claim_one(orchestrator, token, execution)
+
+        monkeypatch.setattr(claimer._engine, "claim_one", noted)
+        run = await double.invoke(21)
+        assert await run.result() == 42
+        assert named == [str(run.id)]
+
+
+async def test_hints_at_what_is_not_there_disturb_nothing(app: App, db: Db) -> None:
+    @app.task
+    async def double(ctx: Context, number: int) -> int:
+        return 2 * number
+
+    async with Orchestrator(app) as orchestrator:
+        claimer = claimer_of(orchestrator)
+        await until(lambda: claimer.is_quiet)
+        found = db.execute("select l.queue_id, l.task_id from lane l").fetchone()
+        assert found is not None
+        place, id = f"{found['queue_id']} {found['task_id']}", UUID(int=1)
+        for words in ["", "1 1", f"{place} x", f"x 1 {id}", f"999 999 {id}", f"{place} {id} 1", f"{place} {id}"]:
+            db.execute("select pg_notify('pgconductor', %s)", (f"one {words}",))
+
+        assert await (await double.invoke(21)).result() == 42
+        assert claimer.error_count == 0
 
 
 async def test_a_queue_runs_no_more_than_its_concurrency(app: App) -> None:
@@ -197,8 +244,7 @@ async def test_a_process_that_starts_begins_where_the_claims_of_others_have_come
             assert await (await work.invoke(number)).result(timeout=30) == number
         await until(lambda: bool(db.execute("select from orchestrator where places is not null").fetchall()))
         async with Orchestrator(app) as second:
-            assert second._process is not None
-            begun = second._process.claimer.scan
+            begun = claimer_of(second).scan
             assert begun.start(time.monotonic()) is not Start.HEAD
             assert begun.ranges(Start.LAST)
             assert await (await work.invoke(3)).result(timeout=30) == 3

@@ -162,10 +162,20 @@ class EngineMachine(RuleBasedStateMachine):
         tasks = array([each["id"] for each in self.db.execute("select id from task order by id")])
         wants = [{"queue": each["id"], "limit": limit} for each in self.db.execute("select id from queue")]
         answer = call(self.db, "claim", worker, self.token, wants, tasks, fire, at(self.now))
-        if answer is None:
-            return 0
-        claimed: list[list[Any]] = answer["claimed"] or []
-        assert len(claimed) <= limit * len(wants)
+        claimed = self._hold(worker, answer)
+        assert claimed <= limit * len(wants)
+        return claimed
+
+    @precondition(lambda self: bool(self.known))
+    @rule(worker=workers, number=numbers)
+    def claim_one(self, worker: UUID, number: int) -> None:
+        self.token += 1
+        answer = call(self.db, "claim_one", worker, self.token, UUID(self._pick(number)), at(self.now))
+        assert self._hold(worker, answer) <= 1
+
+    def _hold(self, worker: UUID, answer: Json | None) -> int:
+        """Note what a claim brought; return how many."""
+        claimed: list[list[Any]] = (answer or {}).get("claimed") or []
         for row in claimed:
             assert str(row[0]) not in self.ended
             self.held.append(Held(str(row[0]), worker, self.token, parent=row[7] and str(row[7])))

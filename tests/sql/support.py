@@ -96,6 +96,11 @@ def claim(
     ]
     answer = call(db, "claim", worker, token, wants, array(known), fire, at(now))
     assert answer is not None, "the worker was declared dead"
+    return claimed_of(answer)
+
+
+def claimed_of(answer: Json) -> list[Json]:
+    """Return what a claim brought, by name."""
     names = (
         "id",
         "task_id",
@@ -109,8 +114,10 @@ def claim(
         "trigger",
         "cached",
         "steps",
+        "trigger_kind",
+        "trigger_data",
     )
-    rows: list[list[Any]] = answer["claimed"] or []
+    rows: list[list[Any]] = answer.get("claimed") or []
     return [dict(zip(names, row, strict=False)) for row in rows]
 
 

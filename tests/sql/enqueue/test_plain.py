@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from typing import Any, TypeAlias
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import psycopg
 import pytest
@@ -10,14 +10,14 @@ import pytest
 from pgconductor.id_array import IdArray
 from pgconductor.ids import new_ids
 from tests.flow.support import concurrency, limited, set_limit
-from tests.sql.support import Db, array, at, claim, count, enqueue, register, row, session, state
+from tests.sql.support import Db, Json, array, at, call, claim, complete, count, enqueue, register, row, session, state
 
 Enqueue: TypeAlias = Callable[..., list[str]]
 
 
 def one_by_one(db: Db, ids: list[str], payloads: tuple[str, ...], call: tuple[Any, ...], *, again: bool) -> None:
     for id, payload in zip(ids, payloads, strict=True):
-        marks = "cast(%s as uuid), %s, %s, cast(%s as smallint), cast(%s as json), false, %s, %s"
+        marks = "cast(%s as uuid), %s, %s, cast(%s as smallint), cast(%s as json), null, %s, %s"
         db.execute(f"select enqueue_one({marks})", (id, *call, payload, again, at(0)))
 
 
@@ -153,20 +153,87 @@ def test_a_plain_call_says_where_there_is_new_work(db: Db) -> None:
     assert [answer and answer["it"]["queues"] for answer in answers] == [[queue["id"]]] * 2
 
 
+HINTED = "cast(%s as uuid), 'work', null, cast(0 as smallint), cast('{}' as json), p_hint => %s, p_now => %s"
+
+
+def hinted(db: Db, hint: str, id: UUID | None = None) -> Json:
+    answer = db.execute(f"select enqueue_one({HINTED}) as it".encode(), (id or uuid4(), hint, at(0))).fetchone()
+    assert answer is not None
+    found: Json = answer["it"]
+    return found
+
+
+def lane(db: Db) -> tuple[int, int]:
+    found = db.execute("select l.queue_id, l.task_id from lane l join task t on t.id = l.task_id where t.name = 'work'")
+    (only,) = found.fetchall()
+    return only["queue_id"], only["task_id"]
+
+
+def setting(db: Db, name: str) -> str:
+    found = db.execute("select current_setting(%s) as it", (name,)).fetchone()
+    assert found is not None
+    return str(found["it"])
+
+
 def test_a_call_may_bring_its_hint_along_one_at_a_time(db: Db, database: str) -> None:
     register(db, "work")
-    queue = db.execute("select id from queue where name = 'default'").fetchone()
-    assert queue is not None
-    marks = "cast(%s as uuid), 'work', null, cast(0 as smallint), cast('{}' as json), p_hint => true"
-    call = f"select enqueue_one({marks}) as it".encode()
+    queue, _ = lane(db)
     with session(database) as other:
         other.execute("listen pgconductor")
         with db.transaction():
-            assert db.execute(call, (uuid4(),)).fetchone() == {"it": {"queues": [queue["id"]], "hinted": True}}
-            assert other.execute(call, (uuid4(),)).fetchone() == {"it": {"queues": [queue["id"]]}}
+            assert hinted(db, "queue") == {"queues": [queue], "hinted": True}
+            assert setting(db, "synchronous_commit") == "on"
+            assert hinted(other, "queue") == {"queues": [queue]}
+            assert hinted(other, "one") == {"queues": [queue]}
             assert [*other.notifies(timeout=0)] == []
-        assert [hint.payload for hint in other.notifies(timeout=30, stop_after=1)] == [f"ready {queue['id']}"]
+        assert [hint.payload for hint in other.notifies(timeout=30, stop_after=1)] == [f"ready {queue}"]
         assert [*other.notifies(timeout=0)] == []
+
+
+def test_a_hint_may_name_the_call_and_go_out_before_the_disk_has_it(db: Db, database: str) -> None:
+    register(db, "work")
+    queue, task = lane(db)
+    id = uuid4()
+    with session(database) as other:
+        other.execute("listen pgconductor")
+        with db.transaction():
+            assert hinted(db, "one", id) == {"queues": [queue], "hinted": True}
+            assert setting(db, "synchronous_commit") == "off"
+        assert [hint.payload for hint in other.notifies(timeout=30, stop_after=1)] == [f"one {queue} {task} {id}"]
+
+
+def test_a_call_of_a_task_with_a_window_is_hinted_by_its_queue(db: Db, database: str) -> None:
+    register(db, "work", window_start="00:00", window_end="23:59", window_zone="UTC")
+    queue, _ = lane(db)
+    with session(database) as other:
+        other.execute("listen pgconductor")
+        with db.transaction():
+            assert hinted(db, "one")["hinted"]
+            assert setting(db, "synchronous_commit") == "on"
+        assert [hint.payload for hint in other.notifies(timeout=30, stop_after=1)] == [f"ready {queue}"]
+
+
+def test_to_confirm_a_call_waits_for_the_disk(db: Db) -> None:
+    register(db, "work")
+    id = uuid4()
+    hinted(db, "one", id)
+    with db.transaction():
+        assert call(db, "confirm", id) is True
+        written = db.execute("select pg_current_xact_id_if_assigned() as it").fetchone()
+        assert written is not None
+        assert written["it"] is not None  # the commit of nothing would wait for nothing
+        assert setting(db, "synchronous_commit") == "on"
+
+
+def test_a_call_that_was_lost_is_not_confirmed_and_one_that_was_removed_is(db: Db) -> None:
+    assert call(db, "confirm", uuid4()) is False
+    register(db, "work", keep_completed=0)
+    id = uuid4()
+    hinted(db, "one", id)
+    claim(db)
+    complete(db, str(id))
+    assert count(db, "execution") == 0
+    assert call(db, "confirm", id) is True
 
 
 def test_a_list_of_ids_is_the_array_of_them(db: Db) -> None:

@@ -273,18 +273,19 @@ end $$;
 -- effect is the same.
 -- Two inserts and one lookup; half the cost of enqueue.
 -- p_hint: send the hint with this commit; hinted says whether it does. A NOTIFY makes all others of the server wait
--- until its commit is on the disk. So one call at a time has it, and the callers of the others send theirs.
+-- until its commit is on the disk. So one call at a time has it, and the callers of the others send theirs. 'queue' names
+-- the queue. 'one' names this execution, and its commit waits for no disk, so that whoever takes it does so meanwhile:
+-- the call counts as accepted when confirm has been answered.
 create or replace function enqueue_one(
-  p_id uuid, p_task text, p_queue text, p_priority smallint, p_payload json, p_hint boolean default false,
+  p_id uuid, p_task text, p_queue text, p_priority smallint, p_payload json, p_hint text default null,
   p_again boolean default false, p_now timestamptz default null
 ) returns json
 language plpgsql volatile set search_path from current set enable_seqscan = off set enable_mergejoin = off set jit = off set plan_cache_mode = force_generic_plan as $$
 declare
-  v_lane int;
-  v_queue int;
+  v_lane record;
   v_ord bigint;
 begin
-  select l.id, l.queue_id into v_lane, v_queue
+  select l.id, l.queue_id, t.id as task_id, t.window_start is null as is_open into v_lane
   from task t join lane l on l.task_id = t.id
   where t.name = p_task and not l.is_limited and t.expires_in is null
     and l.queue_id = case when p_queue is null then t.queue_id else (select id from queue where name = p_queue) end;
@@ -295,13 +296,28 @@ begin
   end if;
   v_ord := nextval('execution_ord');
   insert into execution (id, ord, created_at, lane_id, priority, payload)
-  values (p_id, v_ord, instant(p_now), v_lane, p_priority, p_payload);
-  insert into ready (lane_id, priority, ord, execution_id) values (v_lane, p_priority, v_ord, p_id);
-  if p_hint and pg_try_advisory_xact_lock(hashtext(current_schema()), 1006) then
-    perform pg_notify(current_schema(), 'ready ' || v_queue);
-    return ('{"queues":[' || v_queue || '],"hinted":true}')::json;
+  values (p_id, v_ord, instant(p_now), v_lane.id, p_priority, p_payload);
+  insert into ready (lane_id, priority, ord, execution_id) values (v_lane.id, p_priority, v_ord, p_id);
+  if p_hint is null or not pg_try_advisory_xact_lock(hashtext(current_schema()), 1006) then
+    return ('{"queues":[' || v_lane.queue_id || ']}')::json;
   end if;
-  return ('{"queues":[' || v_queue || ']}')::json;
+  if p_hint = 'one' and v_lane.is_open then
+    perform pg_notify(current_schema(), 'one ' || v_lane.queue_id || ' ' || v_lane.task_id || ' ' || p_id),
+            set_config('synchronous_commit', 'off', true);
+  else
+    perform pg_notify(current_schema(), 'ready ' || v_lane.queue_id);
+  end if;
+  return ('{"queues":[' || v_lane.queue_id || '],"hinted":true}')::json;
+end $$;
+
+-- Makes sure that an execution which was enqueued without waiting for the disk is there to stay: the commit of this
+-- call waits for the disk, or the standby, and what was committed before it is there with it. Returns whether it is
+-- there, or was: a server that went down in between may have lost it.
+create or replace function confirm(p_id uuid) returns boolean
+language plpgsql volatile set search_path from current as $$
+begin
+  perform pg_logical_emit_message(true, 'pgconductor', '');  -- without a change, nothing would be waited for
+  return exists (select from execution where id = p_id) or exists (select from removed where execution_id = p_id);
 end $$;
 
 -- The same for plain calls that differ in nothing but their payloads: p_payloads is an array, in the order of p_ids.

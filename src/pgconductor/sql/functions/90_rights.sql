@@ -20,14 +20,14 @@
 create or replace function rights() returns table (kind text, object text, runs_as text, names text[])
 language sql immutable set search_path from current as $$
   values
-    ('enqueuer', 'function', 'owner', '{invoke,enqueue,enqueue_one,enqueue_alike,emit,emit_events,state_of,
+    ('enqueuer', 'function', 'owner', '{invoke,enqueue,enqueue_one,enqueue_alike,confirm,emit,emit_events,state_of,
       watch_result,watch_results}'::text[]),
     ('reader', 'view', 'owner', '{executions,failed_executions,steps,queues,workers,schedules,events,trigger_errors}'),
     ('reader', 'table', null, '{migration}'),
     ('reader', 'function', 'owner', '{why_not_running,state_of,list_runs,show_run,list_queues,list_tasks,list_workers,
       list_schedules,list_events,list_subscriptions,list_roles,overview,describe_rows}'),
     ('worker', 'function', 'owner', '{register_tasks,register_queues,register_orchestrator,note_tasks,register_schedules,
-      register_subscriptions,claim,save,save_transaction,settle,beat,sweep,hold_off_vacuum,prune,reconcile,retire,fire_timers,
+      register_subscriptions,claim,claim_one,save,save_transaction,settle,beat,sweep,hold_off_vacuum,prune,reconcile,retire,fire_timers,
       fire_schedules,load_steps,outstanding,cancel_as_step,schedule_as_step,unschedule_as_step}'),
     ('worker', 'function', 'owner', '{cancel,cancel_by_key,redrive,pause_queue,resume_queue,set_limit,schedule,unschedule,
       pause_schedules,fire_now,keep_events}'),
