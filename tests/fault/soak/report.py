@@ -25,6 +25,8 @@ class Found:
     kills: int = 0
     recovery_seconds: list[float] = field(default_factory=list[float])
     problems: list[str] = field(default_factory=list[str])
+    turns: list[tuple[float, float]] = field(default_factory=list[tuple[float, float]])
+    """Runs a second of this database and of a new one on the same server, right after each other."""
 
 
 def rate(samples: Sequence[Sample]) -> float:
@@ -49,6 +51,11 @@ def line(samples: Sequence[Sample]) -> str:
     return f"{last.at - samples[0].at:6.0f} s  {rate(samples[-2:]):8,.0f} runs/s  dead: {dead}"
 
 
+def turn_line(turn: tuple[float, float]) -> str:
+    """Say what a turn has shown."""
+    return f"by turns: {turn[0]:,.0f} runs/s, {turn[1]:,.0f} in a new database ({turn[0] / turn[1]:.3f})"
+
+
 def figures(found: Found) -> dict[str, Any]:
     """Return the sums."""
     first, last = windows(found.samples)
@@ -71,6 +78,8 @@ def figures(found: Found) -> dict[str, Any]:
         "runs_per_cpu_second_last": round(_per_cpu(last), 1),
         "machine_speed_last_over_first": round(speed, 3),
         "last_over_first_at_equal_speed": round(ratio / speed, 3),
+        "turns": [[round(rate) for rate in turn] for turn in found.turns],
+        "soaked_over_new": round(statistics.median(old / new for old, new in found.turns), 3) if found.turns else None,
         "kills": found.kills,
         "recovery_seconds_p50": statistics.median(recovery) if recovery else None,
         "recovery_seconds_p99": recovery[int(0.99 * (len(recovery) - 1))] if recovery else None,
@@ -107,7 +116,8 @@ def summary(found: Found) -> str:
         f" {sums['runs_per_second_first']:,} runs/s at first, {sums['runs_per_second_last']:,} at last"
         f" ({sums['last_over_first']}, at equal speed of the machine {sums['last_over_first_at_equal_speed']};"
         f" a processor second {sums['runs_per_cpu_second_first']}"
-        f" and {sums['runs_per_cpu_second_last']}); recovery p99 {sums['recovery_seconds_p99']} s"
+        f" and {sums['runs_per_cpu_second_last']}); by turns with a new database {sums['soaked_over_new']};"
+        f" recovery p99 {sums['recovery_seconds_p99']} s"
     )
 
 
@@ -128,6 +138,7 @@ Written by `make soak`, not by hand. Load at saturation (tasks that do nothing, 
 waits for two children) on {sums["cores"]} cores with everything on them, {sums["minutes"]} minutes; one of two worker
 processes killed every few seconds. {held}. The speed of the machine is that of a loop of additions,
 timed on its own processor clock with each reading: the machine is a guest, and what is beside it slows it.
+So at the end it took turns with a new database on the same server, nobody being killed meanwhile.
 """
     rows = [
         (
@@ -139,6 +150,11 @@ timed on its own processor clock with each reading: the machine is a guest, and 
             "speed of the machine, last over first; at equal speed",
             f"{sums['machine_speed_last_over_first']}; {sums['last_over_first_at_equal_speed']}",
         ),
+        (
+            "by turns at the end: runs a second, and in a new database on the same server",
+            "; ".join(f"{old:,}, {new:,}" for old, new in sums["turns"]) or "not measured",
+        ),
+        ("of the new database's rate, median", str(sums["soaked_over_new"] or "not measured")),
         (
             "runs a processor second, first and last",
             f"{sums['runs_per_cpu_second_first']}, {sums['runs_per_cpu_second_last']}",

@@ -12,12 +12,18 @@ language plpgsql volatile set search_path from current as $$
 declare
   v_found record;
   v_nested json;
+  v_large json;
 begin
   if p_items is null or octet_length(p_items::text) <= 1048576 then
     return;
   end if;
+  -- what is larger than allowed stands in an item that is: of ten thousand children none need be taken apart
+  select json_agg(i) into v_large from json_array_elements(p_items) i where octet_length(i::text) > 1048576;
+  if v_large is null then
+    return;
+  end if;
   select f.key, octet_length(f.value::text) as size into v_found
-  from json_array_elements(p_items) i cross join lateral json_each(i) f
+  from json_array_elements(v_large) i cross join lateral json_each(i) f
   where f.key not in ('ops', 'children', 'awaits', 'fresh', 'event') and octet_length(f.value::text) > 1048576 limit 1;
   if found then
     raise exception 'a % is % bytes of JSON, at most 1048576 are allowed', v_found.key, v_found.size
@@ -25,7 +31,7 @@ begin
   end if;
   for v_nested in
     select case json_typeof(f.value) when 'object' then json_build_array(f.value) else f.value end
-    from json_array_elements(p_items) i cross join lateral json_each(i) f
+    from json_array_elements(v_large) i cross join lateral json_each(i) f
     where f.key in ('ops', 'children', 'event') and json_typeof(f.value) in ('array', 'object')
   loop
     perform check_sizes(v_nested);
