@@ -7,6 +7,7 @@ from uuid import UUID
 
 import pytest
 
+from pgconductor import hints
 from tests.fault.programs import Program, app, child, children, gate, program, sleep, step, transaction
 from tests.fault.supervisor import SLOWER, World
 from tests.waiting import until
@@ -90,6 +91,20 @@ async def test_f3_30_a_park_of_a_claim_that_a_crash_undid_leaves_nothing_in_memo
     world.proxy.heal()
     await run.result(30)
     assert len(world.children_of(run.id)) == 2
+
+
+@pytest.mark.covers("F30")
+async def test_f3_30_a_call_after_a_silence_is_there_when_postgres_is_killed_as_soon_as_it_has_returned(
+    world: World,
+) -> None:
+    """Such a call is committed without waiting for the disk, so that a worker may begin; then it is confirmed."""
+    for number in range(5):
+        await asyncio.sleep(2 * hints.SILENCE_SECONDS)
+        run = await program.invoke([step(f"a{number}")])
+        await asyncio.to_thread(world.server.kill)
+        await asyncio.to_thread(world.server.start)
+        assert world.one("select count(*) from execution where id = %s", run.id) == 1
+    world.worker()
 
 
 def undo_claim(world: World, id: UUID, cached_by: UUID | None = None, cached_seq: int | None = None) -> None:

@@ -274,8 +274,8 @@ end $$;
 -- Two inserts and one lookup; half the cost of enqueue.
 -- p_hint: send the hint with this commit; hinted says whether it does. A NOTIFY makes all others of the server wait
 -- until its commit is on the disk. So one call at a time has it, and the callers of the others send theirs. 'queue' names
--- the queue. 'one' names this execution, and its commit waits for no disk, so that whoever takes it does so meanwhile:
--- the call counts as accepted when confirm has been answered.
+-- the queue. 'one' names this execution, and its commit waits for no disk, so that a worker begins meanwhile: the call
+-- counts as accepted when confirm has been answered.
 create or replace function enqueue_one(
   p_id uuid, p_task text, p_queue text, p_priority smallint, p_payload json, p_hint text default null,
   p_again boolean default false, p_now timestamptz default null
