@@ -6,7 +6,21 @@ import psycopg
 import pytest
 
 from tests.flow.support import concurrency
-from tests.sql.support import Db, Json, at, claim, claim_one, complete, count, enqueue, op, park, register, release
+from tests.sql.support import (
+    Db,
+    Json,
+    at,
+    blank,
+    claim,
+    claim_one,
+    complete,
+    count,
+    enqueue,
+    op,
+    park,
+    register,
+    release,
+)
 
 PAYLOADS = [{"n": 1}, {}, {"text": 'a "quoted" \\ ü'}, {"list": [None, {"alike": 1}]}]
 IGNORED = {"id", "ord", "execution_id", "parent_id", "root_id", "child_id", "seq", "cached_seq"}
@@ -124,7 +138,7 @@ def test_a_payload_that_is_too_large_is_refused_and_many_that_are_large_together
 
 
 def test_more_children_than_allowed_are_refused(db: Db, parent: str) -> None:
-    many = as_arrays(op(parent, "all", "invoke_all", *[{"payload": {}}] * 10_001))
+    many = as_arrays(op(parent, "all", "invoke_all", *blank(10_001)))
     with pytest.raises(psycopg.Error, match="10001 children"):
         park(db, parent, many)
     assert count(db, "execution") == 1
