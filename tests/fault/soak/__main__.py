@@ -1,8 +1,7 @@
 """`make soak`, or `python -m tests.fault.soak --help`: hours in little.
 
 Load at saturation, worker processes killed one after the other, and a snapshot held open all the while, so that no dead
-row can be removed. Measured is whether it slows down: the end against the beginning, and, since a machine has its ups
-and downs in so long a time, at the end by turns with a new database on the same server.
+row can be removed. Measured is whether it slows down.
 """
 
 import asyncio
@@ -21,7 +20,6 @@ import psycopg
 from rich.console import Console
 
 from pgconductor.embedded import EmbeddedServer
-from pgconductor.engine import Engine
 from tests import invariants
 from tests.fault.programs import app
 from tests.fault.soak import report
@@ -40,8 +38,6 @@ BATCH = 500
 TREES = 10
 RECOVERY_SECONDS_MAX = 60.0
 END_SECONDS_MAX = 120.0
-TURN_SECONDS = 40.0
-TURN_WARM_UP_SECONDS = 10.0
 _BACKLOG = """
 select count(*) as count, min(place) as first from (
   select place_of(priority, ord) as place from ready
@@ -54,16 +50,14 @@ select count(*) as count, min(place) as first from (
 @click.option("--minutes", type=click.FloatRange(1.5), default=40.0, show_default=True, help="How long.")
 @click.option("--seed", default=1, show_default=True, help="Chooses whom to kill.")
 @click.option("--snapshot/--no-snapshot", default=True, show_default=True, help="Hold a snapshot open all the while.")
-@click.option("--turns", default=5, show_default=True, help="How often it takes turns with a new database at the end.")
 @click.option("--output", type=Path, default=Path(".chaos"), show_default=True, help="Where soak.md and .json go.")
-def main(minutes: float, seed: int, snapshot: bool, turns: int, output: Path) -> None:
+def main(minutes: float, seed: int, snapshot: bool, output: Path) -> None:
     """Load the engine for a long time, and see whether it slows down."""
     console = Console(width=None if sys.stdout.isatty() else 140)
     home = Path(tempfile.mkdtemp(prefix="soak-"))
     try:
         with running_server() as server:
-            soak = _Soak(console, random.Random(seed), snapshot)  # noqa: S311
-            found = asyncio.run(soak.run(server, home, minutes * 60, turns))
+            found = asyncio.run(_Soak(console, random.Random(seed), snapshot).run(server, home, minutes * 60))  # noqa: S311
     finally:
         shutil.rmtree(home, ignore_errors=True)
     output.mkdir(parents=True, exist_ok=True)
@@ -80,50 +74,18 @@ class _Soak:
         self._chance = chance
         self._found = report.Found(has_snapshot=snapshot)
         self._is_over = False
-        self._fed: dict[World, tuple[int, int]] = {}
 
-    async def run(self, server: EmbeddedServer, home: Path, seconds: float, turns: int) -> report.Found:
-        async with open_world(server, home / "soaked", is_audited=False) as world:
-            await self._start_all(world)
+    async def run(self, server: EmbeddedServer, home: Path, seconds: float) -> report.Found:
+        async with open_world(server, home, is_audited=False) as world:
+            for worker in [self._start(world) for _ in range(WORKERS)]:
+                await worker.up()
             async with self._held_snapshot(world):
                 others = [asyncio.create_task(self._feed(world)), asyncio.create_task(self._kill(world))]
                 await self._sample(world, seconds)
                 self._is_over = True
                 await asyncio.gather(*others)
-                if turns:
-                    await self._take_turns(server, home, world, turns)
             await self._end(world)
         return self._found
-
-    async def _start_all(self, world: World) -> None:
-        for worker in [self._start(world) for _ in range(WORKERS)]:
-            await worker.up()
-
-    async def _take_turns(self, server: EmbeddedServer, home: Path, soaked: World, turns: int) -> None:
-        """Load this database and a new one in turns, nobody being killed."""
-        async with open_world(server, home / "new", is_audited=False) as new:
-            await self._start_all(new)
-            for _ in range(turns):
-                self._found.turns.append((await self._turn(soaked), await self._turn(new)))
-                self._console.print(report.turn_line(self._found.turns[-1]), highlight=False)
-            for worker in new.workers:
-                worker.terminate()
-                await worker.ended()
-
-    async def _turn(self, world: World) -> float:
-        """Load one database for a while; return the runs a second."""
-        self._is_over = False
-        with app.bound_to(world.dsn, Engine("pgconductor")), psycopg.connect(world.dsn, autocommit=True) as conn:
-            feeding = asyncio.create_task(self._feed(world))
-            await asyncio.sleep(TURN_WARM_UP_SECONDS)
-            before = self._read(world, conn)
-            await asyncio.sleep(TURN_SECONDS)
-            after = self._read(world, conn)
-            self._is_over = True
-            await feeding
-            await until(lambda: not world.rows("select 1 from lease limit 1"), END_SECONDS_MAX)
-            await app.close()
-        return report.rate([before, after])
 
     def _start(self, world: World) -> Worker:
         return world.worker(concurrency=CONCURRENCY, module="tests.fault.soak.tasks")
@@ -138,7 +100,7 @@ class _Soak:
 
     async def _feed(self, world: World) -> None:
         """Keep the backlog full."""
-        number, passed = self._fed.get(world, (0, 0))
+        number = passed = 0
         while not self._is_over:
             # from where it was last: the rows before are dead, and looking through them would be the larger load
             (found,) = await asyncio.to_thread(world.rows, _BACKLOG, passed, BACKLOG)
@@ -149,7 +111,6 @@ class _Soak:
             number += BATCH
             calls: list[Any] = [nothing.bind(n) for n in range(number, number + BATCH - TREES)]
             await app.invoke_many([*calls, *(tree.bind(n) for n in range(TREES))])
-        self._fed[world] = number, passed
 
     async def _kill(self, world: World) -> None:
         while not self._is_over:

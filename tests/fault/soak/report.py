@@ -1,5 +1,6 @@
 """From the readings of a soak to a page, and to a file for programs."""
 
+import itertools
 import json
 import os
 import statistics
@@ -12,6 +13,10 @@ from tests.fault.soak.measure import HOT, Sample
 
 WINDOW_SECONDS = 300.0
 GOAL = 0.9
+ALIKE = 0.1
+"""How far the speed of the machine may differ where two stretches are compared."""
+STEADY = 0.15
+"""How far it may change within a stretch."""
 _MIB = 1024 * 1024
 
 
@@ -25,8 +30,6 @@ class Found:
     kills: int = 0
     recovery_seconds: list[float] = field(default_factory=list[float])
     problems: list[str] = field(default_factory=list[str])
-    turns: list[tuple[float, float]] = field(default_factory=list[tuple[float, float]])
-    """Runs a second of this database and of a new one on the same server, right after each other."""
 
 
 def rate(samples: Sequence[Sample]) -> float:
@@ -51,11 +54,6 @@ def line(samples: Sequence[Sample]) -> str:
     return f"{last.at - samples[0].at:6.0f} s  {rate(samples[-2:]):8,.0f} runs/s  dead: {dead}"
 
 
-def turn_line(turn: tuple[float, float]) -> str:
-    """Say what a turn has shown."""
-    return f"by turns: {turn[0]:,.0f} runs/s, {turn[1]:,.0f} in a new database ({turn[0] / turn[1]:.3f})"
-
-
 def figures(found: Found) -> dict[str, Any]:
     """Return the sums."""
     first, last = windows(found.samples)
@@ -67,6 +65,7 @@ def figures(found: Found) -> dict[str, Any]:
     ]  # fmt: skip
     recovery = sorted(found.recovery_seconds)
     ratio, speed = rate(last) / rate(first), _probe(first) / _probe(last)
+    pairs = at_like_speed(first, last)
     return {
         "minutes": round(seconds / 60, 1),
         "snapshot_held": found.has_snapshot,
@@ -77,9 +76,8 @@ def figures(found: Found) -> dict[str, Any]:
         "runs_per_cpu_second_first": round(_per_cpu(first), 1),
         "runs_per_cpu_second_last": round(_per_cpu(last), 1),
         "machine_speed_last_over_first": round(speed, 3),
-        "last_over_first_at_equal_speed": round(ratio / speed, 3),
-        "turns": [[round(rate) for rate in turn] for turn in found.turns],
-        "soaked_over_new": round(statistics.median(old / new for old, new in found.turns), 3) if found.turns else None,
+        "last_over_first_at_like_speed": None if not pairs else round(statistics.median(pairs), 3),
+        "pairs_at_like_speed": len(pairs),
         "kills": found.kills,
         "recovery_seconds_p50": statistics.median(recovery) if recovery else None,
         "recovery_seconds_p99": recovery[int(0.99 * (len(recovery) - 1))] if recovery else None,
@@ -92,6 +90,28 @@ def figures(found: Found) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "problems": found.problems,
     }
+
+
+def at_like_speed(first: Sequence[Sample], last: Sequence[Sample]) -> list[float]:
+    """Compare stretches between readings of the last window with such of the first at which the machine was as fast.
+
+    What divides all by a mean speed says little where the speed changes twofold within minutes.
+    """
+    return [
+        late_rate / early_rate
+        for early_rate, early_probe in _stretches(first)
+        for late_rate, late_probe in _stretches(last)
+        if abs(late_probe / early_probe - 1) < ALIKE
+    ]
+
+
+def _stretches(samples: Sequence[Sample]) -> list[tuple[float, float]]:
+    """Return the rates between readings, and what the probe took there; without those at which its speed changed."""
+    return [
+        (rate([begin, end]), (begin.probe_cpu_seconds + end.probe_cpu_seconds) / 2)
+        for begin, end in itertools.pairwise(samples)
+        if abs(begin.probe_cpu_seconds / end.probe_cpu_seconds - 1) < STEADY
+    ]
 
 
 def _probe(samples: Sequence[Sample]) -> float:
@@ -114,10 +134,10 @@ def summary(found: Found) -> str:
     return (
         f"{sums['minutes']} minutes, {sums['runs']:,} runs, {sums['kills']} kills:"
         f" {sums['runs_per_second_first']:,} runs/s at first, {sums['runs_per_second_last']:,} at last"
-        f" ({sums['last_over_first']}, at equal speed of the machine {sums['last_over_first_at_equal_speed']};"
+        f" ({sums['last_over_first']}; at like speed of the machine {sums['last_over_first_at_like_speed']},"
+        f" {sums['pairs_at_like_speed']} pairs;"
         f" a processor second {sums['runs_per_cpu_second_first']}"
-        f" and {sums['runs_per_cpu_second_last']}); by turns with a new database {sums['soaked_over_new']};"
-        f" recovery p99 {sums['recovery_seconds_p99']} s"
+        f" and {sums['runs_per_cpu_second_last']}); recovery p99 {sums['recovery_seconds_p99']} s"
     )
 
 
@@ -137,24 +157,22 @@ def _page(sums: dict[str, Any], found: Found) -> str:
 Written by `make soak`, not by hand. Load at saturation (tasks that do nothing, and one in fifty that does a step and
 waits for two children) on {sums["cores"]} cores with everything on them, {sums["minutes"]} minutes; one of two worker
 processes killed every few seconds. {held}. The speed of the machine is that of a loop of additions,
-timed on its own processor clock with each reading: the machine is a guest, and what is beside it slows it.
-So at the end it took turns with a new database on the same server, nobody being killed meanwhile.
+timed on its own processor clock with each reading: the machine is a guest, and what is beside it slows it. Compared are
+the stretches between readings of both windows at which that loop took as long, within a tenth.
 """
     rows = [
         (
             "runs a second, first and last window",
             f"{sums['runs_per_second_first']:,}, {sums['runs_per_second_last']:,}",
         ),
-        ("last over first (goal: 0.9)", str(sums["last_over_first"])),
         (
-            "speed of the machine, last over first; at equal speed",
-            f"{sums['machine_speed_last_over_first']}; {sums['last_over_first_at_equal_speed']}",
+            "last over first as they came, and the speed of the machine, last over first",
+            f"{sums['last_over_first']}, {sums['machine_speed_last_over_first']}",
         ),
         (
-            "by turns at the end: runs a second, and in a new database on the same server",
-            "; ".join(f"{old:,}, {new:,}" for old, new in sums["turns"]) or "not measured",
+            "last over first at like speed (goal: 0.9), median of pairs of readings",
+            f"{sums['last_over_first_at_like_speed']}, {sums['pairs_at_like_speed']} pairs",
         ),
-        ("of the new database's rate, median", str(sums["soaked_over_new"] or "not measured")),
         (
             "runs a processor second, first and last",
             f"{sums['runs_per_cpu_second_first']}, {sums['runs_per_cpu_second_last']}",
