@@ -1,6 +1,6 @@
 """From calls and their options to the rows that are enqueued."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any, Final
 
@@ -77,7 +77,7 @@ class CallPlan:
             return None
         self._check_task(task)
         _check_size(calls)
-        return AlikeExecutions(new_ids(len(calls)), task, options.queue, options.priority or 0, joined(payloads))
+        return AlikeExecutions(new_ids(len(calls)), task, options.queue, options.priority or 0, payloads)
 
     def spread(self, ids: list[str]) -> list[str]:
         """Return the ids of all calls from those of the rows."""
@@ -116,11 +116,6 @@ class CallPlan:
                 folded[place] = row
             self._places.append(place)
         return folded
-
-
-def joined(payloads: Iterable[str]) -> Raw:
-    """Return a JSON array of texts that are JSON already."""
-    return Raw(f"[{','.join(payloads)}]".encode())
 
 
 def _check_size(calls: Sequence[Call[Any]]) -> None:

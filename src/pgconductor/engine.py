@@ -215,13 +215,13 @@ class NewExecution(Struct, omit_defaults=True, gc=False):
 
 
 class AlikeExecutions(Struct):
-    """Plain calls to enqueue that differ in nothing but their payloads: a JSON array, in the order of the ids."""
+    """Plain calls to enqueue that differ in nothing but their payloads, which are JSON text in the order of the ids."""
 
     ids: list[str]
     task: str
     queue: str | None
     priority: int
-    payloads: Raw
+    payloads: list[str]
 
 
 class SavedStep(Struct, gc=False):
@@ -237,10 +237,7 @@ class SavedStep(Struct, gc=False):
 
 
 class Operation(Struct, omit_defaults=True, gc=False):
-    """Something to wait for: a sleep, children, a wait on children, an event. `token` only where saved by itself.
-
-    `alike` stands instead of the `children` of a fan-out.
-    """
+    """Something to wait for: a sleep, children, a wait on children, an event. `token` only where saved by itself."""
 
     id: str
     name: str
@@ -254,7 +251,6 @@ class Operation(Struct, omit_defaults=True, gc=False):
     timeout_error: Raw | UnsetType = UNSET
     window: int | None = None
     children: list[NewExecution] | None = None
-    alike: AlikeExecutions | None = None
     event: str | None = None
     where: Raw | UnsetType = UNSET
 
@@ -408,8 +404,8 @@ class Engine(Reports):
 
     def enqueue_alike(self, calls: AlikeExecutions) -> Query[Enqueued]:
         """The same for plain calls that differ in their payloads only."""
-        payloads, now = as_text(calls.payloads), self._now()
-        parameters = (IdArray(calls.ids), calls.task, calls.queue, calls.priority, payloads, False, now)
+        payloads = f"[{','.join(calls.payloads)}]"
+        parameters = (IdArray(calls.ids), calls.task, calls.queue, calls.priority, payloads, False, self._now())
         casts = "uuid[] text text smallint json boolean timestamptz"
         return self._query("enqueue_alike", casts, parameters, _enqueued, harmless=False)
 

@@ -11,31 +11,18 @@ journal decides nothing about when to park and touches neither database nor even
 coroutines, threads and processes.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
-from itertools import repeat
 from typing import Any, Final, NamedTuple, TypeVar, cast
 from uuid import UUID
 
 import msgspec
 from msgspec import Raw
 
-from pgconductor.calls import joined
 from pgconductor.checks import INT_MAX, check_flag, check_integer, check_name
 from pgconductor.codec import Codec, codec_for
 from pgconductor.durations import Duration, seconds
-from pgconductor.engine import (
-    NULL,
-    AlikeExecutions,
-    Await,
-    Claimed,
-    Moved,
-    NewExecution,
-    Operation,
-    Recorded,
-    SavedStep,
-    StepKind,
-)
+from pgconductor.engine import NULL, Await, Claimed, Moved, NewExecution, Operation, Recorded, SavedStep, StepKind
 from pgconductor.errors import (
     NO_ID,
     ChildCancelled,
@@ -63,9 +50,6 @@ T = TypeVar("T", bound=ConductorError)
 
 STEPS_MAX = 10_000
 CHILDREN_MAX = 10_000
-ALIKE_MIN = 100
-"""From so many children on, a fan-out of equal calls is sent as arrays, which costs small ones more."""
-
 DEPTH_MAX = 100
 CANCELLED = ("cancelled", "requested")
 """What the engine answers where it took a cancel request."""
@@ -368,8 +352,8 @@ class Journal:
         )  # fmt: skip
         if kind == "invoke_all":
             self.memos.merge(
-                Recorded(name, round_, index, kind, "pending", NULL, NULL, id, task, dropped=False)
-                for index, (id, task) in enumerate(_ids_and_tasks(operation), 1)
+                Recorded(name, round_, index, kind, "pending", NULL, NULL, child.id, child.task, dropped=False)
+                for index, child in enumerate(children, 1)
             )
 
     def _open_fan_out(
@@ -382,26 +366,18 @@ class Journal:
             raise TooMany("children", CHILDREN_MAX)
         if max_in_flight is not None:
             check_integer(max_in_flight, f"invoke_all {name!r}: max_in_flight", 1, INT_MAX)
-        operation = self._child_operation(name, "invoke_all", calls, timeout, max_in_flight)
+        operation = self._child_operation(name, "invoke_all", calls, timeout)
         operation.window = max_in_flight
         self._open(operation)
         return PENDING
 
     def _child_operation(
-        self,
-        name: str,
-        kind: StepKind,
-        calls: Sequence[Call[Any]],
-        timeout: Duration | None,
-        max_in_flight: int | None = None,
+        self, name: str, kind: StepKind, calls: Sequence[Call[Any]], timeout: Duration | None
     ) -> Operation:
         if self._claimed.depth >= DEPTH_MAX:
             raise DepthExceeded(calls[0].task, DEPTH_MAX)
         operation = Operation(self._claimed.id, name, self.round_of(name), kind)
-        if kind == "invoke_all" and max_in_flight is None:
-            operation.alike = alike_children(calls)
-        if operation.alike is None:
-            operation.children = rows_of_children(calls, f"{kind} {name!r}")
+        operation.children = rows_of_children(calls, f"{kind} {name!r}")
         if timeout is not None:
             operation.due_in = seconds(timeout, f"{kind} {name!r}: timeout")
             operation.timeout_error = _stored_timeout(ChildTimeout(timeout), timeout)
@@ -424,23 +400,6 @@ def remember_call(journal: Journal, name: str, answer: str) -> None:
     """Know that something which answers nothing was done; `false`: it was not, the lease is gone."""
     if answer != "false":
         journal.remember(journal.finished(name, "call", b"null"))
-
-
-def alike_children(calls: Sequence[Call[Any]]) -> AlikeExecutions | None:
-    """Return many children that differ in nothing but their payloads; None if they differ otherwise, or are few."""
-    task, options = calls[0].task, calls[0].options
-    if len(calls) < ALIKE_MIN or not options.is_plain:
-        return None
-    payloads = [call.payload for call in calls if call.options is options and call.task == task]
-    if len(payloads) < len(calls):
-        return None
-    return AlikeExecutions(new_ids(len(calls)), task, options.queue, options.priority or 0, joined(payloads))
-
-
-def _ids_and_tasks(operation: Operation) -> Iterable[tuple[str, str]]:
-    if operation.alike is not None:
-        return zip(operation.alike.ids, repeat(operation.alike.task))
-    return ((child.id, child.task) for child in operation.children or ())
 
 
 def rows_of_children(calls: Sequence[Call[Any]], place: str) -> list[NewExecution]:

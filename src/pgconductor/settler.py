@@ -123,11 +123,7 @@ def _weight(settlement: Settlement) -> int:
 
 
 def _ops_weight(operations: Sequence[Operation] | None) -> int:
-    return sum(
-        (0 if each.alike is None else len(bytes(each.alike.payloads)))
-        + sum(100 + len(bytes(child.payload)) for child in each.children or ())
-        for each in operations or ()
-    )
+    return sum(100 + len(bytes(child.payload)) for operation in operations or () for child in operation.children or ())
 
 
 class _Write(NamedTuple):

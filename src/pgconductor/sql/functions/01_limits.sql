@@ -24,7 +24,7 @@ begin
   end if;
   select f.key, octet_length(f.value::text) as size into v_found
   from json_array_elements(v_large) i cross join lateral json_each(i) f
-  where f.key not in ('ops', 'children', 'alike', 'awaits', 'fresh', 'event') and octet_length(f.value::text) > 1048576 limit 1;
+  where f.key not in ('ops', 'children', 'awaits', 'fresh', 'event') and octet_length(f.value::text) > 1048576 limit 1;
   if found then
     raise exception 'a % is % bytes of JSON, at most 1048576 are allowed', v_found.key, v_found.size
     using errcode = 'PC003';
@@ -36,20 +36,6 @@ begin
   loop
     perform check_sizes(v_nested);
   end loop;
-end $$;
-
--- The same for payloads that stand in an array by themselves.
-create or replace function check_payloads(p_payloads json) returns void
-language plpgsql volatile set search_path from current as $$
-declare
-  v_size int;
-begin
-  if octet_length(p_payloads::text) > 1048576 then
-    select max(octet_length(p.value::text)) into v_size from json_array_elements(p_payloads) p;
-    if v_size > 1048576 then
-      raise exception 'a payload is % bytes of JSON, at most 1048576 are allowed', v_size using errcode = 'PC003';
-    end if;
-  end if;
 end $$;
 
 create or replace function check_size(p_what text, p_value json) returns void

@@ -8,25 +8,20 @@
 -- Opens operations: a pending step each, and the children it asks for. Those that are there already are left alone.
 -- The caller holds the tree locks and the rows of the parents, so that nobody else opens any of theirs meanwhile.
 -- p_ops: [{id (execution), name, round, kind, due_at?, due_in? (seconds), keep, timeout_error?, window?, detached?,
---          children: [{id, task, queue, payload, priority, delay, run_at}], event?, where?,
---          alike? (instead of the children of an invoke_all: {ids, task, queue, priority, payloads})}]
+--          children: [{id, task, queue, payload, priority, delay, run_at}], event?, where?}]
 create or replace function open_operations(p_ops json, p_now timestamptz) returns int[]
 language plpgsql volatile set search_path from current as $$
 declare
   v_children new_child[];
-  v_lanes int[] := '{}'::int[];
 begin
   perform check_sizes(p_ops);
   v_children := children_to_open(p_ops, p_now);
-  if position('"alike"' in p_ops::text) > 0 then
-    v_lanes := open_alike(p_ops, p_now);
-  end if;
   -- an invocation or a start is the row of its one child; anything else has a row of its own
   if json_array_length(p_ops) > (select count(*) from unnest(v_children) c where c.index = 0) then
     perform open_headers(p_ops, p_now);
   end if;
   if v_children is null then
-    return v_lanes;
+    return '{}'::int[];
   end if;
   insert into step (execution_id, name, round, index, kind, status, keep_on_timeout, created_at, finished_at, due_at,
                     child_id, child_task, error)
@@ -34,56 +29,7 @@ begin
          case when c.detached then 'completed' else 'pending' end::step_status, c.keep, p_now,
          case when c.detached then p_now end, c.expires_at, c.id, c.task, c.timeout_error
   from unnest(v_children) c;
-  return v_lanes || insert_executions(child_executions(v_children), p_now);
-end $$;
-
--- Opens the children of fan-outs that differ in nothing but their payloads, fan-out by fan-out: what is written is what
--- the others write, from arrays of ids and payloads, where each child as an object of its own would be read many times.
-create or replace function open_alike(p_ops json, p_now timestamptz) returns int[]
-language plpgsql volatile set search_path from current as $$
-declare
-  v_op record;
-  v_ids uuid[];
-  v_ords bigint[];
-  v_lane record;
-  v_lanes int[] := '{}'::int[];
-begin
-  for v_op in
-    select o.*, a.*, p.depth, coalesce(p.root_id, p.id) as root_id
-    from json_to_recordset(p_ops) as o(id uuid, name text, round smallint, keep boolean, timeout_error json, alike json)
-    cross join lateral json_to_record(o.alike)
-      as a(ids json, task text, queue text, priority smallint, payloads json)
-    cross join lateral (select * from execution k where k.id = o.id offset 0) p
-    where o.alike is not null and not exists (
-      select from step k where k.execution_id = o.id and k.name = o.name and k.round = o.round and k.index = 0)
-  loop
-    perform check_payloads(v_op.payloads);
-    v_ids := array(select json_array_elements_text(v_op.ids)::uuid);
-    v_ords := array(select nextval('execution_ord') from generate_subscripts(v_ids, 1));
-    select l.id, l.is_limited, t.expires_in into v_lane
-    from lane l join task t on t.id = l.task_id where l.id = (lanes_of(array[v_op.task], array[v_op.queue]))[1];
-    insert into execution (id, ord, created_at, lane_id, priority, depth, parent_id, parent_step, parent_round,
-                           parent_index, root_id, payload)
-    select unnest(v_ids), unnest(v_ords), p_now, v_lane.id, v_op.priority, v_op.depth + 1, v_op.id, v_op.name, v_op.round,
-           generate_subscripts(v_ids, 1), v_op.root_id, json_array_elements(v_op.payloads);
-    insert into step (execution_id, name, round, index, kind, status, keep_on_timeout, created_at, child_id, child_task,
-                      error)
-    select v_op.id, v_op.name, v_op.round, generate_subscripts(v_ids, 1), 'invoke_all', 'pending',
-           coalesce(v_op.keep, false), p_now, unnest(v_ids), v_op.task, v_op.timeout_error;
-    if v_lane.expires_in is not null then
-      insert into expiry (execution_id, due_at) select unnest(v_ids), p_now + v_lane.expires_in;
-    end if;
-    if v_lane.is_limited then
-      perform put_ready(array(
-        select row(v_lane.id, v_op.priority, r.ord, r.id, null, null, null)::ready
-        from unnest(v_ords, v_ids) as r(ord, id)));
-    else
-      insert into ready (lane_id, priority, ord, execution_id)
-      select v_lane.id, v_op.priority, unnest(v_ords), unnest(v_ids);
-    end if;
-    v_lanes := v_lanes || v_lane.id;
-  end loop;
-  return v_lanes;
+  return insert_executions(child_executions(v_children), p_now);
 end $$;
 
 -- The rows of what is more than its one child: fan-outs with their counters, sleeps and waits. A fan-out is read without
@@ -100,11 +46,11 @@ begin
            'where', o."where") order by o.place),
          max(o.count)
   into v_headers, v_most
-  from (select o.*, json_array_length(coalesce(o.children, o.alike -> 'ids')) as count
+  from (select o.*, json_array_length(o.children) as count
         from rows from (json_to_recordset(p_ops) as (id uuid, name text, round smallint, kind step_kind,
-          due_at timestamptz, due_in float8, keep boolean, timeout_error json, children json, alike json, "window" int,
-          event text, "where" jsonb)) with ordinality as o(id, name, round, kind, due_at, due_in, keep, timeout_error,
-          children, alike, "window", event, "where", place)
+          due_at timestamptz, due_in float8, keep boolean, timeout_error json, children json, "window" int, event text,
+          "where" jsonb)) with ordinality as o(id, name, round, kind, due_at, due_in, keep, timeout_error, children,
+          "window", event, "where", place)
         where o.kind not in ('invoke', 'start') offset 0) o;
   if v_most > 10000 then
     raise exception '% children of one operation, at most 10000 are allowed', v_most using errcode = 'PC003';
