@@ -129,7 +129,7 @@ class Claimer:
         """Expect an execution, which is claimed by itself if there is nothing else to look for."""
         if queue_id not in self._crew.by_queue or task_id not in self._crew.tasks:
             return
-        if self._one is None and not self._expected and self._wants(queue_id):
+        if self._one is None and not self._expected and self._crew.by_queue[queue_id].free() > 0:
             self._one = (queue_id, execution_id)
         else:
             self._expected.add(queue_id)
@@ -142,7 +142,7 @@ class Claimer:
 
     def on_slot_free(self, worker: "Worker") -> None:
         """Claim again where more is expected."""
-        if worker.queue_id in self._expected:
+        if self._one or worker.queue_id in self._expected:
             self._wake.set()
 
     def note_due(self, seconds: float | None) -> None:
@@ -226,9 +226,12 @@ class Claimer:
             await self._claim(wants, fire=is_due or is_poll)
 
     def _take_one(self, *, is_alone: bool) -> str | None:
-        """Return what is to be claimed by itself; where there is more to look for, its queue is looked at with it."""
+        """Return what is to be claimed by itself.
+
+        Where there is more to look for, or no free slot any more, its queue is looked at instead.
+        """
         one, self._one = self._one, None
-        if one is not None and (self._expected or not is_alone):
+        if one is not None and (self._expected or not is_alone or self._crew.by_queue[one[0]].free() <= 0):
             self._expected.add(one[0])
             return None
         return one and one[1]

@@ -138,17 +138,30 @@ class LoopClient:
         return enqueued
 
     async def _enqueue_one(self, row: NewExecution) -> Enqueued:
-        with self._hints.lone_call() as hint:
-            try:
-                enqueued = await self._enqueue(self._engine.enqueue_one(row, hint))
-            except ServerError as error:
-                if hint is None or getattr(error.__cause__, "sqlstate", None) != _NOTIFY_QUEUE_IS_FULL:
-                    raise
-                return await self._enqueue(self._engine.enqueue_one(row))
-        if hint == "one" and not await self.run(self._engine.confirm(row.id)):
-            again = self._engine.enqueue_again(self._engine.enqueue_one(row))
-            return await self._enqueue(again)  # the server went down before its disk had the call
-        return enqueued
+        try:
+            with self._hints.lone_call() as hint:
+                try:
+                    enqueued = await self._enqueue(self._engine.enqueue_one(row, hint))
+                except ServerError as error:
+                    if hint is None or getattr(error.__cause__, "sqlstate", None) != _NOTIFY_QUEUE_IS_FULL:
+                        raise
+                    return await self._enqueue(self._engine.enqueue_one(row))
+            if hint == "one" and enqueued.unconfirmed and not await self._confirm(row.id):
+                again = self._engine.enqueue_again(self._engine.enqueue_one(row))
+                return await self._enqueue(again)  # the server went down before its disk had the call
+            return enqueued
+        finally:
+            self._hints.call_ended()
+
+    async def _confirm(self, execution_id: str) -> bool:
+        """Return whether a call whose commit has not waited for the disk is there to stay."""
+        try:
+            return await self.run(self._engine.confirm(execution_id))
+        except ServerError as error:
+            raise ServerError(
+                f"the call was sent, and may have begun, but whether the server has kept it is unknown: {error}",
+                "look before you repeat it, or give it a dedupe_key and repeat it with that",
+            ) from error
 
     async def _send_alone(self, row: NewExecution) -> str:
         self._flight_count += 1

@@ -123,11 +123,13 @@ class Moved(Struct):
 
 
 class Enqueued(Struct):
-    """`ids` only where a dedupe key may have kept earlier executions; `hinted`: the commit has sent the hint."""
+    """`ids` only where a dedupe key may have kept earlier executions; `hinted`: the commit has sent the hint;
+    `unconfirmed`: it has not waited for the disk, or that of a try whose reply was lost may not have."""
 
     queues: list[int]
     ids: list[str] | None = None
     hinted: bool = False
+    unconfirmed: bool = False
 
 
 class Beat(Struct):
@@ -357,6 +359,12 @@ _pruned = reader(Pruned)
 _steps = reader(list[Recorded])
 
 
+def _enqueued_again(answer: Any) -> Enqueued:
+    enqueued: Enqueued = _enqueued(answer)
+    enqueued.unconfirmed = True  # what the first try has committed may not be on the disk yet
+    return enqueued
+
+
 class Engine(Reports):
     """Build the queries of one schema."""
 
@@ -387,10 +395,6 @@ class Engine(Reports):
         names = None if tables is None else list(tables)
         return self._query("describe_rows", "text text[]", (schema, names), _shapes)
 
-    def note_tasks(self, orchestrator: str, tasks: Sequence[int]) -> Query[None]:
-        """See 05_register.sql."""
-        return self._query("note_tasks", "uuid int[]", (orchestrator, list(tasks)), as_is)
-
     def enqueue(self, calls: Sequence[NewExecution], *, notify: bool = False, again: bool = False) -> Query[Enqueued]:
         """See 10_enqueue.sql. `again`: a repetition after a lost reply."""
         parameters = (as_text(calls), notify, again, self._now())
@@ -413,7 +417,7 @@ class Engine(Reports):
     def enqueue_again(query: Query[Enqueued]) -> Query[Enqueued]:
         """Return the repetition of an enqueue whose reply was lost, without encoding it again."""
         *parameters, _, now = query.parameters
-        return Query(query.statement, (*parameters, True, now), query.read, query.harmless)
+        return Query(query.statement, (*parameters, True, now), _enqueued_again, query.harmless)
 
     def enqueue_within(self, calls: Sequence[NewExecution]) -> Query[Enqueued]:
         """The same for a connection of any library: one text parameter, and the hint goes out with the commit."""

@@ -77,18 +77,20 @@ class Hints:
         if carrier is not None:
             self._carrier, self._covered = carrier, set(self._queues)
         try:
-            if carrier is None:
-                yield None
+            if carrier is not None and not self._has_any and began_at - self._called_at >= SILENCE_SECONDS:
+                yield "one"
             else:
-                is_alone = not self._has_any and began_at - self._called_at >= SILENCE_SECONDS
-                yield "one" if is_alone else "queue"
-            self._call_seconds = self._time() - began_at
+                yield None if carrier is None else "queue"
+                self._call_seconds = self._time() - began_at  # of a call that waits for the disk
         finally:
-            self._called_at = self._time()
             if carrier is not None:
                 carrier.set()
                 self._carrier = None
             self._go()
+
+    def call_ended(self) -> None:
+        """Note the end of a lone call with all its round trips; the silence begins."""
+        self._called_at = self._time()
 
     def went_along(self, queues: Sequence[int]) -> None:
         """Know that the commit of the call that carries has named these queues.

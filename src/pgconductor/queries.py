@@ -86,6 +86,10 @@ class Queries:
         statement = "select pg_notify(%s, %s), set_config('synchronous_commit', 'off', true)"
         return Query(statement, (self.schema, payload), as_is)
 
+    def note_tasks(self, orchestrator: str, tasks: Sequence[int]) -> Query[None]:
+        """See 05_register.sql."""
+        return self._query("note_tasks", "uuid int[]", (orchestrator, list(tasks)), as_is)
+
     def confirm(self, execution: str) -> Query[bool]:
         """See 10_enqueue.sql."""
         return self._query("confirm", "uuid", (execution,), is_true)

@@ -1,8 +1,7 @@
 """What a conductor sends and what is then there: one execution a call, with its options, whatever happens."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
@@ -13,10 +12,10 @@ import psycopg
 import pytest
 from msgspec.structs import replace
 
-from pgconductor import Batch, BatchContext, Call, Conductor, Context, SyncContext, Tick, cron, hints, invocable
+from pgconductor import Batch, BatchContext, Call, Conductor, Context, SyncContext, Tick, cron, invocable
 from pgconductor.calls import CallPlan
 from pgconductor.client import LoopClient
-from pgconductor.engine import NewExecution, Query
+from pgconductor.engine import NewExecution
 from pgconductor.errors import (
     ConfigurationError,
     EncodeError,
@@ -25,7 +24,6 @@ from pgconductor.errors import (
     ServerError,
 )
 from pgconductor.pool import Connection, Pool
-from pgconductor.task import Task
 from tests.sql.support import Db
 from tests.waiting import until
 
@@ -452,131 +450,3 @@ async def test_close_is_idempotent_and_the_conductor_works_again(app: Conductor,
 
     await task.invoke(2)
     assert len(executions(db)) == 2
-
-
-async def silent(app: Conductor) -> Task[..., int]:
-    """Return a task that has a lane, when all hints have gone out."""
-    task = app.create_task(add)
-    await task.invoke(0)
-    await app.close()
-    return task
-
-
-@asynccontextmanager
-async def listening(database: str) -> AsyncGenerator[psycopg.AsyncConnection[Any]]:
-    async with await psycopg.AsyncConnection.connect(database, autocommit=True) as listener:
-        await listener.execute("listen pgconductor")
-        yield listener
-
-
-def task_id(db: Db) -> int:
-    found = db.execute("select id from task").fetchone()
-    assert found is not None
-    return int(found["id"])
-
-
-async def test_a_call_after_a_silence_is_hinted_by_its_commit_and_those_right_behind_it_together(
-    app: Conductor, db: Db, database: str
-) -> None:
-    task = await silent(app)
-    async with listening(database) as listener:
-        before = client_of(app).pool.query_count
-
-        run = await task.invoke(1)
-
-        (hint,) = [hint.payload async for hint in listener.notifies(timeout=30, stop_after=1)]
-        assert hint == f"one 1 {task_id(db)} {run.id}"
-        assert client_of(app).pool.query_count - before == 2  # it is confirmed by another
-        for number in range(2, 6):
-            await task.invoke(number)
-        await app.close()  # what is on its way arrives
-        assert {hint.payload async for hint in listener.notifies(timeout=30, stop_after=1)} == {"ready 1"}
-
-
-async def test_calls_that_take_longer_than_the_pause_bring_their_hints_along(
-    app: Conductor, database: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(hints, "PAUSE_SECONDS", 0.0)
-    task = await silent(app)
-    async with listening(database) as listener:
-        before = client_of(app).pool.query_count
-
-        for number in range(20):
-            await task.invoke(number)
-        await app.close()
-
-        assert client_of(app).pool.query_count - before == 21  # the first comes after a silence
-        first, *others = [hint.payload async for hint in listener.notifies(timeout=30, stop_after=20)]
-        assert first.startswith("one 1 ")
-        assert others == ["ready 1"] * 19
-
-
-async def test_other_hints_go_out_beside_one_call_after_the_other(app: Conductor, database: str) -> None:
-    task = app.create_task(add)
-    await task.invoke(0)
-    is_over = False
-
-    async def keep_calling() -> None:
-        while not is_over:
-            await task.invoke(1)
-
-    async with listening(database) as listener:
-        calling = asyncio.create_task(keep_calling())
-        await asyncio.sleep(0.05)
-        client_of(app).hint(watchers=["somebody"])
-        async for hint in listener.notifies(timeout=30):
-            if hint.payload == "told somebody":
-                break
-        else:
-            pytest.fail("the hint did not go out while calls went on")
-        is_over = True
-        await calling
-
-
-async def test_what_was_gathered_while_a_call_carried_its_hint_is_hinted_still(app: Conductor) -> None:
-    await silent(app)
-    client = client_of(app)
-    before = client.pool.query_count
-    with client._hints.lone_call() as hint:
-        assert hint == "one"
-        client.hint([1])  # of a call that was committed after the one that carries, and answered before it
-        client._hints.went_along([1])
-    await client.close()
-    assert client.pool.query_count - before == 1
-
-
-async def test_a_hint_does_not_name_one_call_alone_while_others_are_gathered(app: Conductor) -> None:
-    await silent(app)
-    client = client_of(app)
-    client._hints._queues.add(1)
-    with client._hints.lone_call() as hint:
-        assert hint == "queue"
-    await client.close()
-
-
-async def test_a_call_that_the_server_lost_before_its_disk_had_it_is_made_again(
-    app: Conductor, db: Db, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    task = await silent(app)
-    client = client_of(app)
-    confirm = client._engine.confirm
-
-    def lose(execution_id: str) -> Query[bool]:
-        db.execute("delete from ready where execution_id = %s", (execution_id,))
-        db.execute("delete from execution where id = %s", (execution_id,))
-        db.execute("delete from audit.history where execution_id = %s", (execution_id,))
-        return confirm(execution_id)
-
-    monkeypatch.setattr(client._engine, "confirm", lose)
-    run = await task.invoke(1)
-    assert run.id in [row["id"] for row in executions(db)]
-
-
-async def test_calls_at_the_same_time_are_hinted_by_one_commit_or_behind_them(app: Conductor, database: str) -> None:
-    task = await silent(app)
-    async with listening(database) as listener:
-        await asyncio.gather(*(task.invoke(number) for number in range(200)))
-        await app.close()
-        heard = [hint.payload async for hint in listener.notifies(timeout=0.5)]
-    assert {hint for hint in heard if not hint.startswith("one ")} <= {"ready 1"}
-    assert len(heard) < 100  # one after the other, while the pool's other connections go on

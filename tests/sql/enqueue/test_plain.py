@@ -197,7 +197,7 @@ def test_a_hint_may_name_the_call_and_go_out_before_the_disk_has_it(db: Db, data
     with session(database) as other:
         other.execute("listen pgconductor")
         with db.transaction():
-            assert hinted(db, "one", id) == {"queues": [queue], "hinted": True}
+            assert hinted(db, "one", id) == {"queues": [queue], "hinted": True, "unconfirmed": True}
             assert setting(db, "synchronous_commit") == "off"
         assert [hint.payload for hint in other.notifies(timeout=30, stop_after=1)] == [f"one {queue} {task} {id}"]
 
@@ -208,7 +208,7 @@ def test_a_call_of_a_task_with_a_window_is_hinted_by_its_queue(db: Db, database:
     with session(database) as other:
         other.execute("listen pgconductor")
         with db.transaction():
-            assert hinted(db, "one")["hinted"]
+            assert hinted(db, "one") == {"queues": [queue], "hinted": True}
             assert setting(db, "synchronous_commit") == "on"
         assert [hint.payload for hint in other.notifies(timeout=30, stop_after=1)] == [f"ready {queue}"]
 

@@ -275,7 +275,7 @@ end $$;
 -- p_hint: send the hint with this commit; hinted says whether it does. A NOTIFY makes all others of the server wait
 -- until its commit is on the disk. So one call at a time has it, and the callers of the others send theirs. 'queue' names
 -- the queue. 'one' names this execution, and its commit waits for no disk, so that a worker begins meanwhile: the call
--- counts as accepted when confirm has been answered.
+-- is unconfirmed, and counts as accepted when confirm has been answered.
 create or replace function enqueue_one(
   p_id uuid, p_task text, p_queue text, p_priority smallint, p_payload json, p_hint text default null,
   p_again boolean default false, p_now timestamptz default null
@@ -304,9 +304,9 @@ begin
   if p_hint = 'one' and v_lane.is_open then
     perform pg_notify(current_schema(), 'one ' || v_lane.queue_id || ' ' || v_lane.task_id || ' ' || p_id),
             set_config('synchronous_commit', 'off', true);
-  else
-    perform pg_notify(current_schema(), 'ready ' || v_lane.queue_id);
+    return ('{"queues":[' || v_lane.queue_id || '],"hinted":true,"unconfirmed":true}')::json;
   end if;
+  perform pg_notify(current_schema(), 'ready ' || v_lane.queue_id);
   return ('{"queues":[' || v_lane.queue_id || '],"hinted":true}')::json;
 end $$;
 
