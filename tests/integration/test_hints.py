@@ -1,4 +1,4 @@
-"""Hints of a client: which go with a call, which behind it, and what becomes of a call that the disk does not have yet."""
+"""Hints of a client: which go with a call, which behind it, and what becomes of a call that is not confirmed yet."""
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
