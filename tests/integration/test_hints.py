@@ -166,7 +166,11 @@ async def test_a_call_of_which_it_is_not_known_whether_the_server_kept_it_says_s
 ) -> None:
     task = await silent(app)
     engine = client_of(app)._engine
-    monkeypatch.setattr(engine, "confirm", lambda _id: Query("select 1 / 0", (), bool))
+
+    def fail(execution_id: str) -> Query[bool]:
+        return Query("select 1 / 0", (), bool)
+
+    monkeypatch.setattr(engine, "confirm", fail)
     with pytest.raises(ServerError, match=r"whether the server has kept it is unknown.*look before you repeat it"):
         await task.invoke(1)
 
