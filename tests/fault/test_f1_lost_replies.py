@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from pgconductor import hints
 from pgconductor.engine import Engine
 from pgconductor.task import Task
 from tests.fault.programs import app, child, children, gate, plain_program, program, sleep, step, transaction
@@ -124,12 +125,14 @@ async def test_f1_15_a_sleep_whose_registration_s_reply_was_swallowed_is_slept_o
 @pytest.mark.covers("F45")
 @pytest.mark.parametrize("call", ["enqueue_one", "confirm"])
 async def test_f4_45_an_enqueue_whose_reply_was_swallowed_makes_one_execution(world: World, call: str) -> None:
-    swallowed = world.proxy.arm("swallow", call)
     with app.bound_to(world.proxied_dsn, Engine("pgconductor")):
+        first = await program.invoke([step("first")])
+        await asyncio.sleep(2 * hints.SILENCE_SECONDS)  # the next is confirmed by a call of its own
+        swallowed = world.proxy.arm("swallow", call)
         run = await program.invoke([step("a")])
         await app.close()
     assert swallowed.fired.is_set()
-    assert [row["id"] for row in world.rows("select id from execution")] == [run.id]
+    assert [row["id"] for row in world.rows("select id from execution order by ord")] == [first.id, run.id]
     world.worker()
     await world.reaches(run.id, "completed")
     assert world.ledger.runs("a") == 1
