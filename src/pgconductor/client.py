@@ -22,7 +22,7 @@ from typing import Any, Final, TypeVar
 from pgconductor.engine import AlikeExecutions, Ended, Engine, Enqueued, Moved, NewExecution, Query
 from pgconductor.errors import ConductorError, ServerError
 from pgconductor.events import NewEvent
-from pgconductor.hints import Hints
+from pgconductor.hints import Carried, Hints
 from pgconductor.pool import NotMigrated, Pool
 from pgconductor.results import Results
 
@@ -140,18 +140,21 @@ class LoopClient:
     async def _enqueue_one(self, row: NewExecution) -> Enqueued:
         try:
             with self._hints.lone_call() as hint:
-                try:
-                    enqueued = await self._enqueue(self._engine.enqueue_one(row, hint))
-                except ServerError as error:
-                    if hint is None or getattr(error.__cause__, "sqlstate", None) != _NOTIFY_QUEUE_IS_FULL:
-                        raise
-                    return await self._enqueue(self._engine.enqueue_one(row))
+                enqueued = await self._enqueue_hinted(row, hint)
             if hint == "one" and enqueued.unconfirmed and not await self._confirm(row.id):
                 again = self._engine.enqueue_again(self._engine.enqueue_one(row))
                 return await self._enqueue(again)  # the server went down before its disk had the call
             return enqueued
         finally:
             self._hints.call_ended()
+
+    async def _enqueue_hinted(self, row: NewExecution, hint: Carried | None) -> Enqueued:
+        try:
+            return await self._enqueue(self._engine.enqueue_one(row, hint))
+        except ServerError as error:
+            if hint is None or getattr(error.__cause__, "sqlstate", None) != _NOTIFY_QUEUE_IS_FULL:
+                raise
+        return await self._enqueue(self._engine.enqueue_one(row))
 
     async def _confirm(self, execution_id: str) -> bool:
         """Return whether a call whose commit has not waited for the disk is there to stay."""

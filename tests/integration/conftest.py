@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from pgconductor import Conductor, Orchestrator
+from pgconductor.client import LoopClient
 
 Working = Callable[..., AbstractAsyncContextManager[Orchestrator]]
 
@@ -16,6 +17,11 @@ async def app(database: str) -> AsyncIterator[Conductor[None]]:
     """A conductor of the fresh database."""
     async with Conductor(database) as conductor:
         yield conductor
+
+
+def client_of(app: Conductor[None]) -> LoopClient:
+    """Return what the conductor does on this event loop."""
+    return app._clients.here()
 
 
 @pytest.fixture

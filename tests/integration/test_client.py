@@ -1,7 +1,7 @@
 """What a conductor sends and what is then there: one execution a call, with its options, whatever happens."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
@@ -14,7 +14,6 @@ from msgspec.structs import replace
 
 from pgconductor import Batch, BatchContext, Call, Conductor, Context, SyncContext, Tick, cron, invocable
 from pgconductor.calls import CallPlan
-from pgconductor.client import LoopClient
 from pgconductor.engine import NewExecution
 from pgconductor.errors import (
     ConfigurationError,
@@ -24,6 +23,7 @@ from pgconductor.errors import (
     ServerError,
 )
 from pgconductor.pool import Connection, Pool
+from tests.integration.conftest import client_of
 from tests.sql.support import Db
 from tests.waiting import until
 
@@ -41,18 +41,8 @@ def measure(ctx: SyncContext, doc: Doc) -> int:
     return doc.id
 
 
-@pytest.fixture
-async def app(database: str) -> AsyncIterator[Conductor]:
-    async with Conductor(database) as conductor:
-        yield conductor
-
-
 def executions(db: Db) -> list[dict[str, Any]]:
     return db.execute("select * from executions order by id").fetchall()
-
-
-def client_of(app: Conductor) -> LoopClient:
-    return app._clients.here()
 
 
 # ---------------------------------------------------------------- one call

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
@@ -10,9 +9,9 @@ from uuid import uuid4
 import pytest
 
 from pgconductor import Conductor, Context, ExecutionCancelled, ExecutionFailed, ExecutionNotFound, results
-from pgconductor.client import LoopClient
 from pgconductor.errors import ConductorError, DecodeError
 from pgconductor.stored_error import error_to_json
+from tests.integration.conftest import client_of
 from tests.sql.support import Db, claim, complete, fail, register, session, settle
 from tests.waiting import until_row
 
@@ -24,16 +23,6 @@ class Receipt:
 
 async def charge(ctx: Context, order_id: int) -> Receipt:
     return Receipt(str(order_id))
-
-
-@pytest.fixture
-async def app(database: str) -> AsyncIterator[Conductor]:
-    async with Conductor(database) as conductor:
-        yield conductor
-
-
-def client_of(app: Conductor) -> LoopClient:
-    return app._clients.here()
 
 
 def tell(db: Db, answer: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """`conn=`: the execution exists when the caller's transaction commits, and never existed when it rolls back."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator
+from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager, contextmanager
 from typing import Any, TypeAlias
 
@@ -31,12 +31,6 @@ AsyncOpener: TypeAlias = Callable[[str], AbstractAsyncContextManager[Any]]
 
 async def add(ctx: Context, a: int) -> int:
     return a
-
-
-@pytest.fixture
-async def app(database: str) -> AsyncIterator[Conductor]:
-    async with Conductor(database) as conductor:
-        yield conductor
 
 
 def url(dsn: str, driver: str) -> sqlalchemy.URL:

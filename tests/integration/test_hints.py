@@ -1,7 +1,7 @@
 """Hints of a client: which go with a call, which behind it, and what becomes of a call that is not confirmed yet."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -9,25 +9,15 @@ import psycopg
 import pytest
 
 from pgconductor import Conductor, Context, hints
-from pgconductor.client import LoopClient
 from pgconductor.engine import Query
 from pgconductor.errors import ServerError
 from pgconductor.task import Task
+from tests.integration.conftest import client_of
 from tests.sql.support import Db
 
 
 async def add(ctx: Context, a: int, b: int = 1) -> int:
     return a + b
-
-
-@pytest.fixture
-async def app(database: str) -> AsyncIterator[Conductor]:
-    async with Conductor(database) as conductor:
-        yield conductor
-
-
-def client_of(app: Conductor) -> LoopClient:
-    return app._clients.here()
 
 
 async def silent(app: Conductor) -> Task[..., int]:

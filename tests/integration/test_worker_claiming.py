@@ -3,6 +3,8 @@
 import asyncio
 import time
 from collections import Counter
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
 from uuid import UUID
 
 import psycopg
@@ -65,14 +67,21 @@ async def test_drain_takes_due_timers_along_and_leaves_later_ones(app: App, db: 
     assert states(db) == {"completed": 1, "scheduled": 1}
 
 
-async def test_a_lone_call_is_claimed_by_itself(app: App, db: Db, monkeypatch: pytest.MonkeyPatch) -> None:
-    @app.task
-    async def double(ctx: Context, number: int) -> int:
-        return 2 * number
+async def twice(ctx: Context, number: int) -> int:
+    return 2 * number
 
+
+@asynccontextmanager
+async def quiet_claimer(app: App) -> AsyncGenerator[Claimer]:
     async with Orchestrator(app) as orchestrator:
         claimer = claimer_of(orchestrator)
         await until(lambda: claimer.is_quiet)
+        yield claimer
+
+
+async def test_a_lone_call_is_claimed_by_itself(app: App, db: Db, monkeypatch: pytest.MonkeyPatch) -> None:
+    double = app.create_task(twice)
+    async with quiet_claimer(app) as claimer:
         named: list[str] = []
         claim_one = claimer._engine.claim_one
 
@@ -87,13 +96,8 @@ async def test_a_lone_call_is_claimed_by_itself(app: App, db: Db, monkeypatch: p
 
 
 async def test_hints_at_what_is_not_there_disturb_nothing(app: App, db: Db) -> None:
-    @app.task
-    async def double(ctx: Context, number: int) -> int:
-        return 2 * number
-
-    async with Orchestrator(app) as orchestrator:
-        claimer = claimer_of(orchestrator)
-        await until(lambda: claimer.is_quiet)
+    double = app.create_task(twice)
+    async with quiet_claimer(app) as claimer:
         found = db.execute("select l.queue_id, l.task_id from lane l").fetchone()
         assert found is not None
         place, id = f"{found['queue_id']} {found['task_id']}", UUID(int=1)

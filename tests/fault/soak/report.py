@@ -170,7 +170,7 @@ the stretches between readings of both windows at which that loop took as long, 
             f"{sums['last_over_first']}, {sums['machine_speed_last_over_first']}",
         ),
         (
-            "last over first at like speed (goal: 0.9), median of pairs of readings",
+            f"last over first at like speed (goal: {GOAL}), median of pairs of readings",
             f"{sums['last_over_first_at_like_speed']}, {sums['pairs_at_like_speed']} pairs",
         ),
         (

@@ -169,6 +169,10 @@ def lane(db: Db) -> tuple[int, int]:
     return only["queue_id"], only["task_id"]
 
 
+def heard(listener: Db) -> list[str]:
+    return [hint.payload for hint in listener.notifies(timeout=30, stop_after=1)]
+
+
 def setting(db: Db, name: str) -> str:
     found = db.execute("select current_setting(%s) as it", (name,)).fetchone()
     assert found is not None
@@ -186,7 +190,7 @@ def test_a_call_may_bring_its_hint_along_one_at_a_time(db: Db, database: str) ->
             assert hinted(other, "queue") == {"queues": [queue]}
             assert hinted(other, "one") == {"queues": [queue]}
             assert [*other.notifies(timeout=0)] == []
-        assert [hint.payload for hint in other.notifies(timeout=30, stop_after=1)] == [f"ready {queue}"]
+        assert heard(other) == [f"ready {queue}"]
         assert [*other.notifies(timeout=0)] == []
 
 
@@ -199,7 +203,7 @@ def test_a_hint_may_name_the_call_and_go_out_before_the_disk_has_it(db: Db, data
         with db.transaction():
             assert hinted(db, "one", id) == {"queues": [queue], "hinted": True, "unconfirmed": True}
             assert setting(db, "synchronous_commit") == "off"
-        assert [hint.payload for hint in other.notifies(timeout=30, stop_after=1)] == [f"one {queue} {task} {id}"]
+        assert heard(other) == [f"one {queue} {task} {id}"]
 
 
 def test_a_call_of_a_task_with_a_window_is_hinted_by_its_queue(db: Db, database: str) -> None:
@@ -210,7 +214,7 @@ def test_a_call_of_a_task_with_a_window_is_hinted_by_its_queue(db: Db, database:
         with db.transaction():
             assert hinted(db, "one") == {"queues": [queue], "hinted": True}
             assert setting(db, "synchronous_commit") == "on"
-        assert [hint.payload for hint in other.notifies(timeout=30, stop_after=1)] == [f"ready {queue}"]
+        assert heard(other) == [f"ready {queue}"]
 
 
 def test_to_confirm_a_call_waits_for_the_disk(db: Db) -> None:
