@@ -13,7 +13,7 @@ from typing import Any
 from benchmarks.marks import Marks
 from benchmarks.tasks import queue_names, register
 from pgconductor import Conductor, Orchestrator
-from pgconductor.cli.serve import spare_collector
+from pgconductor.cli.devote import devote_process
 
 
 async def work(dsn: str, directory: Path, number: str, count: int, concurrency: int, queues: int) -> None:
@@ -23,7 +23,7 @@ async def work(dsn: str, directory: Path, number: str, count: int, concurrency: 
     register(app, Marks(directory / f"marks.{number}", count).hit)
     orchestrator = Orchestrator(app, queues=dict.fromkeys(queue_names(queues), concurrency))
     await orchestrator.start()
-    spare_collector()  # as `pgconductor worker` does
+    devote_process()  # as `pgconductor worker` does
     (directory / f"ready.{number}").touch()
     await orchestrator.stopped
     await app.close()

@@ -37,7 +37,8 @@ from uuid import UUID
 import psycopg
 from msgspec import UNSET, Raw
 
-from pgconductor.engine import Claimed, Completion, Engine, Fresh, Operation, Outcome, Query, SavedStep
+from pgconductor.claimed import Claimed, Loaded, Missing
+from pgconductor.engine import Completion, Engine, Fresh, Operation, Outcome, Query, SavedStep
 from pgconductor.errors import AttemptTimeout, ConductorError, Crash, Retry, StaleLease, Suspend, is_permanent
 from pgconductor.faults import fault
 from pgconductor.journal import Journal, timed_out_operations
@@ -137,6 +138,10 @@ class Host(Protocol):
 
     def sync_transaction(self) -> AbstractContextManager[psycopg.Connection[Any]]:
         """Lend a connection to a thread."""
+        ...
+
+    async def load(self, missing: Missing, /) -> Loaded:
+        """Load what a claim left out of an execution."""
         ...
 
     async def run_query(self, query: Query[T], /) -> T:

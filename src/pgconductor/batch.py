@@ -15,6 +15,7 @@ from pgconductor.attempt import Attempt
 from pgconductor.context import BatchContext
 from pgconductor.engine import Completion, Outcome
 from pgconductor.errors import AttemptTimeout, ConductorError
+from pgconductor.loading import complete, missing_of
 from pgconductor.task import Task
 
 Settlements = list[tuple[Attempt, Completion | Outcome | None]]
@@ -41,12 +42,14 @@ class BatchMember(Attempt):
         """Whether it is still to be handed to the handler."""
         return not (self.is_over() or self.is_leaving)
 
-    def element(self) -> Any:
-        """Read its payload.
+    async def element(self) -> Any:
+        """Read its payload, and load it before if it is large.
 
         Raises:
             DecodeError: It no longer fits.
         """
+        if (missing := missing_of(self.claimed, None)) is not None:
+            complete(self.claimed, None, await self.host.load(missing))
         return cast("Any", self.task.payload).decode_element(bytes(self.claimed.payload))
 
     def returned(self, value: Any) -> Completion | Outcome | None:
@@ -108,19 +111,26 @@ class BatchRun:
         if self._timeout and self.is_open:
             await asyncio.wait([asyncio.ensure_future(self._go.wait())], timeout=self._timeout)
         self.close()
-        done: Settlements = [
-            (each, each.leave(each.exit or "released")) for each in self.members if not each.may_start()
-        ]
-        elements: list[tuple[BatchMember, Any]] = []
-        for member in self.members:
-            if member.may_start():
-                try:
-                    elements.append((member, member.element()))
-                except Exception as error:  # noqa: BLE001 (one bad payload delays no other)
-                    done.append((member, member.failed(error)))
+        done, elements = await self._read()
+        done += [(each, each.leave(each.exit or "released")) for each, _ in elements if not each.may_start()]
+        elements = [(each, element) for each, element in elements if each.may_start()]
         for member in self.members:
             member.closed = True
         return done + await self._call(elements) if elements else done
+
+    async def _read(self) -> tuple[Settlements, list[tuple[BatchMember, Any]]]:
+        """Return what is to be settled without the handler, and the others with their payloads."""
+        done: Settlements = []
+        elements: list[tuple[BatchMember, Any]] = []
+        for member in self.members:
+            if not member.may_start():
+                done.append((member, member.leave(member.exit or "released")))
+                continue
+            try:
+                elements.append((member, await member.element()))
+            except Exception as error:  # noqa: BLE001 (one bad payload delays no other)
+                done.append((member, member.failed(error)))
+        return done, elements
 
     async def _call(self, elements: list[tuple[BatchMember, Any]]) -> Settlements:
         fn = cast("Callable[..., Awaitable[Any]]", self.task.fn)

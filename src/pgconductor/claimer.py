@@ -17,7 +17,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Final
 
-from pgconductor.engine import Claim, Claimed, Want
+from pgconductor.claimed import Claimed
+from pgconductor.engine import Claim, Want
 from pgconductor.faults import InjectedFault, fault
 from pgconductor.membership import Membership
 from pgconductor.scan import PAUSE_FACTOR, Scan, Start

@@ -40,7 +40,8 @@ from pgconductor.task import Call, Task, check_task
 from pgconductor.triggers import handed_over
 
 if TYPE_CHECKING:
-    from pgconductor.engine import Engine, Query, Recorded
+    from pgconductor.claimed import Missing, Recorded
+    from pgconductor.engine import Engine, Query
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -239,8 +240,8 @@ class Context(RunFacts[D]):
         return copied
 
     async def _look_up(self, name: str) -> "Recorded | None":
-        steps = await self._attempt.host.run_query(self._attempt.host.engine.load_steps(self._attempt.claimed.id))
-        return next((step for step in steps if step.name == name and not step.dropped), None)
+        loaded = await self._attempt.host.load(Missing(self._attempt.claimed.id, with_input=False, since=0))
+        return next((step for step in loaded.steps if step.name == name and not step.dropped), None)
 
     # ------------------------------------------------------------ sleeping
 

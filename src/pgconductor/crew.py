@@ -17,7 +17,8 @@ from typing import Any, Final
 
 from pgconductor.attempt import Attempt
 from pgconductor.batch import BatchMember
-from pgconductor.engine import Claimed, Engine, Outcome, Recorded
+from pgconductor.claimed import Claimed, Loaded, Missing
+from pgconductor.engine import Engine, Outcome
 from pgconductor.host import ProcessHost
 from pgconductor.isolated import IsolatedAttempt
 from pgconductor.memos import Memos
@@ -222,17 +223,18 @@ class Crew:
         self.kept.keep(execution_id, token, memos)
 
     def recall(self, claimed: Claimed) -> Memos | None:
-        """Return the kept memos with what is new; None when they are gone or out of date."""
+        """Return the kept memos with what is new, and complete the input; None when they are gone or out of date."""
         memos = self.kept.take(claimed.id)
-        if memos is not None and claimed.cached:
+        if memos is None or memos.input is None or not claimed.cached:
+            return None
+        claimed.payload, claimed.trigger_data = memos.input
+        if not isinstance(claimed.steps, int):
             memos.merge(claimed.steps)
-            return memos
-        return None
+        return memos
 
-    async def reload(self, claimed: Claimed) -> Memos:
-        """Load the memos of an execution whose kept ones are gone."""
-        steps: list[Recorded] | None = await self._host.run_query(self._engine.load_steps(claimed.id))
-        return Memos.of(steps)
+    async def load(self, missing: Missing) -> Loaded:
+        """Load what a claim left out of an execution."""
+        return await self._host.load(missing)
 
     # ------------------------------------------------------------ last lives
 

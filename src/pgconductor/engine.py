@@ -8,69 +8,26 @@ Instants are the database's. A test that moves the clock gives the engine a `clo
 `p_now`; in production that argument is null.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, Final, Literal
 
 from msgspec import UNSET, Raw, Struct, UnsetType
 
+from pgconductor.claimed import NULL, Claimed, Loaded, Missing, StepKind, read_loaded
 from pgconductor.events import Emitted, NewEvent, Subscription
 from pgconductor.id_array import IdArray
 from pgconductor.queries import Query as Query  # noqa: PLC0414 (who imports the engine has it from here)
-from pgconductor.queries import Report, Reports, as_is, as_text, is_true, many_reports, reader
+from pgconductor.queries import Report, Reports, Table, as_is, as_text, is_true, many_reports, reader
 from pgconductor.queries import quote as quote  # noqa: PLC0414
 from pgconductor.relations import TableShape, TriggerRow, TriggerStep
 from pgconductor.scan import Range, ToldPlaces
 from pgconductor.schedules import DueSchedule, Fired, FiredNow, FiredSchedule, NewSchedule
 
-NULL: Final = Raw(b"null")
-StepKind = Literal["step", "transaction", "sleep", "invoke", "invoke_all", "start", "wait", "wait_for", "call"]
-StepStatus = Literal["pending", "completed", "failed", "cancelled", "timed_out"]
-TriggerKind = Literal["schedule", "event", "change"]
 TREE_SIZE_MAX: Final = 10_001
 """The most executions of a tree that retention removes in one transaction: a parent and all its children."""
 
 # ---------------------------------------------------------------- what the engine hands out
-
-
-class Recorded(Struct, array_like=True, gc=False):
-    """A recorded operation of an execution: index 0 is the operation, 1 to n are the children of an `invoke_all`."""
-
-    name: str
-    round: int
-    index: int
-    kind: StepKind
-    status: StepStatus
-    value: Raw
-    error: Raw
-    child_id: str | None
-    child_task: str | None
-    dropped: bool
-
-
-class Claimed(Struct, array_like=True, gc=False):
-    """An execution that this process may run until it settles it.
-
-    `steps` holds what was recorded earlier: None for a first run; with `cached`, only what changed since this very
-    process parked the execution. `trigger_data` is what a trigger of `trigger_kind` hands to the handler. `closes_at`
-    is set here, not by the database: when its task's window closes, on this machine's monotonic clock.
-    """
-
-    id: str
-    task_id: int
-    queue_id: int
-    payload: Raw
-    failures: int
-    crashes: int
-    depth: int
-    parent_id: str | None
-    root_id: str | None
-    trigger: str | None
-    cached: bool | None
-    steps: list[Recorded] | None
-    trigger_kind: TriggerKind | None = None
-    trigger_data: Raw = NULL
-    closes_at: float | None = None
 
 
 class Claim(Struct):
@@ -348,7 +305,7 @@ _emitted = reader(Emitted)
 _beat = reader(Beat)
 _told_places = reader(ToldPlaces)
 _result = reader(Result)
-_ended = reader(list[Ended])
+_ended = reader(Ended)
 _outstanding = reader(Outstanding)
 _fired = reader(Fired)
 _fired_now = reader(FiredNow)
@@ -356,7 +313,10 @@ _trigger_step = reader(TriggerStep)
 _shapes = reader(list[TableShape])
 _names = reader(list[Named])
 _pruned = reader(Pruned)
-_steps = reader(list[Recorded])
+
+
+def _all_ended(rows: Table) -> list[Ended]:
+    return [_ended(row[0]) for row in rows]
 
 
 def _enqueued_again(answer: Any) -> Enqueued:
@@ -583,15 +543,15 @@ class Engine(Reports):
 
     def watch_results(self, ids: Sequence[str], watcher: str | None) -> Query[list[Ended]]:
         """See 70_inspect.sql. Tells only of those that have ended, or are not known."""
-        return self._query("watch_results", "uuid[] text", (list(ids), watcher), _ended)
+        return self._table("watch_results", "uuid[] text", (list(ids), watcher), _all_ended)
 
     def state_of(self, id: str) -> Query[str | None]:
         """See 70_inspect.sql. None: no such execution."""
         return self._query("state_of", "uuid", (id,), as_is)
 
-    def load_steps(self, id: str) -> Query[list[Recorded]]:
-        """See 70_inspect.sql."""
-        return self._query("load_steps", "uuid", (id,), _steps)
+    def load_executions(self, missing: Sequence[Missing]) -> Query[Mapping[str, Loaded]]:
+        """See 20_claim.sql."""
+        return self._table("load_executions", "json", (as_text(missing),), read_loaded)
 
     def outstanding(self, orchestrator: str, queues: Sequence[int], tasks: Sequence[int]) -> Query[Outstanding]:
         """See 70_inspect.sql."""

@@ -13,8 +13,10 @@ import psycopg
 from psycopg.pq import TransactionStatus
 
 from pgconductor.attempt import OutcomeUnknown
+from pgconductor.claimed import Loaded, Missing
 from pgconductor.engine import Operation, SavedStep
 from pgconductor.isolated import Processes
+from pgconductor.loading import Loader
 from pgconductor.route import FailedOver, Route, Timeline
 from pgconductor.session import Session
 from pgconductor.threads import Threads
@@ -69,6 +71,7 @@ class ProcessHost:
         self._route = Route(dsn, "pgconductor transaction", options=_TRANSACTION_OPTIONS, timeline=timeline)
         self._saver = saver
         self._session = session
+        self._loader = Loader(session, engine)
         self._threads = threads
         self._idle: list[psycopg.AsyncConnection[Any]] = []
         self._idle_sync: list[psycopg.Connection[Any]] = []
@@ -94,6 +97,10 @@ class ProcessHost:
     def submit_thread(self, fn: Callable[[], T]) -> "ThreadFuture[T]":
         """Run a function in a thread of the process's own."""
         return self._threads.submit(fn)
+
+    async def load(self, missing: Missing) -> Loaded:
+        """Load what a claim left out of an execution."""
+        return await self._loader.load(missing)
 
     async def run_query(self, query: "Query[T]") -> T:
         """Run any other call of the engine."""
@@ -159,6 +166,7 @@ class ProcessHost:
     async def close(self) -> None:
         """Close the connections of transactions and let the threads end."""
         self._threads.close()
+        await self._loader.close()
         await self.processes.close()
         for connection in self._idle:
             await connection.close()

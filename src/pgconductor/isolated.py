@@ -22,7 +22,8 @@ import msgspec
 from msgspec import Struct
 
 from pgconductor.attempt import Attempt
-from pgconductor.engine import Claimed, Completion, Outcome
+from pgconductor.claimed import Claimed
+from pgconductor.engine import Completion, Outcome
 from pgconductor.errors import ConductorError, ConfigurationError
 from pgconductor.membership import Timing
 

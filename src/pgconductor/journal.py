@@ -20,9 +20,10 @@ import msgspec
 from msgspec import Raw
 
 from pgconductor.checks import INT_MAX, check_flag, check_integer, check_name
+from pgconductor.claimed import NULL, Claimed, Recorded, StepKind
 from pgconductor.codec import Codec, codec_for
 from pgconductor.durations import Duration, seconds
-from pgconductor.engine import NULL, Await, Claimed, Moved, NewExecution, Operation, Recorded, SavedStep, StepKind
+from pgconductor.engine import Await, Moved, NewExecution, Operation, SavedStep
 from pgconductor.errors import (
     NO_ID,
     ChildCancelled,

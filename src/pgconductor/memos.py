@@ -6,7 +6,9 @@ it afresh, a round higher. Only the latest round counts.
 
 from collections.abc import Iterable
 
-from pgconductor.engine import Recorded
+from msgspec import Raw
+
+from pgconductor.claimed import Claimed, Recorded
 
 _ROW_BYTES = 200
 _TIED = ("invoke_all", "wait_for")
@@ -21,23 +23,25 @@ class Memos:
         is_tied: Whether any of them is a fan-out or a wait for an event, which have rows beside their own. A single
             child that has answered leaves nothing behind.
         children: By name, the rows of a fan-out's children of its latest round, by index from 1.
+        input: The payload and what the trigger handed over, of an execution that was parked.
         size: About how many bytes they take in memory.
     """
 
-    __slots__ = ("children", "is_tied", "open", "operations", "size")
+    __slots__ = ("children", "input", "is_tied", "open", "operations", "size")
 
     def __init__(self) -> None:
         self.operations: dict[str, Recorded] = {}
         self.open: dict[str, Recorded] = {}
         self.is_tied = False
         self.children: dict[str, dict[int, Recorded]] = {}
+        self.input: tuple[Raw, Raw] | None = None
         self.size = 0
 
     @classmethod
-    def of(cls, steps: Iterable[Recorded] | None) -> "Memos":
-        """Return the memos of what was loaded."""
+    def of(cls, steps: Iterable[Recorded] | int | None) -> "Memos":
+        """Return the memos of what a claim brought; a number says that it brought nothing, see `Claimed`."""
         memos = cls()
-        if steps:
+        if steps and not isinstance(steps, int):
             memos.merge(steps)
         return memos
 
@@ -60,6 +64,12 @@ class Memos:
                 self.open[step.name] = own
             else:
                 self.open.pop(step.name, None)
+
+    def keep_input(self, claimed: Claimed) -> None:
+        """Keep the input of an execution that is being parked, in bytes of its own."""
+        if self.input is None:
+            self.input = (claimed.payload.copy(), claimed.trigger_data.copy())
+            self.size += len(bytes(claimed.payload)) + len(bytes(claimed.trigger_data))
 
     def _add_child(self, step: Recorded) -> None:
         rows = self.children.setdefault(step.name, {})

@@ -140,8 +140,7 @@ class Pool:
 
     async def _ask(self, connection: Connection, query: Query[T]) -> Any:
         self.query_count += 1
-        statement = query.statement.encode()
-        return await ask(connection, statement, query.parameters, is_pooled=self.is_pooled)
+        return await ask(connection, query, is_pooled=self.is_pooled)
 
     def _judge_unreachable(self, error: _Unreachable, *, is_late: bool) -> None:
         """Return if the query is to be tried again; raise what the caller is to see otherwise."""

@@ -9,11 +9,12 @@ import msgspec
 
 T = TypeVar("T")
 Report: TypeAlias = dict[str, Any]
+Table: TypeAlias = Sequence[Sequence[bytes | None]]
 
 
 @dataclass(frozen=True, slots=True)
 class Query(Generic[T]):
-    """A statement with one row and one column as its answer, and how to read it.
+    """A statement, and how to read its answer: the one column of one row, or with `is_table` all rows, as bytes.
 
     `harmless`: doing it again after a lost reply changes nothing.
     """
@@ -22,6 +23,7 @@ class Query(Generic[T]):
     parameters: Sequence[object]
     read: Callable[[Any], T]
     harmless: bool = True
+    is_table: bool = False
 
 
 _encode = msgspec.json.Encoder(uuid_format="canonical").encode
@@ -75,11 +77,18 @@ class Queries:
         """`casts` names the parameter types; the instant is appended to all of them."""
         statement = self._statements.get(function)
         if statement is None:
-            marks = ", ".join(f"cast(%s as {cast})" for cast in casts.split()) if casts else ""
-            schema = quote(self.schema).replace("%", "%%")
-            statement = f"select cast({schema}.{function}({marks}) as text)"
+            statement = f"select cast({self._call(function, casts)} as text)"
             self._statements[function] = statement
         return Query(statement, parameters, read, harmless)
+
+    def _table(self, function: str, casts: str, parameters: Sequence[object], read: Callable[[Table], T]) -> Query[T]:
+        """As `_query`, of a function that returns rows."""
+        statement = f"select * from {self._call(function, casts)}"  # noqa: S608 (our own names, and the schema is quoted)
+        return Query(statement, parameters, read, is_table=True)
+
+    def _call(self, function: str, casts: str) -> str:
+        marks = ", ".join(f"cast(%s as {cast})" for cast in casts.split())
+        return f"{quote(self.schema).replace('%', '%%')}.{function}({marks})"
 
     def notify(self, payload: str) -> Query[None]:
         """Send a hint to whoever listens; the channel is the schema's name. Its commit waits for no disk."""

@@ -15,14 +15,16 @@ the first connection that finds another one tells it, and is not used.
 """
 
 import contextlib
-from collections.abc import Callable, Sequence
-from typing import Any, Final, TypeVar
+from collections.abc import Callable
+from typing import Any, Final, TypeVar, cast
 
 import psycopg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.pq import PGconn, Ping, TransactionStatus
+from psycopg.pq.abc import PGresult
 
 from pgconductor.errors import ConductorError
+from pgconductor.queries import Query, Table
 
 Kind = TypeVar("Kind", bound=psycopg.AsyncConnection[Any])
 
@@ -166,10 +168,9 @@ class Route:
             connection.prepare_threshold = 0
 
 
-async def ask(
-    connection: psycopg.AsyncConnection[Any], statement: bytes, parameters: Sequence[object], *, is_pooled: bool
-) -> Any:
-    """Send a call as one message, and return the one value of its answer. An error leaves no transaction open."""
+async def ask(connection: psycopg.AsyncConnection[Any], query: Query[Any], *, is_pooled: bool) -> Any:
+    """Send a call as one message, and return its answer, unread. An error leaves no transaction open."""
+    statement, parameters = query.statement.encode(), query.parameters
     if not is_pooled:
         cursor = await connection.execute(statement, parameters)
     else:
@@ -183,8 +184,16 @@ async def ask(
                 with contextlib.suppress(psycopg.Error):  # broken, then; the error under way says more
                     await connection.execute("rollback")
             raise
+    if query.is_table:
+        return table_of(cursor)
     row = await cursor.fetchone()
     return row[0] if row else None
+
+
+def table_of(cursor: psycopg.AsyncCursor[Any] | psycopg.Cursor[Any]) -> Table:
+    """Return all rows of an answer as they came."""
+    result = cast("PGresult", cursor.pgresult)
+    return [[result.get_value(row, column) for column in range(result.nfields)] for row in range(result.ntuples)]
 
 
 def connection_string(dsn: str, name: str, *, with_options: bool = True, options: str = "") -> str:

@@ -154,9 +154,7 @@ class Session:
                 connection = self._connection or await self._connect()
                 is_connecting = False
                 async with asyncio.timeout(answer_timeout):
-                    answer = await ask(
-                        connection, query.statement.encode(), query.parameters, is_pooled=self.route.is_pooled
-                    )
+                    answer = await ask(connection, query, is_pooled=self.route.is_pooled)
             except psycopg.Error as error:
                 await self._recover(error, is_connecting, query.harmless)
             except FailedOver as error:

@@ -21,9 +21,10 @@ from typing_extensions import TypeVar as DefaultTypeVar
 
 from pgconductor.attempt import Attempt, OutcomeUnknown, accept_transaction
 from pgconductor.checks import check_execution_id
+from pgconductor.claimed import Missing, Recorded
 from pgconductor.codec import Codec
 from pgconductor.durations import Duration, seconds
-from pgconductor.engine import Engine, Operation, Query, Recorded, SavedStep
+from pgconductor.engine import Engine, Operation, Query, SavedStep
 from pgconductor.errors import AttemptTimeout, ConductorError, Suspend
 from pgconductor.faults import fault
 from pgconductor.journal import CANCELLED, PENDING, remember_call
@@ -185,9 +186,9 @@ class SyncContext(RunFacts[D]):
         return copied
 
     def _look_up(self, name: str) -> Recorded | None:
-        query = self._attempt.host.engine.load_steps(self._attempt.claimed.id)
-        steps = self._on_loop(self._attempt.host.run_query(query))
-        return next((step for step in steps if step.name == name and not step.dropped), None)
+        missing = Missing(self._attempt.claimed.id, with_input=False, since=0)
+        loaded = self._on_loop(self._attempt.host.load(missing))
+        return next((step for step in loaded.steps if step.name == name and not step.dropped), None)
 
     # ------------------------------------------------------------ sleeping
 

@@ -13,8 +13,8 @@ from msgspec import Raw, Struct
 from msgspec.json import Decoder
 
 from pgconductor.annotations import admits, union_members
+from pgconductor.claimed import NULL, Claimed, TriggerKind
 from pgconductor.codec import UNTYPED, Codec, codec_for
-from pgconductor.engine import NULL, Claimed, TriggerKind
 from pgconductor.model import Change, Event, Operation, Tick
 
 _NOTHING: Final = b"null"

@@ -22,9 +22,11 @@ from typing import Any, Final, Protocol
 from pgconductor.attempt import Attempt
 from pgconductor.batch import BatchMember, BatchRun, Settlements
 from pgconductor.checks import check_duration, check_integer, check_name
+from pgconductor.claimed import Claimed, Loaded, Missing
 from pgconductor.durations import Duration
-from pgconductor.engine import Claimed, Completion, Outcome
+from pgconductor.engine import Completion, Outcome
 from pgconductor.errors import ConfigurationError
+from pgconductor.loading import complete, missing_of
 from pgconductor.memos import Memos
 from pgconductor.own_context import OwnContext
 from pgconductor.task import Task
@@ -64,15 +66,15 @@ class Floor(Protocol):
         ...
 
     def recall(self, claimed: Claimed, /) -> Memos | None:
-        """Return the memos that this process kept of an execution, brought up to date; None: they are gone."""
+        """Return the memos that this process kept of an execution, and complete its input; None: they are gone."""
         ...
 
     def member(self, claimed: Claimed, token: int, task: Task[..., Any], queue: str, /) -> BatchMember:
         """Make the part of a claimed execution in a batch."""
         ...
 
-    async def reload(self, claimed: Claimed, /) -> Memos:
-        """Load the memos of an execution whose kept ones are gone."""
+    async def load(self, missing: Missing, /) -> Loaded:
+        """Load what a claim left out of an execution."""
         ...
 
     def keep(self, execution_id: str, token: int, memos: Memos, /) -> None:
@@ -227,7 +229,7 @@ class Worker:
             self._serve_in_task(attempt)
 
     def _prepare(self, claimed: Claimed, token: int) -> Attempt | None:
-        """Return the run of an execution; None: it starts elsewhere, in a batch or when its memos are loaded."""
+        """Return the run of an execution; None: it starts elsewhere, in a batch or when what it lacks is loaded."""
         floor = self._owner()
         if claimed.id in self.running:
             self._put_off(claimed, token)
@@ -235,13 +237,11 @@ class Worker:
         if claimed.task_id in self._batch_sizes:
             self._gather(claimed, token)
             return None
-        memos = None
-        if claimed.cached is not None:
-            memos = floor.recall(claimed)
-            if memos is None and claimed.cached:
-                task = self._begin(self._reload(claimed, token))
-                self.running[claimed.id] = (self._attempt(claimed, token, Memos()), task)
-                return None
+        memos = floor.recall(claimed) if claimed.cached is not None else None
+        if (missing := missing_of(claimed, memos)) is not None:
+            task = self._begin(self._load(claimed, token, memos, missing))
+            self.running[claimed.id] = (self._attempt(claimed, token, Memos()), task)
+            return None
         return self._attempt(claimed, token, memos)
 
     def _put_off(self, claimed: Claimed, token: int) -> None:
@@ -319,11 +319,11 @@ class Worker:
         for member, settlement in settlements:
             self._end(member, settlement)
 
-    async def _reload(self, claimed: Claimed, token: int) -> None:
+    async def _load(self, claimed: Claimed, token: int, memos: Memos | None, missing: Missing) -> None:
         floor = self._owner()
         placeholder = self.running[claimed.id][0]
         try:
-            memos = await floor.reload(claimed)
+            memos = complete(claimed, memos, await floor.load(missing))
         except Exception as error:  # noqa: BLE001 (logged and released: the run has not begun)
             self._end(placeholder, self._broken(placeholder, error))
             return
@@ -351,6 +351,7 @@ class Worker:
         self._finished_count += 1
         if settlement is not None:
             if type(settlement) is Outcome and settlement.cached:
+                attempt.memos.keep_input(attempt.claimed)
                 floor.keep(settlement.id, settlement.token, attempt.memos)
             floor.settle(settlement)
         self.fill()

@@ -34,3 +34,8 @@ def deadly(ctx: SyncContext) -> None:
 def endless(ctx: SyncContext) -> None:
     while True:
         time.sleep(0.01)
+
+
+@app.task(executor="process")
+def length_of(ctx: SyncContext, text: str) -> int:
+    return len(text)

@@ -31,6 +31,10 @@ async def test_a_coroutine_runs_on_the_loop_of_its_process(working: Conductor[No
     assert await (await isolated_app.on_its_loop.invoke(4)).result(30) == 8
 
 
+async def test_a_large_payload_reaches_the_process(working: Conductor[None]) -> None:
+    assert await (await isolated_app.length_of.invoke("x" * 300_000)).result(30) == 300_000
+
+
 @pytest.mark.covers("F64", "P4")
 async def test_a_handler_that_kills_its_process_uses_up_the_crash_budget_alone(
     working: Conductor[None], db: psycopg.Connection[dict[str, Any]]

@@ -11,8 +11,8 @@ from psycopg.rows import DictRow
 
 from pgconductor import Conductor, Context, Orchestrator
 from pgconductor.batcher import Batcher
+from pgconductor.claimed import Recorded
 from pgconductor.crew import KeptMemos
-from pgconductor.engine import Recorded
 from pgconductor.memos import Memos
 from pgconductor.session import ConnectionLost, Session
 from pgconductor.threads import Threads

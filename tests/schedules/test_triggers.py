@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from pgconductor import Batch, BatchContext, Change, Conductor, ConductorError, Context, Event, Tick, cron, invocable
-from pgconductor.engine import Claimed, TriggerKind
+from pgconductor.claimed import Claimed, TriggerKind
 from pgconductor.errors import ConfigurationError
 from pgconductor.triggers import handed_over
 

@@ -58,7 +58,7 @@ def test_an_enqueuer_runs_nothing_of_its_own(town: Town, path: str) -> None:
         assert answer(conn, "select pgconductor.invoke('work', dedupe_key => 'k')") == id
         assert answer(conn, "select pgconductor.state_of(%s)", id) == "ready"
         assert answer(conn, "select pgconductor.watch_result(%s)", id)["task"] == "work"
-        assert answer(conn, "select pgconductor.watch_results(array[%s::uuid])", id) == []
+        assert conn.execute("select pgconductor.watch_results(array[%s::uuid])", (id,)).fetchall() == []
 
     with town.session("reader") as conn:
         assert [row["id"] for row in conn.execute("select id from pgconductor.executions")] == [id]

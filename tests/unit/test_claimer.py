@@ -3,8 +3,9 @@
 from types import SimpleNamespace
 from typing import Any
 
+from pgconductor.claimed import NULL, Claimed
 from pgconductor.claimer import Claimer
-from pgconductor.engine import NULL, Claim, Claimed, Engine, Want
+from pgconductor.engine import Claim, Engine, Want
 from pgconductor.membership import Membership, Timing
 from pgconductor.scan import Start
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from pgconductor.engine import NULL, Recorded, StepKind, StepStatus
+from pgconductor.claimed import NULL, Recorded, StepKind, StepStatus
 from pgconductor.memos import Memos
 
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import gc
 import importlib
 import logging
 import os
@@ -19,6 +18,7 @@ import click
 from rich.logging import RichHandler
 
 from pgconductor import embedded
+from pgconductor.cli.devote import devote_process
 from pgconductor.cli.session import Settings, pass_settings
 from pgconductor.cli.text import console, line, redacted_dsn
 from pgconductor.conductor import Conductor
@@ -30,8 +30,6 @@ log = logging.getLogger("pgconductor.worker")
 STOP_SECONDS_MAX = 40
 SERVER_SECONDS_MAX = 60
 SERVER_PAUSE_SECONDS = 0.5
-YOUNG_OBJECTS = 10_000
-"""How many new objects a worker makes before the garbage collector looks at them; Python's own number is 700."""
 
 
 @click.command()
@@ -118,7 +116,7 @@ async def _work(app: Conductor[Any], queues: dict[str, int] | None, concurrency:
     orchestrator = Orchestrator(app, queues=queues, concurrency=concurrency)
     await _wait_for_server(app.dsn)
     await orchestrator.start()
-    spare_collector()
+    devote_process()
     with contextlib.suppress(BrokenPipeError, SystemExit):  # rich exits where nobody reads: work goes on all the same
         _greet(app, orchestrator, queues or {task.queue: concurrency for task in app.tasks.values()})
     try:
@@ -136,18 +134,6 @@ async def _wait_for_server(dsn: str) -> None:
             is_told = True
             log.warning("no Postgres answers at %s yet; trying for %d s", redacted_dsn(dsn), SERVER_SECONDS_MAX)
         await asyncio.sleep(SERVER_PAUSE_SECONDS)
-
-
-def spare_collector() -> None:
-    """Leave what a worker has loaded out of garbage collections, and have fewer: its own runs leave none behind.
-
-    A process that is given to a worker does this. One that merely hosts an orchestrator is its owner's to tune.
-    """
-    young, *old = gc.get_threshold()
-    if young:
-        gc.set_threshold(max(young, YOUNG_OBJECTS), *old)
-    gc.collect()
-    gc.freeze()
 
 
 def _greet(app: Conductor[Any], orchestrator: Orchestrator, queues: dict[str, int]) -> None:

@@ -7,6 +7,7 @@ from uuid import UUID
 import psycopg
 
 from pgconductor.engine import Ended, Engine, quote
+from pgconductor.route import table_of
 from pgconductor.run import error_of
 from pgconductor.task import Call
 
@@ -102,8 +103,7 @@ class Records:
 
     def _ended(self, ids: list[str]) -> list[Ended]:
         query = self._engine.watch_results(ids, None)
-        row = self._connect().execute(query.statement.encode(), list(query.parameters)).fetchone()
-        return query.read(row[0]) if row else []
+        return query.read(table_of(self._connect().execute(query.statement.encode(), list(query.parameters))))
 
     def _rows(self, query: str, *values: object) -> list[tuple[Any, ...]]:
         schema = quote(self._engine.schema)

@@ -25,22 +25,13 @@ import psycopg
 from pgconductor.attempt import Attempt
 from pgconductor.batch import BatchMember, BatchRun
 from pgconductor.changes import declared_changes, register_changes
-from pgconductor.engine import (
-    Claimed,
-    Completion,
-    Engine,
-    Operation,
-    Outcome,
-    Query,
-    SavedStep,
-    Want,
-    quote,
-)
+from pgconductor.claimed import Claimed
+from pgconductor.engine import Completion, Engine, Operation, Outcome, Query, SavedStep, Want, quote
 from pgconductor.errors import ChildFailed, ConductorError, Crash
 from pgconductor.events import subscriptions_of
 from pgconductor.host import ProcessHost
+from pgconductor.loading import complete, missing_of
 from pgconductor.membership import Membership, Timing
-from pgconductor.memos import Memos
 from pgconductor.registration import task_row
 from pgconductor.schedules import declared_schedules, plan
 from pgconductor.session import Session
@@ -262,7 +253,7 @@ class ManualWorker:
         batches: dict[int, BatchRun] = {}
         for each in claim.claimed or ():
             if self._tasks[each.task_id].config.batch is None:
-                self._start(each)
+                await self._start(each)
             else:
                 self._gather(each, batches)
         for batch in batches.values():
@@ -272,9 +263,12 @@ class ManualWorker:
             return True
         return claim.next_due is not None and claim.next_due <= 0
 
-    def _start(self, claimed: Claimed) -> None:
+    async def _start(self, claimed: Claimed) -> None:
         queue = next(name for name, id in self._queues.items() if id == claimed.queue_id)
-        task, memos = self._tasks[claimed.task_id], Memos.of(claimed.steps)
+        task = self._tasks[claimed.task_id]
+        missing, memos = missing_of(claimed, None), None
+        if missing is not None:
+            memos = complete(claimed, None, await self._host.load(missing))
         attempt = self._running[claimed.id] = _Attempt(claimed, self._token, task, queue, self._host, memos)
         self._runs.add(asyncio.create_task(self._run(attempt)))
 

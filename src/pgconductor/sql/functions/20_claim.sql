@@ -117,40 +117,79 @@ begin
           group by lane_id, place_of(priority, ord) >> 46) n);
 end $$;
 
+-- What is large does not go with a claim, which is one value for up to 2,000 executions: runs load it, in rows, when they
+-- begin (load_executions). Large is what Postgres compresses or stores apart, from some 2 KB on. Below, what it costs to
+-- copy a byte some fifteen times is less than a statement; and a value need not be read to be told from a large one.
+create or replace function is_in_row(p_value json) returns boolean
+language sql stable parallel safe
+return p_value is null or (pg_column_compression(p_value) is null and pg_column_size(p_value) <= 2048);
+
 -- The recorded operations of a resumed execution, newest rounds included, as arrays; only those after p_since. p_open:
--- the names that can have any; without it all that is recorded is looked through.
-create or replace function recorded_steps(p_execution uuid, p_since bigint default 0, p_open json default null)
-returns json
+-- the names that can have any; without it all that is recorded is looked through. Where a value is large, or all of it is
+-- more than p_bytes_max, it is p_since instead: load those after it.
+create or replace function recorded_steps(p_execution uuid, p_since bigint, p_open json, p_bytes_max int) returns json
 language plpgsql stable set search_path from current as $$
+declare
+  v_steps json;
 begin
   if p_open is null then
-    return (
-      select json_agg(json_build_array(name, round, index, kind, status, value, error, child_id, child_task, dropped)
-                      order by name, round, index)
-      from step where execution_id = p_execution and seq > p_since);
-  end if;
-  return (
-    select json_agg(json_build_array(s.name, round, index, kind, status, value, error, child_id, child_task, dropped)
-                    order by s.name, round, index)
+    select case when bool_and(is_in_row(value) and is_in_row(error))
+      then json_agg(json_build_array(name, round, index, kind::text, status::text, case when is_in_row(value) then value end,
+                                     case when is_in_row(error) then error end, child_id, child_task, dropped))
+      when count(*) > 0 then to_json(p_since) end
+    into v_steps
+    from step where execution_id = p_execution and seq > p_since;
+  else
+    select case when bool_and(is_in_row(value) and is_in_row(error))
+      then json_agg(json_build_array(s.name, round, index, kind::text, status::text, case when is_in_row(value) then value end,
+                                     case when is_in_row(error) then error end, child_id, child_task, dropped))
+      when count(*) > 0 then to_json(p_since) end
+    into v_steps
     from json_array_elements_text(p_open) as o(name) cross join lateral (
-      select * from step k where k.execution_id = p_execution and k.name = o.name and k.seq > p_since offset 0) s);
+      select * from step k where k.execution_id = p_execution and k.name = o.name and k.seq > p_since offset 0) s;
+  end if;
+  return case when pg_column_size(v_steps) > p_bytes_max then to_json(p_since) else v_steps end;
 end $$;
 
--- What the worker is told of what it was given, in the order in which it stands.
+-- What claims left out. p_missing: [{id, with_input, since?}]. A row with the payload and what the trigger handed over, if
+-- with_input; one with each operation recorded after since, if given. In rows, since one value may not hold them all.
+create or replace function load_executions(p_missing json)
+returns table (execution_id uuid, payload json, trigger_data json, step json)
+language plpgsql stable set search_path from current set enable_seqscan = off set enable_mergejoin = off set enable_bitmapscan = off set jit = off set plan_cache_mode = force_generic_plan as $$
+#variable_conflict use_column
+begin
+  return query
+    select e.id, e.payload, e.trigger_data, null::json
+    from json_to_recordset(p_missing) as m(id uuid, with_input boolean)
+    cross join lateral (select * from execution k where k.id = m.id and m.with_input offset 0) e
+    union all
+    select s.execution_id, null, null, json_build_array(
+      name, round, index, kind::text, status::text, value, error, child_id, child_task, dropped)
+    from json_to_recordset(p_missing) as m(id uuid, since bigint)
+    cross join lateral (select * from step k where k.execution_id = m.id and k.seq > m.since offset 0) s;
+end $$;
+
+-- What the worker is told of what it was given, in the order in which it stands. To a process that keeps the memos of
+-- an execution, only what is new is told; it has the input, too.
 create or replace function handed_out(p_taken ready[], p_orchestrator uuid) returns json
 language plpgsql stable set search_path from current as $$
+declare
+  v_bytes_max int := 64 * 1024 * 1024 / cardinality(p_taken);
 begin
   return (
     select json_agg(json_build_array(
-      e.id, l.task_id, l.queue_id, e.payload, e.failures, e.crashes, e.depth, e.parent_id, e.root_id, e.trigger,
-      t.cached_by = p_orchestrator,
+      e.id, l.task_id, l.queue_id, case when e.with_input then e.payload end, e.failures, e.crashes, e.depth,
+      e.parent_id, e.root_id, e.trigger, t.cached_by = p_orchestrator,
       case when t.ord < 0 or e.started_at is not null then
-        case when t.cached_by = p_orchestrator then recorded_steps(e.id, t.cached_seq, t.cached_open)
-        else recorded_steps(e.id) end end,
-      e.trigger_kind, e.trigger_data)
+        case when t.cached_by = p_orchestrator then recorded_steps(e.id, t.cached_seq, t.cached_open, v_bytes_max)
+        else recorded_steps(e.id, 0, null, v_bytes_max) end end,
+      e.trigger_kind, case when e.with_input then e.trigger_data end)
       order by place_of(t.priority, t.ord))
     from unnest(p_taken) t
-    cross join lateral (select * from execution k where k.id = t.execution_id offset 0) e
+    cross join lateral (
+      select *, t.cached_by is distinct from p_orchestrator and is_in_row(payload)
+        and is_in_row(trigger_data) as with_input
+      from execution k where k.id = t.execution_id offset 0) e
     cross join lateral (select * from lane k where k.id = t.lane_id offset 0) l);
 end $$;
 
@@ -273,7 +312,7 @@ begin
   end if;
   perform set_config('synchronous_commit', 'off', true);
   with named as materialized (
-    select e.*, l.task_id, l.queue_id, r.row_at
+    select e.*, l.task_id, l.queue_id, r.row_at, is_in_row(e.payload) and is_in_row(e.trigger_data) as with_input
     from execution e
     join lane l on l.id = e.lane_id and not l.is_limited
     join queue q on q.id = l.queue_id and q.paused_at is null
@@ -290,8 +329,8 @@ begin
     select execution_id, p_orchestrator, p_token, instant(p_now), v_number from taken
   )
   select json_agg(json_build_array(
-    n.id, n.task_id, n.queue_id, n.payload, n.failures, n.crashes, n.depth, n.parent_id, n.root_id, n.trigger, null, null,
-    n.trigger_kind, n.trigger_data)) into v_claimed
+    n.id, n.task_id, n.queue_id, case when n.with_input then n.payload end, n.failures, n.crashes, n.depth, n.parent_id,
+    n.root_id, n.trigger, null, null, n.trigger_kind, case when n.with_input then n.trigger_data end)) into v_claimed
   from named n join taken t on t.execution_id = n.id;
   return case when v_claimed is null then '{}' else json_build_object('claimed', v_claimed) end;
 end $$;

@@ -25,12 +25,6 @@ language sql stable set search_path from current set enable_seqscan = off set en
   select state from executions where id = p_id
 $$;
 
--- All recorded steps of an execution; for a worker that no longer has them.
-create or replace function load_steps(p_execution uuid) returns json
-language sql stable set search_path from current set enable_seqscan = off set enable_mergejoin = off set jit = off set plan_cache_mode = force_generic_plan as $$
-  select coalesce(recorded_steps(p_execution), '[]')
-$$;
-
 -- What a drain waits for: how much this set of queues and tasks could run now or is running for this process.
 -- p_next: also count what is only scheduled or asleep.
 create or replace function outstanding(
@@ -51,10 +45,10 @@ language sql stable set search_path from current set enable_seqscan = off set en
     'next_due', instant(p_now) + make_interval(secs => next_due(instant(p_now))))
 $$;
 
--- The same for many: returns [{id, outcome, result, error, task, reason}] of those that have ended; of an unknown id
--- only {id}. The share lock waits for an end that is being written, which could not see the new watch row; the
--- commit is asynchronous, since a lost watch row costs a poll.
-create or replace function watch_results(p_ids uuid[], p_watcher text default null) returns json
+-- As watch_result, for many: a row {id, outcome, result, error, task, reason} for each that has ended; of an unknown id
+-- only {id}. In rows, since one value may not hold them all. The share lock waits for an end that is being written, which
+-- could not see the new watch row; the commit is asynchronous, since a lost watch row costs a poll.
+create or replace function watch_results(p_ids uuid[], p_watcher text default null) returns setof json
 language plpgsql volatile set search_path from current set enable_seqscan = off set enable_mergejoin = off set jit = off set plan_cache_mode = force_generic_plan as $$
 begin
   if p_watcher is not null then
@@ -67,10 +61,10 @@ begin
           order by depth desc, id for share) e
     on conflict do nothing;
   end if;
-  return (
-    select coalesce(json_agg(case when e.id is null then json_build_object('id', i.id) else json_build_object(
+  return query
+    select case when e.id is null then json_build_object('id', i.id) else json_build_object(
       'id', e.id, 'outcome', e.outcome, 'result', e.result, 'error', e.error, 'reason', e.cancel_reason,
-      'task', (select t.name from lane l join task t on t.id = l.task_id where l.id = e.lane_id)) end), '[]')
+      'task', (select t.name from lane l join task t on t.id = l.task_id where l.id = e.lane_id)) end
     from unnest(p_ids) as i(id) left join execution e on e.id = i.id
-    where e.id is null or e.outcome is not null);
+    where e.id is null or e.outcome is not null;
 end $$;

@@ -1,0 +1,95 @@
+"""What a claim hands out of the database: executions, and what they have recorded so far.
+
+A claim answers for many executions in one value, so what is large is not in it. A run that needs it loads it when it
+begins; see `loading.py`.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Final, Literal
+
+import msgspec
+from msgspec import Raw, Struct
+
+NULL: Final = Raw(b"null")
+StepKind = Literal["step", "transaction", "sleep", "invoke", "invoke_all", "start", "wait", "wait_for", "call"]
+StepStatus = Literal["pending", "completed", "failed", "cancelled", "timed_out"]
+TriggerKind = Literal["schedule", "event", "change"]
+
+
+class Recorded(Struct, array_like=True, gc=False):
+    """A recorded operation of an execution: index 0 is the operation, 1 to n are the children of an `invoke_all`."""
+
+    name: str
+    round: int
+    index: int
+    kind: StepKind
+    status: StepStatus
+    value: Raw
+    error: Raw
+    child_id: str | None
+    child_task: str | None
+    dropped: bool
+
+
+class Claimed(Struct, array_like=True, gc=False):
+    """An execution that this process may run until it settles it.
+
+    `payload` and `trigger_data`, which is what a trigger of `trigger_kind` hands to the handler, are its input. They
+    are null where they are large, and with `cached`, which says that this very process parked the execution.
+
+    `steps` holds what was recorded earlier: None for a first run; with `cached`, only what changed since the park.
+    Where that is large, it is the number to load from.
+
+    `closes_at` is set here, not by the database: when its task's window closes, on this machine's monotonic clock.
+    """
+
+    id: str
+    task_id: int
+    queue_id: int
+    payload: Raw
+    failures: int
+    crashes: int
+    depth: int
+    parent_id: str | None
+    root_id: str | None
+    trigger: str | None
+    cached: bool | None
+    steps: list[Recorded] | int | None
+    trigger_kind: TriggerKind | None = None
+    trigger_data: Raw = NULL
+    closes_at: float | None = None
+
+
+class Missing(Struct):
+    """What of an execution is to be loaded: its input, and the operations recorded after `since`, unless it is None."""
+
+    id: str
+    with_input: bool
+    since: int | None
+
+
+class Loaded:
+    """What was missing. `payload`: None if it was not asked for, or there is no such execution."""
+
+    __slots__ = ("payload", "steps", "trigger_data")
+
+    def __init__(self) -> None:
+        self.payload: Raw | None = None
+        self.trigger_data = NULL
+        self.steps: list[Recorded] = []
+
+
+_recorded = msgspec.json.Decoder(Recorded)
+
+
+def read_loaded(rows: Sequence[Sequence[bytes | None]]) -> Mapping[str, Loaded]:
+    """Read what `load_executions` brought, by execution."""
+    found: defaultdict[str, Loaded] = defaultdict(Loaded)
+    for id, payload, trigger_data, step in rows:
+        loaded = found[id.decode() if id else ""]
+        if step is not None:
+            loaded.steps.append(_recorded.decode(step))
+        elif payload is not None:
+            loaded.payload, loaded.trigger_data = Raw(payload), Raw(trigger_data or b"null")
+    return found
