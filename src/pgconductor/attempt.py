@@ -53,6 +53,9 @@ Exit = Literal["parked", "released", "refused", "abandoned"]
 LONG_COUNT = 150
 """From so many recorded operations on, a resume finds what is new by name, which costs short ones more."""
 
+PARKED_BYTES_MAX = 16 * 1024 * 1024
+"""How much may go with a park; settling others would wait too long for more."""
+
 PASSES_CONCURRENT = 32
 """How many more passes of the loop a handler gets that runs several tasks, before it is parked."""
 
@@ -173,6 +176,7 @@ class Attempt:
         "_is_concurrent",
         "_leaving",
         "_main",
+        "_opening",
         "_quiet",
         "_refusal",
         "_storing",
@@ -214,6 +218,7 @@ class Attempt:
         self._refusal: BaseException | None = None
         self._waits: dict[asyncio.Future[None], str | None] = {}
         self._storing: set[asyncio.Future[Any]] = set()
+        self._opening: set[asyncio.Future[None]] = set()
 
     @property
     def memos(self) -> Memos:
@@ -516,24 +521,28 @@ class Attempt:
         self._check_is_due = False
         if self.exit or self.closed or not self._waits:
             return
-        if self._busy:
+        if self._busy or self.journal.unsaved_bytes > PARKED_BYTES_MAX:
             self._store_unsaved(self.journal.take_unsaved())
-        else:
+        elif not self._opening:  # one that is refused fails the attempt: it must not park on that
             self._unwind("parked" if self.journal.awaits else "released")
 
     def _store_unsaved(self, operations: Iterable[Operation]) -> None:
-        """Create children at once that were asked for while a step runs."""
+        """Create children at once: a step runs beside them, or they are too many bytes to go with the park."""
         for operation in operations:
             future = asyncio.ensure_future(self.host.open(operation))
             self._storing.add(future)
+            self._opening.add(future)
             future.add_done_callback(self._stored)
 
     def _stored(self, future: "asyncio.Future[None]") -> None:
         self._storing.discard(future)
+        self._opening.discard(future)
         error = None if future.cancelled() else future.exception()
-        if error is None or self.exit or self.closed:
+        if self.exit or self.closed:
             return
-        if isinstance(error, StaleLease | Crash):
+        if error is None:
+            self._look_later()
+        elif isinstance(error, StaleLease | Crash):
             self._unwind("abandoned")
         else:
             self._refusal = error

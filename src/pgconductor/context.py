@@ -13,6 +13,7 @@ from typing_extensions import ParamSpec, TypeVar
 
 from pgconductor.attempt import Attempt, OutcomeUnknown, accept_transaction, runs_on_loop
 from pgconductor.checks import check_execution_id
+from pgconductor.claimed import Missing
 from pgconductor.codec import Codec
 from pgconductor.durations import Duration, seconds
 from pgconductor.errors import AttemptTimeout, ConfigurationError, Suspend
@@ -40,7 +41,7 @@ from pgconductor.task import Call, Task, check_task
 from pgconductor.triggers import handed_over
 
 if TYPE_CHECKING:
-    from pgconductor.claimed import Missing, Recorded
+    from pgconductor.claimed import Recorded
     from pgconductor.engine import Engine, Query
 
 P = ParamSpec("P")

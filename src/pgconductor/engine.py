@@ -213,6 +213,10 @@ class Operation(Struct, omit_defaults=True, gc=False):
     event: str | None = None
     where: Raw | UnsetType = UNSET
 
+    def weigh(self) -> int:
+        """Return about how many bytes it takes in a statement."""
+        return 100 + sum(100 + len(bytes(child.payload)) for child in self.children or ())
+
 
 class Await(Struct, omit_defaults=True, gc=False):
     """An operation that a parked execution has open. Those not `awaited` are only told of.

@@ -19,6 +19,7 @@ from uuid import UUID
 import msgspec
 from msgspec import Raw
 
+from pgconductor.calls import BYTES_MAX
 from pgconductor.checks import INT_MAX, check_flag, check_integer, check_name
 from pgconductor.claimed import NULL, Claimed, Recorded, StepKind
 from pgconductor.codec import Codec, codec_for
@@ -33,6 +34,7 @@ from pgconductor.errors import (
     ConfigurationError,
     DepthExceeded,
     DuplicateStep,
+    EncodeError,
     StepMismatch,
     TooMany,
     WaitTimeout,
@@ -90,6 +92,7 @@ class Journal:
     Attributes:
         memos: What earlier runs recorded; grows with this one.
         unsaved: Operations that the database does not know yet.
+        unsaved_bytes: About how many bytes they take in a statement.
         awaits: What this run has open, by name.
     """
 
@@ -102,11 +105,13 @@ class Journal:
         "awaits",
         "memos",
         "unsaved",
+        "unsaved_bytes",
     )
 
     def __init__(self, claimed: Claimed, token: int, memos: Memos) -> None:
         self.memos = memos
         self.unsaved: list[Operation] = []
+        self.unsaved_bytes = 0
         self.awaits: dict[str, Await] = {}
         self._claimed = claimed
         self._token = token
@@ -323,7 +328,7 @@ class Journal:
 
     def take_unsaved(self) -> list[Operation]:
         """Return the operations that the database does not know, to be stored by themselves."""
-        taken, self.unsaved = self.unsaved, []
+        taken, self.unsaved, self.unsaved_bytes = self.unsaved, [], 0
         for operation in taken:
             operation.token = self._token
         return taken
@@ -335,8 +340,15 @@ class Journal:
         return PENDING
 
     def _open(self, operation: Operation, awaited: Await | None = None) -> None:
+        size = operation.weigh()
+        if size > BYTES_MAX:
+            place = f"{operation.kind} {operation.name!r}"
+            raise EncodeError(
+                place, f"its children take {size} bytes, at most {BYTES_MAX} at once; pass what finds them"
+            )
         self.remember_open(operation)
         self.unsaved.append(operation)
+        self.unsaved_bytes += size
         self.awaits[operation.name] = awaited or Await(operation.name, operation.round, operation.kind, awaited=True)
 
     def remember_open(self, operation: Operation) -> None:

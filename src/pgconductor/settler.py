@@ -117,13 +117,8 @@ class Settler:
 def _weight(settlement: Settlement) -> int:
     if isinstance(settlement, Completion):
         return len(bytes(settlement.result))
-    return sum(len(bytes(raw)) for raw in (settlement.result, settlement.error) if raw is not UNSET) + _ops_weight(
-        settlement.ops
-    )
-
-
-def _ops_weight(operations: Sequence[Operation] | None) -> int:
-    return sum(100 + len(bytes(child.payload)) for operation in operations or () for child in operation.children or ())
+    values = sum(len(bytes(raw)) for raw in (settlement.result, settlement.error) if raw is not UNSET)
+    return values + sum(operation.weigh() for operation in settlement.ops or ())
 
 
 class _Write(NamedTuple):
@@ -208,4 +203,4 @@ def _write_weight(write: _Write) -> int:
     item = write.item
     if type(item) is SavedStep:
         return len(bytes(item.value)) + (0 if item.event is UNSET else len(bytes(item.event.payload)))
-    return _ops_weight([item] if type(item) is Operation else [])
+    return item.weigh() if type(item) is Operation else 0

@@ -4,13 +4,28 @@ import asyncio
 from typing import Any
 
 import psycopg
+import pytest
 from psycopg.rows import DictRow
 
-from pgconductor import Batch, BatchContext, Conductor, Context, Event, RetryPolicy, SyncContext, event
+from pgconductor import (
+    Batch,
+    BatchContext,
+    Conductor,
+    Context,
+    Event,
+    ExecutionFailed,
+    RetryPolicy,
+    SyncContext,
+    codec,
+    event,
+    journal,
+    signature,
+)
 from tests.integration.conftest import Working
 from tests.waiting import until, until_row
 
 LARGE = 300_000
+LARGEST = 1024 * 1024 - 100
 
 
 def text_of(number: int) -> str:
@@ -124,3 +139,70 @@ async def test_what_is_large_holds_up_nothing_that_stands_behind_it(app: Conduct
     async with working(queues={"default": 300}):
         await until(lambda: len(order) == 101)
     assert order[0] == 1
+
+
+# ---------------------------------------------------------------- many children with large payloads
+
+
+async def test_large_children_that_are_asked_for_together_are_stored_in_parts(
+    app: Conductor[None], working: Working
+) -> None:
+    runs: list[int] = []
+
+    @app.task
+    async def child(ctx: Context, text: str, number: int) -> int:
+        return len(text) * number
+
+    @app.task
+    async def parent(ctx: Context) -> int:
+        runs.append(ctx.attempt)
+        calls = [ctx.invoke(f"child {n}", child.bind("x" * LARGEST, n)) for n in range(20)]
+        return sum(await asyncio.gather(*calls))
+
+    async with working():
+        assert await (await parent.invoke()).result(60) == LARGEST * sum(range(20))
+    assert len(runs) >= 2
+    assert set(runs) == {1}
+
+
+async def test_one_of_them_that_the_database_refuses_fails_the_parent(
+    app: Conductor[None], working: Working, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It must not park on something that was never opened, while what is opened is still under way."""
+    for module in (codec, signature):
+        monkeypatch.setattr(module, "VALUE_BYTES_MAX", 4 * LARGEST)
+
+    @app.task
+    async def child(ctx: Context, text: str) -> int:
+        return len(text)
+
+    @app.task(max_attempts=1)
+    async def parent(ctx: Context) -> None:
+        sizes = [LARGEST] * 20 + [2 * LARGEST]
+        await asyncio.gather(*(ctx.invoke(f"child {n}", child.bind("x" * size)) for n, size in enumerate(sizes)))
+
+    async with working():
+        with pytest.raises(ExecutionFailed, match=r"child 20.*1048576"):
+            await (await parent.invoke()).result(60)
+
+
+@pytest.mark.covers("P14")
+async def test_a_fan_out_that_no_statement_can_hold_is_refused_and_delays_nobody(
+    app: Conductor[None], working: Working, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal, "BYTES_MAX", 2 * LARGE)
+
+    @app.task
+    async def child(ctx: Context, text: str) -> int:
+        return len(text)
+
+    @app.task
+    async def parent(ctx: Context, count: int) -> int:
+        return sum(await ctx.invoke_all("children", [child.bind("x" * (LARGE // 2)) for _ in range(count)]))
+
+    async with working():
+        too_many = await parent.invoke(5)
+        assert await (await parent.invoke(3)).result(30) == 3 * (LARGE // 2)
+        with pytest.raises(ExecutionFailed, match="cannot store invoke_all 'children': its children take") as caught:
+            await too_many.result(30)
+    assert caught.value.error_type == "pgconductor.errors.EncodeError"
