@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, cast
 
 from pgconductor.attempt import Attempt
+from pgconductor.claimed import Missing
 from pgconductor.context import BatchContext
 from pgconductor.engine import Completion, Outcome
 from pgconductor.errors import AttemptTimeout, ConductorError
@@ -42,14 +43,16 @@ class BatchMember(Attempt):
         """Whether it is still to be handed to the handler."""
         return not (self.is_over() or self.is_leaving)
 
-    async def element(self) -> Any:
-        """Read its payload, and load it before if it is large.
+    async def load(self, missing: Missing) -> None:
+        """Load its payload, which is large."""
+        complete(self.claimed, None, await self.host.load(missing))
+
+    def element(self) -> Any:
+        """Read its payload.
 
         Raises:
             DecodeError: It no longer fits.
         """
-        if (missing := missing_of(self.claimed, None)) is not None:
-            complete(self.claimed, None, await self.host.load(missing))
         return cast("Any", self.task.payload).decode_element(bytes(self.claimed.payload))
 
     def returned(self, value: Any) -> Completion | Outcome | None:
@@ -111,26 +114,29 @@ class BatchRun:
         if self._timeout and self.is_open:
             await asyncio.wait([asyncio.ensure_future(self._go.wait())], timeout=self._timeout)
         self.close()
-        done, elements = await self._read()
-        done += [(each, each.leave(each.exit or "released")) for each, _ in elements if not each.may_start()]
-        elements = [(each, element) for each, element in elements if each.may_start()]
-        for member in self.members:
-            member.closed = True
-        return done + await self._call(elements) if elements else done
-
-    async def _read(self) -> tuple[Settlements, list[tuple[BatchMember, Any]]]:
-        """Return what is to be settled without the handler, and the others with their payloads."""
+        failures = await self._load()
         done: Settlements = []
         elements: list[tuple[BatchMember, Any]] = []
         for member in self.members:
             if not member.may_start():
                 done.append((member, member.leave(member.exit or "released")))
-                continue
-            try:
-                elements.append((member, await member.element()))
-            except Exception as error:  # noqa: BLE001 (one bad payload delays no other)
-                done.append((member, member.failed(error)))
-        return done, elements
+            elif member in failures:
+                done.append((member, member.failed(failures[member])))
+            else:
+                try:
+                    elements.append((member, member.element()))
+                except Exception as error:  # noqa: BLE001 (one bad payload delays no other)
+                    done.append((member, member.failed(error)))
+        for member in self.members:
+            member.closed = True
+        return done + await self._call(elements) if elements else done
+
+    async def _load(self) -> dict[BatchMember, BaseException]:
+        """Load the payloads that are large; return what failed."""
+        found = [(member, missing_of(member.claimed, None)) for member in self.members if member.may_start()]
+        large = [(member, missing) for member, missing in found if missing is not None]
+        failures = await asyncio.gather(*(member.load(missing) for member, missing in large), return_exceptions=True)
+        return {member: failure for (member, _), failure in zip(large, failures, strict=True) if failure is not None}
 
     async def _call(self, elements: list[tuple[BatchMember, Any]]) -> Settlements:
         fn = cast("Callable[..., Awaitable[Any]]", self.task.fn)
