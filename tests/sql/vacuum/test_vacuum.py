@@ -12,10 +12,13 @@ LEAST = 1_000
 
 
 @pytest.fixture(autouse=True)
-def nothing_dead(db: Db) -> None:
-    """The database had other tests before this one."""
+def nothing_dead(db: Db) -> Generator[None]:
+    """The database had other tests before this one; and no vacuum comes to the table but those of the test."""
+    db.execute("alter table timer set (autovacuum_enabled = off)")
     db.execute("select pg_stat_force_next_flush()")
     db.execute("vacuum timer")
+    yield
+    db.execute("alter table timer reset (autovacuum_enabled)")
 
 
 @pytest.fixture
