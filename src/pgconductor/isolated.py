@@ -24,7 +24,7 @@ from msgspec import Struct
 from pgconductor.attempt import Attempt
 from pgconductor.claimed import Claimed
 from pgconductor.engine import Completion, Outcome
-from pgconductor.errors import ConductorError, ConfigurationError
+from pgconductor.errors import ConductorError, ConfigurationError, EncodeError
 from pgconductor.membership import Timing
 
 log = logging.getLogger("pgconductor.isolated")
@@ -86,8 +86,19 @@ class _Child:
         self.writer.write(_encode(message) + b"\n")
 
     async def run(self, start: Start) -> Answer | None:
-        """Have one run done; None when the process died under it."""
-        self.send(start)
+        """Have one run done; None when the process died under it.
+
+        Raises:
+            EncodeError: What it begins with is more than the process reads at once. It was not told of it.
+        """
+        order = _encode(start)
+        if len(order) >= LINE_BYTES_MAX:
+            raise EncodeError(
+                "what a run begins with",
+                f"its payload and recorded values take {len(order)} bytes, at most {LINE_BYTES_MAX} go to a process of"
+                " its own; record less, or drop executor=",
+            )
+        self.writer.write(order + b"\n")
         with contextlib.suppress(ConnectionError):
             line = await self.reader.readline()
             if line:
@@ -202,6 +213,9 @@ class IsolatedAttempt(Attempt):
         answer: Answer | None = None
         try:
             answer = await child.run(self._order())
+        except EncodeError as error:
+            answer = Answer()  # the child was told nothing, and is kept
+            return self._failed(error)
         finally:
             self._child = None
             if answer is None or answer.spent:

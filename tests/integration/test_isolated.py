@@ -7,7 +7,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from pgconductor import Conductor, ExecutionFailed, Orchestrator
+from pgconductor import Conductor, ExecutionFailed, Orchestrator, isolated
 from tests.integration import isolated_app
 
 
@@ -33,6 +33,15 @@ async def test_a_coroutine_runs_on_the_loop_of_its_process(working: Conductor[No
 
 async def test_a_large_payload_reaches_the_process(working: Conductor[None]) -> None:
     assert await (await isolated_app.length_of.invoke("x" * 300_000)).result(30) == 300_000
+
+
+async def test_more_than_the_process_reads_fails_the_execution_and_nothing_else(
+    working: Conductor[None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(isolated, "LINE_BYTES_MAX", 200_000)
+    with pytest.raises(ExecutionFailed, match="bytes, at most 200000 go to a process of its own"):
+        await (await isolated_app.length_of.invoke("x" * 300_000)).result(30)
+    assert await (await isolated_app.length_of.invoke("x" * 100_000)).result(30) == 100_000
 
 
 @pytest.mark.covers("F64", "P4")
