@@ -18,7 +18,7 @@ from typing import Any, Final
 from pgconductor.attempt import Attempt
 from pgconductor.batch import BatchMember
 from pgconductor.claimed import Claimed, Loaded, Missing
-from pgconductor.engine import Engine, Outcome
+from pgconductor.engine import Outcome
 from pgconductor.host import ProcessHost
 from pgconductor.isolated import IsolatedAttempt
 from pgconductor.memos import Memos
@@ -88,7 +88,6 @@ class Crew:
         workers: One a queue.
         tasks: What this process knows, by the task's id in the database.
         host: What runs are given.
-        engine: Builds queries.
         settler: Takes outcomes.
         on_slot_free: Told that a worker can take more.
         on_busy: Told that the first run began.
@@ -99,7 +98,6 @@ class Crew:
         workers: Sequence[Worker],
         tasks: dict[int, Task[..., Any]],
         host: ProcessHost,
-        engine: Engine,
         settler: Settler,
         *,
         on_slot_free: Callable[[Worker], None],
@@ -113,7 +111,6 @@ class Crew:
         self.settle: Callable[[Settlement], None] = settler.add
         self.is_closed = False
         self._host = host
-        self._engine = engine
         self._on_slot_free = on_slot_free
         self._on_busy = on_busy
         self._on_idle = on_idle

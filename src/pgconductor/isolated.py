@@ -85,19 +85,8 @@ class _Child:
     def send(self, message: Message | Home) -> None:
         self.writer.write(_encode(message) + b"\n")
 
-    async def run(self, start: Start) -> Answer | None:
-        """Have one run done; None when the process died under it.
-
-        Raises:
-            EncodeError: What it begins with is more than the process reads at once. It was not told of it.
-        """
-        order = _encode(start)
-        if len(order) >= LINE_BYTES_MAX:
-            raise EncodeError(
-                "what a run begins with",
-                f"its payload and recorded values take {len(order)} bytes, at most {LINE_BYTES_MAX} go to a process of"
-                " its own; record less, or drop executor=",
-            )
+    async def run(self, order: bytes) -> Answer | None:
+        """Have one run done, a `Start` as JSON; None when the process died under it."""
         self.writer.write(order + b"\n")
         with contextlib.suppress(ConnectionError):
             line = await self.reader.readline()
@@ -203,8 +192,9 @@ class IsolatedAttempt(Attempt):
             return self.leave(self.exit or "released")
         module = str(getattr(self.task.fn, "__module__", "__main__"))
         try:
+            order = self._order()
             child = await self._processes.take(module)
-        except ConfigurationError as error:
+        except (ConfigurationError, EncodeError) as error:
             return self._failed(error)
         if self.is_over() or self._leaving:  # told so while the process started
             self._processes.give_back(module, child)
@@ -212,10 +202,7 @@ class IsolatedAttempt(Attempt):
         self._child = child
         answer: Answer | None = None
         try:
-            answer = await child.run(self._order())
-        except EncodeError as error:
-            answer = Answer()  # the child was told nothing, and is kept
-            return self._failed(error)
+            answer = await child.run(order)
         finally:
             self._child = None
             if answer is None or answer.spent:
@@ -224,10 +211,22 @@ class IsolatedAttempt(Attempt):
                 self._processes.give_back(module, child)
         return self._outcome(answer)
 
-    def _order(self) -> Start:
+    def _order(self) -> bytes:
+        """Write what the process is told.
+
+        Raises:
+            EncodeError: It is more than the process reads at once.
+        """
         # what a kept memo says is loaded again by the child: it has its own connection
         claimed = msgspec.structs.replace(self.claimed, steps=[*self.memos.operations.values(), *self._children()])
-        return Start(claimed, self.token, self.task.name, self.queue, self.host.orchestrator_id)
+        order = _encode(Start(claimed, self.token, self.task.name, self.queue, self.host.orchestrator_id))
+        if len(order) >= LINE_BYTES_MAX:
+            raise EncodeError(
+                "what a run begins with",
+                f"its payload and recorded values take {len(order)} bytes, at most {LINE_BYTES_MAX} go to a process of"
+                " its own; record less, or drop executor=",
+            )
+        return order
 
     def _children(self) -> list[Any]:
         return [row for rows in self.memos.children.values() for row in rows.values()]

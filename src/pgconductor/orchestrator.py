@@ -319,7 +319,6 @@ class _Process:
             self._workers,
             known,
             self._host,
-            engine,
             self.settler,
             on_slot_free=self._on_slot_free,
             on_busy=self._pulse.start,
