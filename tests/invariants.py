@@ -97,7 +97,8 @@ create constraint trigger audit_move after insert or delete on wait
   deferrable initially deferred for each row execute function audit.note_move();
 create trigger audit_ending after update of outcome on execution for each row
   when (old.outcome is distinct from new.outcome) execute function audit.note_ending();
-create trigger audit_step after insert on step for each row execute function audit.note_step();
+create trigger audit_step after insert on step for each row
+  when (new.index = 0) execute function audit.note_step();  -- the rest are answers of children
 
 alter function audit.state_of set search_path from current;
 -- before Postgres 18, deferred triggers run as whoever commits: a writer of a table with a row trigger has no
@@ -164,16 +165,16 @@ ALWAYS: Mapping[str, str] = {
         select i.execution_id from wait_item i left join execution e on e.id = i.execution_id
         where e.outcome is not null or i.left_count <= 0
            or i.kind = 'invoke_all' and i.left_count <> (
-             select count(*) from step s where s.execution_id = i.execution_id and s.name = i.name
-               and s.round = i.round and s.index > 0 and s.status = 'pending')""",
+             select count(*) from execution c where c.parent_id = i.execution_id and c.parent_step = i.name
+               and c.parent_round = i.round and c.parent_index > 0 and c.outcome is null)""",
     "9 no lost wake-up": """
         select s.execution_id, s.name, s.index from step s left join execution c on c.id = s.child_id
         where s.status = 'pending' and s.child_id is not null and (c.id is null or c.outcome is not null)
         union all
         select h.execution_id, h.name, h.index from step h join execution e on e.id = h.execution_id
         where e.outcome is null and h.kind = 'invoke_all' and h.index = 0 and h.status = 'pending' and not exists (
-          select from step s where s.execution_id = h.execution_id and s.name = h.name and s.round = h.round
-            and s.index > 0 and s.status = 'pending')
+          select from execution c where c.parent_id = h.execution_id and c.parent_step = h.name
+            and c.parent_round = h.round and c.parent_index > 0 and c.outcome is null)
         union all
         select s.execution_id, s.name, s.index from wait w join step s on s.execution_id = w.execution_id
         where s.kind = 'sleep' and s.status = 'pending'
@@ -192,6 +193,18 @@ ALWAYS: Mapping[str, str] = {
         where v.id is not null and not exists (
           select from event_pending p where p.event_id = v.id
             or p.execution_id = w.execution_id and p.name = w.name and p.round = w.round)""",
+    "9c a fan-out has its children, in their order": """
+        select h.execution_id, h.name, m.index from step h
+        cross join lateral unnest(h.child_ids) with ordinality as m(child_id, index)
+        left join execution c on c.id = m.child_id
+        where (c.parent_id, c.parent_step, c.parent_round, abs(c.parent_index))
+          is distinct from (h.execution_id, h.name, h.round, m.index)
+        union all
+        select c.parent_id, c.parent_step, c.parent_index from execution c
+        join execution p on p.id = c.parent_id
+        left join step h on h.execution_id = c.parent_id and h.name = c.parent_step and h.round = c.parent_round
+          and h.index = 0
+        where c.parent_index <> 0 and h.child_ids[abs(c.parent_index)] is distinct from c.id""",
     "10 one child per parent, step, round and index": """
         select parent_id, parent_step from execution where parent_id is not null
         group by parent_id, parent_step, parent_round, parent_index having count(*) > 1""",
@@ -276,7 +289,7 @@ AT_REST: Mapping[str, str] = {
     "nothing runs": "select execution_id from lease",
     "nobody waits for what cannot come": """
         select w.execution_id from wait w where not exists (
-          select from step s join execution c on c.id = s.child_id
+          select from child_link s join execution c on c.id = s.child_id
           where s.execution_id = w.execution_id and s.status = 'pending' and c.outcome is null)
           and not exists (select from timer t where t.execution_id = w.execution_id)""",
     "nobody is to be told": "select execution_id from signal",

@@ -17,8 +17,22 @@ StepStatus = Literal["pending", "completed", "failed", "cancelled", "timed_out"]
 TriggerKind = Literal["schedule", "event", "change"]
 
 
+class ChildAnswer(Struct, array_like=True, gc=False):
+    """What became of one child of an `invoke_all`."""
+
+    status: StepStatus
+    value: Raw
+    error: Raw
+    child_id: str | None
+    child_task: str | None
+
+
 class Recorded(Struct, array_like=True, gc=False):
-    """A recorded operation of an execution: index 0 is the operation, 1 to n are the children of an `invoke_all`."""
+    """A recorded operation of an execution.
+
+    The children of an `invoke_all` are its `answers`, in their order, as JSON; or, where they may be large, rows of
+    their own, whose `index` is from 1.
+    """
 
     name: str
     round: int
@@ -30,6 +44,7 @@ class Recorded(Struct, array_like=True, gc=False):
     child_id: str | None
     child_task: str | None
     dropped: bool
+    answers: Raw = NULL
 
 
 class Claimed(Struct, array_like=True, gc=False):
@@ -81,6 +96,12 @@ class Loaded:
 
 
 _recorded = msgspec.json.Decoder(Recorded)
+_answers = msgspec.json.Decoder(list[ChildAnswer])
+
+
+def read_answers(answers: Raw) -> list[ChildAnswer]:
+    """Read the answers of a fan-out's children; they hold these bytes alone, and not the whole reply."""
+    return _answers.decode(bytes(answers))
 
 
 def read_loaded(rows: Sequence[Sequence[bytes | None]]) -> Mapping[str, Loaded]:

@@ -13,6 +13,7 @@ from datetime import datetime
 from typing import Any, Final, Literal
 
 from msgspec import UNSET, Raw, Struct, UnsetType
+from msgspec.structs import replace
 
 from pgconductor.claimed import NULL, Claimed, Loaded, Missing, StepKind, read_loaded
 from pgconductor.events import Emitted, NewEvent, Subscription
@@ -145,7 +146,7 @@ class Named(Struct):
 
 
 class NewExecution(Struct, omit_defaults=True, gc=False):
-    """One call to enqueue, or one child of an operation."""
+    """One call to enqueue, or one child: of the `op`-th operation that goes along, the `index`-th of a fan-out."""
 
     id: str
     task: str
@@ -159,6 +160,8 @@ class NewExecution(Struct, omit_defaults=True, gc=False):
     trigger: str | None = None
     throttle: float | None = None
     debounce: float | None = None
+    op: int = 0
+    index: int = 0
 
     @property
     def is_plain(self) -> bool:
@@ -329,6 +332,16 @@ def _enqueued_again(answer: Any) -> Enqueued:
     return enqueued
 
 
+def _apart(operations: Sequence[Operation]) -> tuple[str, str]:
+    """Write operations, and their children apart from them: what is nested costs the server the most to read."""
+    children: list[NewExecution] = []
+    for place, operation in enumerate(operations, 1):
+        for index, child in enumerate(operation.children or (), operation.kind == "invoke_all"):
+            child.op, child.index = place, index
+            children.append(child)
+    return as_text([replace(each, children=None) for each in operations]), as_text(children)
+
+
 class Engine(Reports):
     """Build the queries of one schema."""
 
@@ -425,8 +438,9 @@ class Engine(Reports):
         self, orchestrator: str, steps: Sequence[SavedStep], operations: Sequence[Operation]
     ) -> Query[Saved | None]:
         """See 25_save.sql. None: the process was declared dead."""
-        parameters = (orchestrator, as_text(steps), as_text(operations), self._now())
-        return self._query("save", "uuid json json timestamptz", parameters, _saved)
+        opened, children = _apart(operations)
+        parameters = (orchestrator, as_text(steps), opened, self._now(), children)
+        return self._query("save", "uuid json json timestamptz json", parameters, _saved)
 
     def save_transaction(
         self, orchestrator: str, step: SavedStep, idle_seconds: float
@@ -445,8 +459,11 @@ class Engine(Reports):
         self, orchestrator: str, completed: Sequence[Completion], outcomes: Sequence[Outcome]
     ) -> Query[Settled | None]:
         """See 30_settle.sql. None: the process was declared dead."""
-        parameters = (orchestrator, as_text(completed), as_text(outcomes), self._now())
-        return self._query("settle", "uuid json json timestamptz", parameters, _settled)
+        tied = IdArray(id for each in completed if each.parent is not UNSET for id in (each.id, each.parent))
+        opened = _apart([operation for each in outcomes for operation in each.ops or ()])
+        outcomes = [replace(each, ops=None) if each.ops else each for each in outcomes]
+        parameters = (orchestrator, as_text(completed), as_text(outcomes), self._now(), *opened, tied)
+        return self._query("settle", "uuid json json timestamptz json json uuid[]", parameters, _settled)
 
     def cancel(self, id: str, reason: str) -> Query[Moved]:
         """See 50_cancel.sql."""

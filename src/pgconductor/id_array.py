@@ -21,6 +21,8 @@ class _IdArrayDumper(Dumper):
 
     def dump(self, obj: IdArray) -> Buffer:
         """Write the header (dimensions, nulls, type, length, lower bound) and the elements, each after its length."""
+        if not obj:
+            return struct.pack("!3I", 0, 0, _UUID.oid)
         header = struct.pack("!5I", 1, 0, _UUID.oid, len(obj), 1)
         return header + bytes.fromhex(_LENGTH + _LENGTH.join(obj).replace("-", ""))
 

@@ -218,7 +218,7 @@ class IsolatedAttempt(Attempt):
             EncodeError: It is more than the process reads at once.
         """
         # what a kept memo says is loaded again by the child: it has its own connection
-        claimed = msgspec.structs.replace(self.claimed, steps=[*self.memos.operations.values(), *self._children()])
+        claimed = msgspec.structs.replace(self.claimed, steps=self.memos.rows())
         order = _encode(Start(claimed, self.token, self.task.name, self.queue, self.host.orchestrator_id))
         if len(order) >= LINE_BYTES_MAX:
             raise EncodeError(
@@ -227,9 +227,6 @@ class IsolatedAttempt(Attempt):
                 " its own; record less, or drop executor=",
             )
         return order
-
-    def _children(self) -> list[Any]:
-        return [row for rows in self.memos.children.values() for row in rows.values()]
 
     def _outcome(self, answer: Answer | None) -> Completion | Outcome | None:
         if self.exit == "abandoned":

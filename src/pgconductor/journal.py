@@ -21,7 +21,7 @@ from msgspec import Raw
 
 from pgconductor.calls import BYTES_MAX
 from pgconductor.checks import INT_MAX, check_flag, check_integer, check_name
-from pgconductor.claimed import NULL, Claimed, Recorded, StepKind
+from pgconductor.claimed import NULL, ChildAnswer, Claimed, Recorded, StepKind
 from pgconductor.codec import Codec, codec_for
 from pgconductor.durations import Duration, seconds
 from pgconductor.engine import Await, Moved, NewExecution, Operation, SavedStep
@@ -243,13 +243,13 @@ class Journal:
         memo = self.begin(name, "invoke_all")
         if memo is None:
             return self._open_fan_out(name, calls, timeout, max_in_flight)
-        rows = self.memos.children.get(name, {})
-        _check_children(name, rows, calls)
+        answers = self.memos.children.get(name, [])
+        _check_children(name, answers, calls)
         if memo.status == "pending":
             return self._await(memo)
         if memo.status == "timed_out":
             raise _timeout_of(memo, "")
-        return self._gathered(name, calls, rows)
+        return _gathered(name, calls, answers)
 
     def start(self, name: str, call: Call[Any], *, detached: bool) -> tuple[str, Operation | None]:
         """Start a child; returns its id, and what has to be stored first, if it is new."""
@@ -364,9 +364,8 @@ class Journal:
             )
         )  # fmt: skip
         if kind == "invoke_all":
-            self.memos.merge(
-                Recorded(name, round_, index, kind, "pending", NULL, NULL, child.id, child.task, dropped=False)
-                for index, child in enumerate(children, 1)
+            self.memos.add_children(
+                name, [ChildAnswer("pending", NULL, NULL, child.id, child.task) for child in children]
             )
 
     def _open_fan_out(
@@ -374,7 +373,7 @@ class Journal:
     ) -> object:
         if not calls:
             return []
-        earlier = sum(len(rows) for other, rows in self.memos.children.items() if other != name)
+        earlier = sum(len(children) for other, children in self.memos.children.items() if other != name)
         if earlier + len(calls) > CHILDREN_MAX:
             raise TooMany("children", CHILDREN_MAX)
         if max_in_flight is not None:
@@ -395,18 +394,6 @@ class Journal:
             operation.due_in = seconds(timeout, f"{kind} {name!r}: timeout")
             operation.timeout_error = _stored_timeout(ChildTimeout(timeout), timeout)
         return operation
-
-    def _gathered(self, name: str, calls: Sequence[Call[Any]], rows: dict[int, Recorded]) -> list[Any]:
-        values: list[Any] = []
-        failures: list[Exception] = []
-        for index, call in enumerate(calls, 1):
-            try:
-                values.append(child_value(rows[index], call))
-            except ChildFailed as failure:
-                failures.append(failure)
-        if failures:
-            raise ExceptionGroup(f"{len(failures)} of {len(calls)} children of {name!r} failed", failures)
-        return values
 
 
 def remember_call(journal: Journal, name: str, answer: str) -> None:
@@ -446,13 +433,30 @@ def _child(id: str, call: Call[Any]) -> NewExecution:
 
 def child_value(memo: Recorded, call: Call[Any]) -> Any:
     """Return what a child returned, or raise what became of it."""
-    if memo.status == "completed":
-        return cast("Codec[Any]", call.returns).decode(bytes(memo.value), "result of child", memo.name)
     if memo.status == "timed_out":
         raise _timeout_of(memo, call.task)
-    stored = error_from_json(bytes(memo.error))
-    child_id = UUID(memo.child_id) if memo.child_id else NO_ID
-    if memo.status == "cancelled":
+    return _value_of(memo, memo.name, call)
+
+
+def _gathered(name: str, calls: Sequence[Call[Any]], answers: Sequence[ChildAnswer]) -> list[Any]:
+    values: list[Any] = []
+    failures: list[Exception] = []
+    for answer, call in zip(answers, calls, strict=True):
+        try:
+            values.append(_value_of(answer, name, call))
+        except ChildFailed as failure:
+            failures.append(failure)
+    if failures:
+        raise ExceptionGroup(f"{len(failures)} of {len(calls)} children of {name!r} failed", failures)
+    return values
+
+
+def _value_of(answer: Recorded | ChildAnswer, name: str, call: Call[Any]) -> Any:
+    if answer.status == "completed":
+        return cast("Codec[Any]", call.returns).decode(bytes(answer.value), "result of child", name)
+    stored = error_from_json(bytes(answer.error))
+    child_id = UUID(answer.child_id) if answer.child_id else NO_ID
+    if answer.status == "cancelled":
         raise ChildCancelled(stored.message, execution_id=child_id, task=call.task)
     raise ChildFailed(
         stored.message,
@@ -486,16 +490,16 @@ def timed_out_operations(error: BaseException) -> set[tuple[str, int]]:
     return found
 
 
-def _check_children(name: str, rows: Mapping[int, Recorded], calls: Sequence[Call[Any]]) -> None:
+def _check_children(name: str, children: Sequence[ChildAnswer], calls: Sequence[Call[Any]]) -> None:
     """Refuse a fan-out that was recorded with another number of children, or of other tasks.
 
     Raises:
         StepMismatch: It was.
     """
-    if len(rows) != len(calls):
-        raise StepMismatch(name, f"invoke_all of {len(rows)} children", f"invoke_all of {len(calls)}")
-    for index, call in enumerate(calls, 1):
-        task = rows[index].child_task
+    if len(children) != len(calls):
+        raise StepMismatch(name, f"invoke_all of {len(children)} children", f"invoke_all of {len(calls)}")
+    for index, (child, call) in enumerate(zip(children, calls, strict=True), 1):
+        task = child.child_task
         if task != call.task and task is not None:
             raise StepMismatch(name, f"invoke_all with {task!r} as child {index}", f"invoke_all with {call.task!r}")
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from msgspec import Raw
 
-from pgconductor.claimed import Claimed, Recorded
+from pgconductor.claimed import NULL, ChildAnswer, Claimed, Recorded, read_answers
 
 _ROW_BYTES = 200
 _TIED = ("invoke_all", "wait_for")
@@ -22,7 +22,7 @@ class Memos:
         open: Those of them that are not answered, and those that the next attempt does afresh.
         is_tied: Whether any of them is a fan-out or a wait for an event, which have rows beside their own. A single
             child that has answered leaves nothing behind.
-        children: By name, the rows of a fan-out's children of its latest round, by index from 1.
+        children: By name, what became of a fan-out's children of its latest round, in their order.
         input: The payload and what the trigger handed over, of an execution that was parked.
         size: About how many bytes they take in memory.
     """
@@ -33,7 +33,7 @@ class Memos:
         self.operations: dict[str, Recorded] = {}
         self.open: dict[str, Recorded] = {}
         self.is_tied = False
-        self.children: dict[str, dict[int, Recorded]] = {}
+        self.children: dict[str, list[ChildAnswer]] = {}
         self.input: tuple[Raw, Raw] | None = None
         self.size = 0
 
@@ -47,16 +47,22 @@ class Memos:
 
     def merge(self, steps: Iterable[Recorded] | None) -> None:
         """Take in what became known later; it replaces what was known."""
+        rows: dict[str, list[Recorded]] = {}
         for step in steps or ():
             if step.index:
-                self._add_child(step)
+                rows.setdefault(step.name, []).append(step)
             else:
                 self.add(step)
+        for name, children in rows.items():
+            self._add_rows(name, children)
 
     def add(self, step: Recorded) -> None:
         """Take in one operation; a row of an earlier round than the known one is ignored."""
         known = self.operations.get(step.name)
         if known is None or step.round >= known.round:
+            if step.answers != NULL:
+                self.add_children(step.name, read_answers(step.answers), len(bytes(step.answers)))
+                step.answers = NULL
             self.operations[step.name] = own = _own(step)
             self.size += _ROW_BYTES + len(bytes(step.value))
             self.is_tied = self.is_tied or step.kind in _TIED
@@ -71,14 +77,30 @@ class Memos:
             self.input = (claimed.payload.copy(), claimed.trigger_data.copy())
             self.size += len(bytes(claimed.payload)) + len(bytes(claimed.trigger_data))
 
-    def _add_child(self, step: Recorded) -> None:
-        rows = self.children.setdefault(step.name, {})
-        known = next(iter(rows.values()), None)
-        if known is not None and step.round > known.round:
-            rows.clear()
-        if known is None or step.round >= known.round:
-            rows[step.index] = _own(step)
-            self.size += _ROW_BYTES + len(bytes(step.value))
+    def add_children(self, name: str, children: list[ChildAnswer], size: int = 0) -> None:
+        """Take in all children of a fan-out; their values have so many bytes."""
+        self.children[name] = children
+        self.size += _ROW_BYTES * len(children) + size
+
+    def rows(self) -> list[Recorded]:
+        """Return all that is recorded, each child of a fan-out as a row."""
+        return [
+            *self.operations.values(),
+            *(
+                Recorded(name, own.round, index, own.kind, each.status, each.value, each.error, each.child_id,
+                         each.child_task, own.dropped)
+                for name, children in self.children.items()
+                for own in [self.operations[name]]
+                for index, each in enumerate(children, 1)
+            ),
+        ]  # fmt: skip
+
+    def _add_rows(self, name: str, rows: list[Recorded]) -> None:
+        latest = self.operations[name].round
+        rows = sorted((row for row in rows if row.round == latest), key=lambda row: row.index)
+        if rows:
+            answers = [ChildAnswer(row.status, row.value, row.error, row.child_id, row.child_task) for row in rows]
+            self.add_children(name, answers, sum(len(bytes(row.value)) for row in rows))
 
 
 def _own(step: Recorded) -> Recorded:

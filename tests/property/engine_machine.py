@@ -17,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from tests import invariants
 from tests.flow.support import concurrency, rate
-from tests.sql.support import Db, Json, array, at, call, op
+from tests.sql.support import Db, Json, apart, array, at, call, op, settle_both
 
 WORKERS = [UUID(int=number) for number in (1, 2, 3)]
 TASKS = ("work", "child", "limited", "rated", "fleeting")
@@ -204,7 +204,7 @@ class EngineMachine(RuleBasedStateMachine):
 
     def _settle(self, worker: UUID, outcomes: list[Json], completed: Sequence[Json] = ()) -> None:
         live = self._live(worker, [*outcomes, *completed])
-        answer = call(self.db, "settle", worker, list(completed), outcomes, at(self.now))
+        answer = settle_both(self.db, list(completed), outcomes, worker=worker, now=self.now)
         self.last = worker, list(completed), outcomes
         if answer is None:
             assert not live
@@ -223,7 +223,7 @@ class EngineMachine(RuleBasedStateMachine):
         if live:
             return  # claimed again under the same token: never
         before = self._states()
-        answer = call(self.db, "settle", worker, completed, outcomes, at(self.now))
+        answer = settle_both(self.db, completed, outcomes, worker=worker, now=self.now)
         assert answer is None or set(answer["lost"]) == {each["id"] for each in (*completed, *outcomes)}
         assert self._states() == before
 
@@ -294,7 +294,8 @@ class EngineMachine(RuleBasedStateMachine):
         opened = op(held.id, f"c{uuid4().hex[:6]}", "start", self._new("child"), detached=detached)
         ops = [opened | {"token": held.token}] if start else []
         before = self._count()
-        answer = call(self.db, "save", held.worker, steps, ops, at(self.now))
+        opened_ops, children = apart(ops)
+        answer = call(self.db, "save", held.worker, steps, opened_ops, at(self.now), children)
         if not live:
             assert answer is None or answer["lost"] == [held.id]
             assert self._count() == before

@@ -14,6 +14,8 @@ from uuid import UUID, uuid4
 import psycopg
 from psycopg.rows import DictRow, dict_row
 
+from pgconductor.id_array import IdArray
+
 Db = psycopg.Connection[DictRow]
 Json = dict[str, Any]
 T = TypeVar("T")
@@ -28,8 +30,9 @@ def at(seconds: float) -> datetime:
 
 def call(db: Db, function: str, *values: object) -> Any:
     """Call a function of the engine with parameters in order; lists and dicts of JSON go as text."""
-    marks = ", ".join("cast(%s as json)" if isinstance(value, list) else "%s" for value in values)
-    given = [json.dumps(value, default=str) if isinstance(value, list) else value for value in values]
+    is_json = [isinstance(value, list) and not isinstance(value, IdArray) for value in values]
+    marks = ", ".join("cast(%s as json)" if each else "%s" for each in is_json)
+    given = [json.dumps(value, default=str) if each else value for value, each in zip(values, is_json, strict=True)]
     row = db.execute(f"select {function}({marks}) as answer".encode(), given).fetchone()
     assert row is not None
     return row["answer"]
@@ -141,14 +144,34 @@ def complete(
 
 
 def settle_plain(db: Db, *completed: Json, worker: UUID = WORKER, now: float = 0) -> Json:
-    answer: Json = call(db, "settle", worker, list(completed), [], at(now))
+    answer: Json = settle_both(db, list(completed), [], worker=worker, now=now)
     return answer
 
 
 def settle(db: Db, *outcomes: Json, worker: UUID = WORKER, now: float = 0) -> Json:
-    full = [{"token": 1} | outcome for outcome in outcomes]
-    answer: Json = call(db, "settle", worker, [], full, at(now))
+    answer: Json = settle_both(db, [], [{"token": 1} | outcome for outcome in outcomes], worker=worker, now=now)
     return answer
+
+
+def settle_both(
+    db: Db, completed: list[Json], outcomes: list[Json], *, worker: UUID = WORKER, now: float | str = 0
+) -> Any:
+    """Settle as a worker does: what parks has its operations in `ops`, what completes its `parent`."""
+    operations = [operation for each in outcomes for operation in each.get("ops") or ()]
+    bare = [{key: value for key, value in each.items() if key != "ops"} for each in outcomes]
+    tied = [id for each in completed if each.get("parent") for id in (each["id"], each["parent"])]
+    when = now if isinstance(now, str) else at(now)
+    return call(db, "settle", worker, completed, bare, when, *apart(operations), IdArray(tied))
+
+
+def apart(operations: list[Json]) -> tuple[list[Json], list[Json]]:
+    """Take the children out of operations."""
+    bare = [{key: value for key, value in each.items() if key != "children"} for each in operations]
+    children: list[Json] = []
+    for place, each in enumerate(operations, 1):
+        rows: list[Json] = each.get("children") or []
+        children += [{"op": place, "index": n} | row for n, row in enumerate(rows, each["kind"] == "invoke_all")]
+    return bare, children
 
 
 def finish(db: Db, id: str, result: Any = None, token: int = 1, now: float = 0, worker: UUID = WORKER) -> Json:
@@ -173,7 +196,8 @@ def release(db: Db, id: str, token: int = 1, now: float = 0, delay: float | None
 def save(db: Db, id: str, *names: str, token: int = 1, worker: UUID = WORKER, ops: list[Json] | None = None) -> Any:
     """Record steps whose values are their own names; `ops` are opened for the same execution."""
     steps = [{"id": id, "token": token, "name": n, "round": 0, "kind": "step", "value": n} for n in names]
-    return call(db, "save", worker, steps, [{"id": id, "token": token} | op for op in ops or []], at(0))
+    opened, children = apart([{"id": id, "token": token} | op for op in ops or []])
+    return call(db, "save", worker, steps, opened, at(0), children)
 
 
 # ---------------------------------------------------------------- operations of a handler
@@ -257,7 +281,8 @@ def row(db: Db, id: str) -> DictRow:
 
 
 def step(db: Db, id: str, name: str, index: int = 0) -> DictRow:
-    query = "select * from step where execution_id = %s and name = %s and index = %s and round = 0"
+    of_child = "select * from fan_out_child where execution_id = %s and name = %s and index = %s and round = 0"
+    query = of_child if index else of_child.replace("fan_out_child", "step")
     found = db.execute(query, (id, name, index)).fetchone()
     assert found is not None, f"{id} has no step {name} {index}"
     return found

@@ -49,6 +49,7 @@ CORRUPTIONS = {
     "9": "update step set child_id = gen_random_uuid() where kind = 'invoke'",
     "9b": """set session_replication_role = replica; insert into step (execution_id, name, kind, status, created_at)
              select execution_id, 'deaf', 'wait_for', 'pending', now() from wait limit 1""",
+    "9c": "update step set child_ids[1] = child_ids[2] where kind = 'invoke_all'",
     "10": """insert into execution (id, created_at, lane_id, depth, parent_id, parent_step, parent_round, parent_index,
              root_id, payload, outcome, finished_at)
              select gen_random_uuid(), now(), lane_id, depth, parent_id, parent_step, parent_round, parent_index,

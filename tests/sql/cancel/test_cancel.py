@@ -6,6 +6,7 @@ import pytest
 
 from tests.sql.support import (
     WORKER,
+    Background,
     Db,
     call,
     cancel,
@@ -24,9 +25,11 @@ from tests.sql.support import (
     retry,
     row,
     save,
+    session,
     state,
     states,
     step,
+    wait_until_blocked,
 )
 
 
@@ -167,6 +170,19 @@ def test_a_handler_without_a_lease_cancels_nobody(db: Db) -> None:
     target, id = enqueue(db, delay=60), in_state(db, "running")
     assert call(db, "cancel_as_step", WORKER, UUID(id), 9, "cancel#1", UUID(target), "x") is None
     assert state(db, target) == "scheduled"
+
+
+def test_a_cancel_as_step_that_outlasts_its_lease_has_not_happened(db: Db, database: str) -> None:
+    target, id = enqueue(db, delay=60), in_state(db, "running")
+    with session(database) as holder, session(database) as late:
+        holder.execute("begin")
+        holder.execute("select from execution where id = %s for update", (target,))
+        asked = Background(lambda: call(late, "cancel_as_step", WORKER, UUID(id), 1, "cancel#1", UUID(target), "x"))
+        wait_until_blocked(db, late)
+        finish(db, id)
+        holder.execute("commit")
+        assert asked.result() is None
+    assert (state(db, target), count(db, "step")) == ("scheduled", 0)
 
 
 def test_watchers_of_the_whole_tree_are_told(db: Db) -> None:

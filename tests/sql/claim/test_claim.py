@@ -189,12 +189,14 @@ def test_what_has_little_recorded_is_looked_through(db: Db) -> None:
     assert (claimed["cached"], [s[0] for s in claimed["steps"]]) == (True, ["call"])
 
 
-def test_who_parked_on_a_fan_out_is_given_the_rows_of_its_children(db: Db) -> None:
+def test_who_parked_on_a_fan_out_is_given_the_answers_of_its_children(db: Db) -> None:
     id = park_cached(db, op("", "all", "invoke_all", {}, {}))
-    for child in claim(db, tasks=["child"]):
-        complete(db, child["id"], parent=id)
+    children = [child["id"] for child in claim(db, tasks=["child"])]
+    for child in children:
+        complete(db, child, result=child[:4], parent=id)
     (claimed,) = claim(db, token=2, tasks=["work"])
-    assert [(s[0], s[2]) for s in claimed["steps"]] == [("all", 0), ("all", 1), ("all", 2)]
+    answers = [["completed", child[:4], None, child, "child"] for child in children]
+    assert [(s[0], s[4], s[10]) for s in claimed["steps"]] == [("all", "completed", answers)]
 
 
 def test_what_changed_is_found_by_name_however_the_execution_became_ready(db: Db) -> None:

@@ -122,8 +122,8 @@ def test_many_small_values_are_loaded_where_they_are_more_than_the_share_of_a_cl
         save_value(db, id, "first", 1)
     db.execute(
         """
-        insert into step (execution_id, name, index, kind, status, value, created_at, finished_at)
-        select execution_id, 'many', n, 'step', 'completed', to_json(repeat('x', 1500)), created_at, finished_at
+        insert into step (execution_id, name, kind, status, value, created_at, finished_at)
+        select execution_id, 'many ' || n, 'step', 'completed', to_json(repeat('x', 1500)), created_at, finished_at
         from step, generate_series(1, 600) n where execution_id = %s""",
         (ids[0],),
     )

@@ -9,8 +9,6 @@ from tests.sql.support import (
     WORKER,
     Background,
     Db,
-    Json,
-    call,
     cancel,
     claim_one,
     enqueue,
@@ -18,6 +16,7 @@ from tests.sql.support import (
     park,
     register,
     session,
+    settle_both,
     state,
     wait_until_blocked,
 )
@@ -33,11 +32,6 @@ def family(db: Db, token: int) -> tuple[str, list[str]]:
     children = op(parent, "all", "invoke_all", {}, {})
     park(db, parent, children, token=token)
     return parent, [each["id"] for each in children["children"]]
-
-
-def settle_both(db: Db, worker: UUID, completed: Json, outcome: Json) -> Json:
-    answer: Json = call(db, "settle", worker, [completed], [outcome])
-    return answer
 
 
 def release_when_blocked(db: Db, blocker: psycopg.Connection[object], *waiting: psycopg.Connection[object]) -> None:
@@ -59,8 +53,8 @@ def test_two_workers_that_complete_and_fail_children_of_each_other_s_parents(db:
         theirs = {"id": of_two[1], "token": 13, "result": 1, "parent": two}, {"id": of_one[1], "token": 11}
         failed = {"outcome": "failed", "error": BOOM}
         settles = [
-            Background(partial(settle_both, first, WORKER, mine[0], mine[1] | failed)),
-            Background(partial(settle_both, second, OTHER, theirs[0], theirs[1] | failed)),
+            Background(partial(settle_both, first, [mine[0]], [mine[1] | failed], worker=WORKER)),
+            Background(partial(settle_both, second, [theirs[0]], [theirs[1] | failed], worker=OTHER)),
         ]
         release_when_blocked(db, blocker, first, second)
         assert [each.result()["lost"] for each in settles] == [[], []]
@@ -86,7 +80,7 @@ def test_a_cancel_of_the_parent_beside_a_completion_and_a_park_of_its_children(d
             "awaits": [{"name": "nap", "round": 0, "kind": "sleep", "awaited": True}],
         }
         completed = {"id": done, "token": 10, "result": 1, "parent": parent}
-        settling = Background(partial(settle_both, second, WORKER, completed, nap))
+        settling = Background(partial(settle_both, second, [completed], [nap], worker=WORKER))
         release_when_blocked(db, blocker, second)
         assert cancelling.result() == "cancelled"
         settling.result()

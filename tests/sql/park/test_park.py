@@ -3,11 +3,11 @@
 import pytest
 
 from tests.sql.support import (
-    WORKER,
     Db,
     Json,
     at,
     await_members,
+    blank,
     call,
     claim,
     claim_one,
@@ -23,6 +23,7 @@ from tests.sql.support import (
     row,
     save,
     settle,
+    settle_both,
     state,
     states,
     step,
@@ -126,6 +127,65 @@ def test_a_fan_out_wakes_once_when_the_last_child_ends(db: Db) -> None:
     finish(db, children[2])
     assert (state(db, parent), step(db, parent, "all")["status"]) == ("ready", "completed")
     assert [step(db, parent, "all", n)["status"] for n in (1, 2, 3)] == ["failed", "completed", "completed"]
+
+
+def test_a_resume_is_told_the_answers_in_order_whoever_remembers_what(db: Db) -> None:
+    register(db, "work", "child", "other")
+    enqueue(db)
+    parent = claim_one(db, tasks=["work"])
+    mixed = op(parent, "all", "invoke_all", {}, {"task": "other"}, {})
+    park(db, parent, mixed, op(parent, "one", "invoke", {}))
+    ids = [each["id"] for each in mixed["children"]]
+    claim(db, tasks=["child", "other"])
+    settle(db, *[{"id": id, "outcome": "completed", "result": n} for n, id in reversed(list(enumerate(ids)))])
+    (claimed,) = claim(db, token=2)
+    told = {each[0]: each for each in claimed["steps"]}
+    assert [each[1] for each in told["all"][-1]] == [0, 1, 2]
+    assert [each[3] for each in told["all"][-1]] == ids
+    assert [each[4] for each in told["all"][-1]] == ["child", "other", "child"]
+    assert (told["one"][4], told["one"][-1]) == ("pending", None)
+
+
+def test_children_of_several_operations_and_executions_go_to_their_own(db: Db) -> None:
+    register(db, "work", "child")
+    first, second = enqueue(db), enqueue(db)
+    claim(db)
+    ops = [
+        op(first, "nap", "sleep", due_in=9),
+        op(second, "all", "invoke_all", *blank(2)),
+        op(first, "all", "invoke_all", *blank(3)),
+        op(second, "call", "invoke", {}),
+    ]
+    outcomes: list[Json] = []
+    for id in (first, second):
+        mine = [each for each in ops if each["id"] == id]
+        awaits = [{"name": each["name"], "round": 0, "kind": each["kind"], "awaited": True} for each in mine]
+        outcomes.append({"id": id, "outcome": "parked", "ops": mine, "awaits": awaits})
+    settle(db, *outcomes)
+    found = db.execute(
+        "select parent_id::text, parent_step, parent_index, id::text from execution where parent_id is not null"
+    ).fetchall()
+    assert {tuple(each.values()) for each in found} == {
+        (each["id"], each["name"], index, child["id"])
+        for each in ops
+        for index, child in enumerate(each.get("children", ()), each["kind"] == "invoke_all")
+    }
+
+
+def test_a_lost_execution_opens_nothing(db: Db) -> None:
+    register(db, "work", "child")
+    held, lost = enqueue(db), enqueue(db)
+    claim(db)
+    settle(
+        db,
+        *[
+            {"id": id, "token": token, "outcome": "parked", "ops": [op(id, "all", "invoke_all", *blank(2))]}
+            for id, token in ((lost, 9), (held, 1))
+        ],
+    )
+    assert states(db, [lost, held]) == ["running", "waiting"]
+    parents = db.execute("select distinct parent_id::text as id from execution where parent_id is not null").fetchall()
+    assert [each["id"] for each in parents] == [held]
 
 
 def test_a_batch_that_ends_all_children_counts_them_all(db: Db) -> None:
@@ -254,5 +314,5 @@ def test_many_park_in_one_call(db: Db) -> None:
         }
         for n, id in enumerate(ids)
     ]
-    call(db, "settle", WORKER, [], outcomes, "2040-01-01 00:00:00+00")
+    settle_both(db, [], outcomes, now="2040-01-01 00:00:00+00")
     assert states(db, ids) == ["waiting"] * 3

@@ -19,6 +19,7 @@ from tests.sql.support import (
     parent_and_child,
     park,
     register,
+    retry,
     row,
     save,
     state,
@@ -82,6 +83,54 @@ def test_a_parent_keeps_the_answer_that_it_had(db: Db) -> None:
     redrive(db, child)
     finish(db, claim_one(db, tasks=["child"], token=2), token=2)
     assert (state(db, child), step(db, parent, "call")["status"]) == ("completed", "failed")
+
+
+def test_a_fan_out_keeps_the_answers_of_children_that_are_redriven(db: Db) -> None:
+    """They are counted once, and what they come to later is theirs alone."""
+    parent, children = fan_out(db, 4)
+    claim(db)
+    for child in children[:2]:
+        fail(db, child, "first")
+        redrive(db, child)
+    again = {each["id"] for each in claim(db, tasks=["child"], token=2)}
+    assert again == set(children[:2])
+    finish(db, children[0], "late", token=2)
+    finish(db, children[2], "in time")
+    assert state(db, parent) == "waiting"
+    fail(db, children[3], "last")
+    (claimed,) = claim(db, tasks=["work"], token=3)
+    finish(db, children[1], "later", token=2)
+    ((_, _, _, _, status, *_, answers),) = claimed["steps"]
+    assert (status, [each[0] for each in answers]) == ("completed", ["failed", "failed", "completed", "failed"])
+    assert [each[2] and each[2]["message"] for each in answers] == ["first", "first", None, "last"]
+    assert [each[1] for each in answers] == [None, None, "in time", None]
+    retry(db, parent, token=3)
+    (claimed,) = claim(db, tasks=["work"], token=4)
+    assert claimed["steps"][0][-1] == answers
+
+
+def test_a_redriven_child_is_not_cancelled_with_the_parent_that_had_its_answer(db: Db) -> None:
+    parent, children = fan_out(db, 2)
+    claim(db)
+    fail(db, children[0])
+    redrive(db, children[0])
+    cancel(db, parent)
+    assert states(db, [parent, children[0]]) == ["cancelled", "ready"]
+    assert row(db, children[1])["cancel_requested_at"] is not None
+
+
+def test_a_redriven_parent_counts_no_child_that_was_redriven_before(db: Db) -> None:
+    parent, children = fan_out(db, 2)
+    claim(db)
+    fail(db, children[0])
+    redrive(db, children[0])
+    cancel(db, parent)
+    finish(db, children[1])
+    redrive(db, parent)
+    claim(db, token=2)
+    park(db, parent, token=2, awaits=[{"name": "all", "round": 0, "kind": "invoke_all", "awaited": True}])
+    assert state(db, parent) == "ready"
+    assert [step(db, parent, "all", n)["status"] for n in (1, 2)] == ["failed", "cancelled"]
 
 
 def test_a_redriven_parent_sees_its_cancelled_child(db: Db) -> None:

@@ -97,11 +97,10 @@ language plpgsql stable set search_path from current as $$
 begin
   return query
     with recursive tree (id) as (
-      select child_id from step
-      where execution_id = any(p_ids) and status = 'pending' and child_id is not null
+      select child_id from open_child where execution_id = any(p_ids)
       union
-      select s.child_id from tree t cross join lateral (
-        select child_id from step k where k.execution_id = t.id and k.status = 'pending' and k.child_id is not null offset 0) s
+      select o.child_id from tree t cross join lateral (
+        select child_id from open_child k where k.execution_id = t.id offset 0) o
     )
     select id from tree;
 end $$;

@@ -6,12 +6,12 @@
 -- as a whole is nearly always smaller than one value may be, and then nothing need be looked at. Names are bounded by
 -- the tables that intern them, depth by the table of executions.
 
--- p_items: any array of objects that functions here take; lists of operations and children are looked into.
+-- p_items: any array of objects that functions here take; an event within one is looked into.
 create or replace function check_sizes(p_items json) returns void
 language plpgsql volatile set search_path from current as $$
 declare
   v_found record;
-  v_nested json;
+  v_event json;
   v_large json;
 begin
   if p_items is null or octet_length(p_items::text) <= 1048576 then
@@ -24,17 +24,13 @@ begin
   end if;
   select f.key, octet_length(f.value::text) as size into v_found
   from json_array_elements(v_large) i cross join lateral json_each(i) f
-  where f.key not in ('ops', 'children', 'awaits', 'fresh', 'event') and octet_length(f.value::text) > 1048576 limit 1;
+  where f.key not in ('awaits', 'fresh', 'event') and octet_length(f.value::text) > 1048576 limit 1;
   if found then
     raise exception 'a % is % bytes of JSON, at most 1048576 are allowed', v_found.key, v_found.size
     using errcode = 'PC003';
   end if;
-  for v_nested in
-    select case json_typeof(f.value) when 'object' then json_build_array(f.value) else f.value end
-    from json_array_elements(v_large) i cross join lateral json_each(i) f
-    where f.key in ('ops', 'children', 'event') and json_typeof(f.value) in ('array', 'object')
-  loop
-    perform check_sizes(v_nested);
+  for v_event in select i -> 'event' from json_array_elements(v_large) i where json_typeof(i -> 'event') = 'object' loop
+    perform check_sizes(json_build_array(v_event));
   end loop;
 end $$;
 

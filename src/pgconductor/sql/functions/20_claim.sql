@@ -124,35 +124,53 @@ create or replace function is_in_row(p_value json) returns boolean
 language sql stable parallel safe
 return p_value is null or (pg_column_compression(p_value) is null and pg_column_size(p_value) <= 2048);
 
--- The recorded operations of a resumed execution, newest rounds included, as arrays; only those after p_since. p_open:
+-- The recorded operations of a resumed execution, newest rounds included, as arrays; only those after p_since. A fan-out
+-- has the answers of its children as the last member. p_open:
 -- the names that can have any; without it all that is recorded is looked through. Where a value is large, or all of it is
 -- more than p_bytes_max, it is p_since instead: load those after it.
 create or replace function recorded_steps(p_execution uuid, p_since bigint, p_open json, p_bytes_max int) returns json
 language plpgsql stable set search_path from current as $$
 declare
   v_steps json;
+  v_fans_out boolean;
 begin
   if p_open is null then
     select case when bool_and(is_in_row(value) and is_in_row(error))
       then json_agg(json_build_array(name, round, index, kind::text, status::text, case when is_in_row(value) then value end,
                                      case when is_in_row(error) then error end, child_id, child_task, dropped))
-      when count(*) > 0 then to_json(p_since) end
-    into v_steps
-    from step where execution_id = p_execution and seq > p_since;
+      when count(*) > 0 then to_json(p_since) end, bool_or(child_ids is not null)
+    into v_steps, v_fans_out
+    from step where execution_id = p_execution and seq > p_since and index = 0;
   else
     select case when bool_and(is_in_row(value) and is_in_row(error))
       then json_agg(json_build_array(s.name, round, index, kind::text, status::text, case when is_in_row(value) then value end,
                                      case when is_in_row(error) then error end, child_id, child_task, dropped))
-      when count(*) > 0 then to_json(p_since) end
-    into v_steps
+      when count(*) > 0 then to_json(p_since) end, bool_or(child_ids is not null)
+    into v_steps, v_fans_out
     from json_array_elements_text(p_open) as o(name) cross join lateral (
-      select * from step k where k.execution_id = p_execution and k.name = o.name and k.seq > p_since offset 0) s;
+      select * from step k where k.execution_id = p_execution and k.name = o.name and k.seq > p_since and k.index = 0 offset 0) s;
+  end if;
+  if v_fans_out then
+    select case when bool_and(is_in_row(value) and is_in_row(error) and coalesce(c.are_in_row, true))
+      then json_agg(json_build_array(s.name, s.round, index, kind::text, status::text, case when is_in_row(value) then value end,
+                                     case when is_in_row(error) then error end, child_id, child_task, dropped, c.answers))
+      else to_json(p_since) end
+    into v_steps
+    from step s
+    left join lateral (
+      select json_agg(json_build_array(status::text, case when is_in_row(value) then value end,
+                                       case when is_in_row(error) then error end, child_id, child_task) order by index) as answers,
+             bool_and(is_in_row(value) and is_in_row(error)) as are_in_row
+      from fan_out_child k
+      where s.child_ids is not null and k.execution_id = p_execution and k.name = s.name and k.round = s.round offset 0) c on true
+    where s.execution_id = p_execution and s.seq > p_since and s.index = 0;
   end if;
   return case when pg_column_size(v_steps) > p_bytes_max then to_json(p_since) else v_steps end;
 end $$;
 
 -- What claims left out. p_missing: [{id, with_input, since?}]. A row with the payload and what the trigger handed over, if
--- with_input; one with each operation recorded after since, if given. In rows, since one value may not hold them all.
+-- with_input; one with each operation recorded after since, if given, and with each child of a fan-out. In rows, since one
+-- value may not hold them all.
 create or replace function load_executions(p_missing json)
 returns table (execution_id uuid, payload json, trigger_data json, step json)
 language plpgsql stable set search_path from current set enable_seqscan = off set enable_mergejoin = off set enable_bitmapscan = off set jit = off set plan_cache_mode = force_generic_plan as $$
@@ -166,7 +184,7 @@ begin
     select s.execution_id, null, null, json_build_array(
       name, round, index, kind::text, status::text, value, error, child_id, child_task, dropped)
     from json_to_recordset(p_missing) as m(id uuid, since bigint)
-    cross join lateral (select * from step k where k.execution_id = m.id and k.seq > m.since offset 0) s;
+    cross join lateral (select * from recorded_step k where k.execution_id = m.id and k.seq > m.since offset 0) s;
 end $$;
 
 -- What the worker is told of what it was given, in the order in which it stands. To a process that keeps the memos of

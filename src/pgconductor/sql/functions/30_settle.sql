@@ -9,7 +9,7 @@
 -- Returns {lost, queues: [queue ids with new work], watchers: [who is to be told], next_due: seconds}.
 
 -- Completes executions whose children have all answered; the caller has locked those that have a parent, and it.
--- p_completed: [{id, token, result, parent?}]
+-- p_completed: [{id, token, result}]
 create or replace function settle_plain(
   p_orchestrator uuid, p_completed json, p_now timestamptz, inout p_lost uuid[],
   out p_lanes int[], out p_watchers text[]
@@ -23,6 +23,7 @@ declare
   v_gone uuid[];
   v_count int;
   v_answers answer[];
+  v_members ended_members[];
   v_effects effects := row('{}'::int[], '{}'::text[]);
 begin
   select array_agg(l.execution_id order by l.execution_id), array_agg(l.claimed_at order by l.execution_id),
@@ -43,16 +44,19 @@ begin
     returning e.id, e.lane_id, e.parent_id, e.parent_step, e.parent_round, e.parent_index, h.result
   )
   select count(*), array_agg(row(d.parent_id, d.parent_step, d.parent_round, d.parent_index, 'completed', d.result,
-                                 null)::answer) filter (where d.parent_id is not null),
-         array_agg(d.id) filter (where d.lane_id = any(v_fleeting))
-  into v_count, v_answers, v_gone from done d;
+                                 null)::answer) filter (where d.parent_index = 0),
+         array_agg(d.id) filter (where d.lane_id = any(v_fleeting)),
+         (select array_agg(row(m.*)::ended_members) from (
+           select parent_id, parent_step, parent_round, array_agg(parent_index) from done where parent_index > 0
+           group by 1, 2, 3) m)
+  into v_count, v_answers, v_gone, v_members from done d;
 
   if v_count < coalesce(cardinality(v_ids), 0) then
     v_effects := finish(cancelled(array(
       select id from execution where id = any(v_ids) and outcome is null)), p_now);
   end if;
-  if v_answers is not null then
-    v_effects := merge(v_effects, answer(v_answers, p_now));
+  if v_answers is not null or v_members is not null then
+    v_effects := merge(v_effects, answer(v_answers, v_members, p_now));
   end if;
   if v_gone is not null then
     v_gone := kept_not(v_gone, p_now);
@@ -80,8 +84,8 @@ begin
 end $$;
 
 -- Locks, in one look, what outcomes and plain completions touch: their executions and parents, and the open descendants
--- of those that end.
-create or replace function lock_for_settle(p_held settlement[], p_completed json) returns void
+-- of those that end. p_opening: who opens operations; p_tied: plain completions that have a parent, and it.
+create or replace function lock_for_settle(p_held settlement[], p_opening uuid[], p_tied uuid[]) returns void
 language plpgsql volatile set search_path from current as $$
 declare
   v_creating uuid[];
@@ -91,29 +95,29 @@ declare
 begin
   v_ending := array(
     select h.id from unnest(p_held) h where h.outcome in ('completed', 'failed') and (
-      select true from step s where s.execution_id = h.id and s.status = 'pending' and s.child_id is not null limit 1));
-  select array_agg(coalesce(e.root_id, e.id)) filter (where h.outcome = 'parked' and h.ops is not null),
+      select true from step s where s.execution_id = h.id and s.status = 'pending'
+        and num_nonnulls(s.child_id, s.child_ids) > 0 limit 1));
+  select array_agg(coalesce(e.root_id, e.id)) filter (where h.outcome = 'parked' and h.id = any(p_opening)),
          array_agg(coalesce(e.root_id, e.id)) filter (where h.id = any(v_ending)),
          array_agg(h.id) || array_agg(e.parent_id) filter (where e.parent_id is not null)
   into v_creating, v_cancelling, v_ids
   from unnest(p_held) h cross join lateral (select * from execution k where k.id = h.id offset 0) e;
   perform lock_trees(v_creating, v_cancelling);
-  perform lock_executions(v_ids || array(select open_descendants(v_ending)) || array(
-    select unnest(array[g.id, g.parent]) from json_to_recordset(p_completed) as g(id uuid, parent uuid)));
+  perform lock_executions(v_ids || array(select open_descendants(v_ending)) || p_tied);
 end $$;
 
 -- Parks: opens what is new, then waits, unless something awaited has been answered already.
 -- awaits: [{name, round, kind, awaited, members?: [step names], count?}]
-create or replace function park(p_orchestrator uuid, p_parked settlement[], p_now timestamptz) returns effects
+create or replace function park(
+  p_orchestrator uuid, p_parked settlement[], p_ops json, p_children json, p_now timestamptz
+) returns effects
 language plpgsql volatile set search_path from current as $$
 declare
   v_lanes int[] := '{}'::int[];
-  v_ops json;
   v_found record;
 begin
-  select json_agg(o) into v_ops from unnest(p_parked) p cross join lateral json_array_elements(p.ops) o;
-  if v_ops is not null then
-    v_lanes := open_operations(v_ops, p_now);
+  if json_array_length(p_ops) > 0 then
+    v_lanes := open_operations(p_ops, p_children, array(select id from unnest(p_parked)), p_now);
   end if;
   perform count_waits(p_parked, p_now);
 
@@ -218,13 +222,15 @@ begin
     select id from unnest(p_again) where coalesce(delay, 0) <= 0)), '{}')::effects;
 end $$;
 
--- p_completed: plain completions, [{id, token, result, parent?}].
+-- p_completed: plain completions, [{id, token, result}]; p_tied: those of them that have a parent, and their parents.
 -- p_outcomes: [{id, token, outcome: completed | failed | retried | released | crashed | parked, result, error, delay (seconds),
---               ops, awaits, fresh: [{name, round}] (timed out operations that a retry does afresh), cached, long}]
+--               awaits, fresh: [{name, round}] (timed out operations that a retry does afresh), cached, long}]
+-- p_ops, p_children: what the parked ones open, as open_operations takes it.
 create or replace function settle(
-  p_orchestrator uuid, p_completed json, p_outcomes json, p_now timestamptz default null
+  p_orchestrator uuid, p_completed json, p_outcomes json, p_now timestamptz default null, p_ops json default null,
+  p_children json default null, p_tied uuid[] default null
 ) returns json
-language plpgsql volatile set search_path from current set enable_seqscan = off set enable_mergejoin = off set jit = off set plan_cache_mode = force_generic_plan as $$
+language plpgsql volatile set search_path from current set enable_seqscan = off set enable_memoize = off set enable_mergejoin = off set jit = off set plan_cache_mode = force_generic_plan as $$
 declare
   v_now timestamptz := instant(p_now);
   v_plain record;
@@ -238,18 +244,17 @@ begin
   perform check_sizes(p_completed);
   perform check_sizes(p_outcomes);
   if json_array_length(p_outcomes) > 0 then
-    select array_agg(row(o.id, o.outcome, o.result, o.error, o.delay, o.ops, o.awaits, o.fresh, o.cached, o.long,
+    select array_agg(row(o.id, o.outcome, o.result, o.error, o.delay, o.awaits, o.fresh, o.cached, o.long,
                          l.claimed_at)::settlement) filter (where l.execution_id is not null),
            v_lost || coalesce(array_agg(o.id) filter (where l.execution_id is null), '{}')
     into v_held, v_lost
     from json_to_recordset(p_outcomes) as o(id uuid, token bigint, outcome text, result json, error json,
-      delay float8, ops json, awaits json, fresh json, cached boolean, long boolean)
+      delay float8, awaits json, fresh json, cached boolean, long boolean)
     left join lateral (select * from lease k where k.execution_id = o.id offset 0) l
       on l.token = o.token and l.orchestrator_id = p_orchestrator;
   end if;
-  -- completions of roots alone lock what they update; a result that has the word, too, costs no more than the look
-  if v_held is not null or position('"parent"' in p_completed::text) > 0 then
-    perform lock_for_settle(v_held, p_completed);
+  if v_held is not null or cardinality(p_tied) > 0 then  -- completions of roots alone lock what they update
+    perform lock_for_settle(v_held, array(select id from json_to_recordset(p_ops) as o(id uuid)), p_tied);
   end if;
   if json_array_length(p_completed) > 0 then
     select * into v_plain from settle_plain(p_orchestrator, p_completed, v_now, v_lost);
@@ -257,7 +262,7 @@ begin
     v_effects := row(v_plain.p_lanes, v_plain.p_watchers)::effects;
   end if;
   if v_held is not null then
-    v_effects := merge(v_effects, settle_held(p_orchestrator, v_held, v_now));
+    v_effects := merge(v_effects, settle_held(p_orchestrator, v_held, p_ops, p_children, v_now));
   end if;
   return json_build_object(
     'lost', v_lost, 'queues', queues_of(v_effects.lane_ids), 'watchers', v_effects.watchers,
@@ -265,7 +270,9 @@ begin
 end $$;
 
 -- Settles outcomes whose leases are held; the caller has locked what they touch.
-create or replace function settle_held(p_orchestrator uuid, p_held settlement[], p_now timestamptz) returns effects
+create or replace function settle_held(
+  p_orchestrator uuid, p_held settlement[], p_ops json, p_children json, p_now timestamptz
+) returns effects
 language plpgsql volatile set search_path from current as $$
 declare
   v_ids uuid[];
@@ -307,7 +314,7 @@ begin
     v_effects := merge(v_effects, requeue(v_again, p_now));
   end if;
   if v_parked is not null then
-    v_effects := merge(v_effects, park(p_orchestrator, v_parked, p_now));
+    v_effects := merge(v_effects, park(p_orchestrator, v_parked, p_ops, p_children, p_now));
   end if;
   if cardinality(v_flagged) > 0 then
     v_ended := v_ended || cancelled(v_flagged);

@@ -17,18 +17,17 @@
 create or replace function put_ready(p_rows ready[], p_late boolean default false) returns int[]
 language plpgsql volatile set search_path from current as $$
 declare
-  v_count int;
+  v_lanes int[] := array(select distinct lane_id from unnest(p_rows));
+  v_limited int[] := array(select id from lane where id = any(v_lanes) and is_limited);
 begin
   insert into ready (lane_id, priority, ord, execution_id, cached_by, cached_seq, cached_open)
   select r.lane_id, r.priority, case when p_late then late_ord() else r.ord end, r.execution_id, r.cached_by, r.cached_seq,
          r.cached_open
-  from unnest(p_rows) r join lane l on l.id = r.lane_id
-  where not l.is_limited;
-  get diagnostics v_count = row_count;
-  if v_count < coalesce(cardinality(p_rows), 0) then
-    perform hold_back(array(select r from unnest(p_rows) r join lane l on l.id = r.lane_id where l.is_limited));
+  from unnest(p_rows) r where r.lane_id <> all(v_limited);
+  if cardinality(v_limited) > 0 then
+    perform hold_back(array(select r from unnest(p_rows) r where r.lane_id = any(v_limited)));
   end if;
-  return array(select distinct lane_id from unnest(p_rows));
+  return v_lanes;
 end $$;
 
 -- A payload's value for a limit's key; a long one by its digest, so that an index can hold it.

@@ -46,11 +46,11 @@ begin
 end $$;
 
 -- Writes outcomes into pending steps, each once. Returns what it wrote by who counts it: answered are executions that
--- may wait for the operation itself, started are children that a wait may name, members are those of a fan-out.
+-- may wait for the operation itself, started are children that a wait may name.
 -- Each row is found by its key and written where it stands: nothing moves it, since the caller holds the execution. The
 -- settings leave no other plan, such as a scan of all steps, made while there were few.
 create or replace function write_answers(
-  p_answers answer[], p_now timestamptz, out p_answered uuid[], out p_started answer[], out p_members answer[]
+  p_answers answer[], p_now timestamptz, out p_answered uuid[], out p_started answer[]
 )
 language plpgsql volatile set search_path from current set enable_hashjoin = off set enable_memoize = off as $$
 begin
@@ -64,16 +64,16 @@ begin
             select ctid as row_at from step k where k.execution_id = a.execution_id and k.name = a.name
               and k.round = a.round and k.index = a.index and k.status = 'pending' offset 0) k) a
     where s.ctid = a.row_at and s.status = 'pending'
-    returning s.execution_id, s.kind, s.index,
+    returning s.execution_id, s.kind,
               row(s.execution_id, s.name, s.round, s.index, s.status, null, null)::answer as answer
   )
-  select coalesce(array_agg(w.execution_id) filter (where w.index = 0 and w.kind <> 'start'), '{}'),
-         array_agg(w.answer) filter (where w.kind = 'start'), array_agg(w.answer) filter (where w.index > 0)
-  into p_answered, p_started, p_members from written w;
+  select coalesce(array_agg(w.execution_id) filter (where w.kind <> 'start'), '{}'),
+         array_agg(w.answer) filter (where w.kind = 'start')
+  into p_answered, p_started from written w;
 end $$;
 
--- Answers operations and wakes the executions that need no more.
-create or replace function answer(p_answers answer[], p_now timestamptz) returns effects
+-- Answers operations, counts the ended children of fan-outs, and wakes the executions that need no more.
+create or replace function answer(p_answers answer[], p_ended ended_members[], p_now timestamptz) returns effects
 language plpgsql volatile set search_path from current as $$
 declare
   v_written record;
@@ -82,37 +82,14 @@ declare
 begin
   select * into v_written from write_answers(p_answers, p_now);
   v_ids := v_written.p_answered;
-  if v_written.p_members is not null then
-    v_lanes := release_next(v_written.p_members, p_now);
-    v_ids := v_ids || count_fan_outs(v_written.p_members, p_now);
+  if p_ended is not null then
+    v_lanes := release_next(p_ended, p_now);
+    v_ids := v_ids || count_fan_outs(p_ended, p_now);
   end if;
   if v_written.p_started is not null then
     v_ids := v_ids || count_links(v_written.p_started, p_now);
   end if;
   return merge(row(v_lanes, '{}')::effects, wake(v_ids));
-end $$;
-
--- Counts answered children of fan-outs; answers the fan-outs that are complete and returns their executions.
-create or replace function count_fan_outs(p_members answer[], p_now timestamptz) returns uuid[]
-language plpgsql volatile set search_path from current as $$
-declare
-  v_full answer[];
-begin
-  with counted as (
-    update wait_item i set left_count = i.left_count - w.count
-    from (select execution_id, name, round, count(*)::int as count from unnest(p_members)
-          group by 1, 2, 3) w
-    where i.execution_id = w.execution_id and i.name = w.name and i.round = w.round
-    returning i.execution_id, i.name, i.round, i.left_count
-  )
-  select array_agg(row(execution_id, name, round, 0, 'completed', null, null)::answer) into v_full
-  from counted where left_count <= 0;
-  if v_full is null then
-    return '{}'::uuid[];
-  end if;
-  delete from wait_item i using unnest(v_full) f
-  where i.execution_id = f.execution_id and i.name = f.name and i.round = f.round;
-  return (write_answers(v_full, p_now)).p_answered;
 end $$;
 
 -- Counts answered children for the waits that name them; answers the waits that are full.
@@ -139,45 +116,6 @@ begin
   return (write_answers(v_full, p_now)).p_answered;
 end $$;
 
--- Makes the next held children of a fan-out with a window ready, one for each that ended inside the window. They are due
--- now, and from now on they may expire.
-create or replace function release_next(p_members answer[], p_now timestamptz) returns int[]
-language plpgsql volatile set search_path from current as $$
-declare
-  v_item record;
-  v_next record;
-  v_lanes int[] := '{}'::int[];
-begin
-  for v_item in
-    select i.execution_id, i.name, i.round, i.next_index,
-           (select count(*)::int from unnest(p_members) w
-            where w.execution_id = i.execution_id and w.name = i.name and w.round = i.round
-              and w.index < i.next_index) as ended
-    from (select distinct execution_id, name, round from unnest(p_members)) f
-    cross join lateral (
-      select * from wait_item k where k.execution_id = f.execution_id and k.name = f.name and k.round = f.round offset 0) i
-    where i.next_index is not null
-  loop
-    select array_agg(child_id) as ids, max(index) as index into v_next
-    from (select s.child_id, s.index from step s join timer t on t.execution_id = s.child_id
-          where s.execution_id = v_item.execution_id and s.name = v_item.name and s.round = v_item.round
-            and s.index >= v_item.next_index and t.due_at = 'infinity'
-          order by s.index limit v_item.ended) n;
-    if v_next.ids is not null then
-      delete from timer where execution_id = any(v_next.ids);
-      v_lanes := v_lanes || put_ready(array(
-        select row(lane_id, priority, ord, id, null, null, null)::ready from execution where id = any(v_next.ids)), true);
-      insert into expiry (execution_id, due_at)
-      select e.id, p_now + t.expires_in
-      from execution e join lane l on l.id = e.lane_id join task t on t.id = l.task_id
-      where e.id = any(v_next.ids) and t.expires_in is not null;
-      update wait_item set next_index = v_next.index + 1
-      where execution_id = v_item.execution_id and name = v_item.name and round = v_item.round;
-    end if;
-  end loop;
-  return v_lanes;
-end $$;
-
 -- Ends executions: writes the outcome, cancels open descendants, answers the parents.
 create or replace function finish(p_ended ended[], p_now timestamptz) returns effects
 language plpgsql volatile set search_path from current as $$
@@ -185,6 +123,7 @@ declare
   v_ids uuid[] := array(select id from unnest(p_ended));
   v_open uuid[];
   v_answers answer[];
+  v_members ended_members[];
   v_effects effects := row('{}'::int[], '{}'::text[]);
 begin
   with done as (
@@ -197,8 +136,11 @@ begin
     returning e.parent_id, e.parent_step, e.parent_round, e.parent_index, x.outcome, x.result, x.error
   )
   select array_agg(row(d.parent_id, d.parent_step, d.parent_round, d.parent_index, d.outcome::text::step_status,
-                       d.result, d.error)::answer) into v_answers
-  from done d where d.parent_id is not null;
+                       d.result, d.error)::answer) filter (where d.parent_index = 0),
+         (select array_agg(row(m.*)::ended_members) from (
+           select parent_id, parent_step, parent_round, array_agg(parent_index) from done where parent_index > 0
+           group by 1, 2, 3) m)
+  into v_answers, v_members from done d;
   delete from wait_item where execution_id = any(v_ids);
   delete from wait_link where execution_id = any(v_ids);
   delete from event_wait where execution_id = any(v_ids);
@@ -207,8 +149,8 @@ begin
   if cardinality(v_open) > 0 then
     v_effects := cancel_locked(v_open, 'its parent ended', p_now);
   end if;
-  if v_answers is not null then
-    v_effects := merge(v_effects, answer(v_answers, p_now));
+  if v_answers is not null or v_members is not null then
+    v_effects := merge(v_effects, answer(v_answers, v_members, p_now));
   end if;
   perform remove_soon(v_ids, p_now);
   return merge(v_effects, row('{}', watchers_of(v_ids))::effects);

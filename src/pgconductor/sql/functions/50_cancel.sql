@@ -144,15 +144,18 @@ begin
   -- its first life has been passed over by retention, or noted
   insert into prune_later (execution_id, look_at) values (coalesce(v_execution.root_id, p_id), instant(null))
   on conflict do nothing;
+  if v_execution.parent_index > 0 then
+    perform keep_answer(v_execution);
+  end if;
   update execution
   set outcome = null, finished_at = null, error = null, failures = 0, crashes = 0,
       cancel_requested_at = null, cancel_reason = null
   where id = p_id;
   -- its fan-outs lost their counters when it ended: count again what is still open, and answer those that are not
   insert into wait_item (execution_id, name, round, kind, left_count)
-  select s.execution_id, s.name, s.round, s.kind, count(*) from step s
-  where s.execution_id = p_id and s.kind = 'invoke_all' and s.index > 0 and s.status = 'pending'
-  group by 1, 2, 3, 4;
+  select o.execution_id, o.name, o.round, 'invoke_all', count(*) from open_child o
+  where o.execution_id = p_id and o.index > 0
+  group by 1, 2, 3;
   update step s set status = 'completed', finished_at = instant(null), seq = nextval('step_seq')
   where s.execution_id = p_id and s.kind = 'invoke_all' and s.index = 0 and s.status = 'pending'
     and not exists (select from wait_item i where i.execution_id = p_id and i.name = s.name and i.round = s.round);
@@ -180,7 +183,16 @@ begin
   if found then  -- an earlier try of this call committed, and its answer stands
     return v_answer;
   end if;
-  v_answer := cancel(p_target, p_reason, p_now);
+  begin
+    v_answer := cancel(p_target, p_reason, p_now);
+    perform from lease
+    where execution_id = p_id and token = p_token and orchestrator_id = p_orchestrator for key share;
+    if not found then  -- it waited for locks for longer than the lease lasted: nothing of it has happened
+      raise exception 'the lease is gone' using errcode = 'PC000';
+    end if;
+  exception when sqlstate 'PC000' then
+    return null;
+  end;
   perform tell(array(select json_array_elements_text(v_answer -> 'watchers')));
   insert into step (execution_id, name, kind, status, value, created_at, finished_at)
   values (p_id, p_name, 'call', 'completed',

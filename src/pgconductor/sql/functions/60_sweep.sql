@@ -122,7 +122,7 @@ begin
   from step s join wait w on w.execution_id = s.execution_id
   where s.execution_id = any(p_parked) and s.status = 'pending' and s.index = 0 and s.due_at <= p_now;
   v_doomed := due_children(p_parked, p_now);
-  v_effects := merge(v_effects, answer(v_due, p_now));
+  v_effects := merge(v_effects, answer(v_due, null, p_now));
   perform stop_listening(v_due);
   if cardinality(v_doomed) > 0 then
     v_effects := merge(v_effects, time_out_children(v_due, v_doomed, p_now));
@@ -143,21 +143,18 @@ create or replace function due_children(p_parked uuid[], p_now timestamptz) retu
 language sql stable set search_path from current as $$
   select coalesce(array_agg(c.child_id), '{}')
   from step s
-  join step c on c.execution_id = s.execution_id and c.name = s.name and c.round = s.round
+  cross join lateral (
+    select child_id from open_child k where k.execution_id = s.execution_id and k.name = s.name and k.round = s.round offset 0) c
   where s.execution_id = any(p_parked) and s.status = 'pending' and s.index = 0 and s.due_at <= p_now
     and s.kind in ('invoke', 'invoke_all') and not s.keep_on_timeout
-    and c.child_id is not null and c.status = 'pending'
 $$;
 
--- Cancels the children of operations that timed out; a fan-out's open rows are answered first, so that the children
+-- Cancels the children of operations that timed out; a fan-out's are noted first, and no longer counted, so that they
 -- wake nobody.
 create or replace function time_out_children(p_due answer[], p_doomed uuid[], p_now timestamptz) returns effects
 language plpgsql volatile set search_path from current as $$
 begin
-  update step s set status = 'timed_out', finished_at = p_now, seq = nextval('step_seq')
-  from unnest(p_due) d
-  where s.execution_id = d.execution_id and s.name = d.name and s.round = d.round and s.index > 0
-    and s.status = 'pending' and d.status = 'timed_out';
+  perform time_out_members(p_due, p_now);
   delete from wait_item i using unnest(p_due) d
   where i.execution_id = d.execution_id and i.name = d.name and i.round = d.round;
   return cancel_locked(p_doomed || array(select open_descendants(p_doomed)), 'its parent stopped waiting', p_now);

@@ -122,8 +122,7 @@ language sql stable set search_path from current as $$
       cross join lateral (
         select (select count(*) from wait_link k where k.execution_id = i.execution_id and k.item_name = i.name
                 and k.item_round = i.round) as linked,
-               (select count(*) from step c where c.execution_id = i.execution_id and c.name = i.name
-                and c.round = i.round and c.index > 0) as total) m
+               cardinality(p_step.child_ids) as total) m
       where i.execution_id = p_step.execution_id and i.name = p_step.name and i.round = p_step.round) end
   from (select jsonb_build_object('step', p_step.name, 'due_at', p_step.due_at) as facts,
                coalesce(', until ' || words_for(p_step.due_at), '') as until) f

@@ -35,8 +35,8 @@ language sql stable set search_path from current set enable_seqscan = off as $$
     select c.child_id, t.id, c.name, t.level + 1, t.place || (c.created_at::text || c.child_id::text)
     from tree t
     cross join lateral (
-      select s.child_id, s.name, s.created_at from step s
-      where s.execution_id = t.id and s.child_id is not null and not s.dropped
+      select s.child_id, s.name, s.created_at from child_link s
+      where s.execution_id = t.id and not s.dropped
       order by s.created_at, s.index limit p_limit) c
     where t.level < 100
   ), shown as (

@@ -79,8 +79,9 @@ language sql stable set search_path from current as $$
     select p_root
     union all
     select e.id from tree t
-    join step s on s.execution_id = t.id and s.child_id is not null
-    join execution e on e.id = s.child_id and e.parent_id = t.id
+    cross join lateral (select child_id from child_link k where k.execution_id = t.id offset 0) c
+    cross join lateral (select id, parent_id from execution k where k.id = c.child_id offset 0) e
+    where e.parent_id = t.id
   )
   select id from tree
 $$;
@@ -131,7 +132,7 @@ declare
   v_has_steps boolean;
 begin
   select array_agg(s.execution_id) filter (where s.has_child), count(*) > 0 into v_parents, v_has_steps
-  from (select p.execution_id, bool_or(c.is_there) as has_child
+  from (select p.execution_id, bool_or(c.is_there or p.child_ids is not null) as has_child
         from step p
         left join lateral (
           select true as is_there from execution k where k.id = p.child_id and k.parent_id = p.execution_id offset 0) c on true
@@ -164,8 +165,9 @@ end $$;
 
 create or replace function children_of(p_ids uuid[]) returns setof uuid
 language sql stable set search_path from current as $$
-  select e.id from step s join execution e on e.id = s.child_id and e.parent_id = s.execution_id
-  where s.execution_id = any(p_ids) and s.child_id is not null
+  select e.id from child_link c
+  cross join lateral (select id, parent_id from execution k where k.id = c.child_id offset 0) e
+  where c.execution_id = any(p_ids) and e.parent_id = c.execution_id
 $$;
 
 -- Removes some of what is left of large trees.
@@ -193,7 +195,7 @@ declare
   v_count int;
 begin
   v_trees := array(select id from unnest(v_locked) id where exists (
-    select from step s where s.execution_id = id and s.child_id is not null));
+    select from step s where s.execution_id = id and num_nonnulls(s.child_id, s.child_ids) > 0));
   v_plain := array(select id from unnest(v_locked) id where id <> all(v_trees));
   perform remove(v_plain, p_now);
   v_count := cardinality(v_plain);

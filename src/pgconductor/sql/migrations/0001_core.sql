@@ -53,7 +53,7 @@ create table execution (
   depth smallint not null default 0,
   failures smallint not null default 0,
   crashes smallint not null default 0,
-  parent_index int,
+  parent_index int,  -- 0 for a single child, 1 to n in a fan-out; below 0 once that one was redriven: its answer stays
   parent_round smallint,
   outcome outcome,
   run_at timestamptz,
@@ -132,7 +132,8 @@ create table wait_link (
   primary key (execution_id, child_step, item_name)
 );
 
--- Index 0 is the operation itself; 1 to n are the children of an invoke_all.
+-- Index 0 is the operation itself. What became of the children of an invoke_all (child_ids) their executions say; 1 to n
+-- are for those of which they no longer do, see 24_fan_out.sql.
 create table step (
   execution_id uuid not null,
   name text not null check (octet_length(name) between 1 and 220),
@@ -147,6 +148,7 @@ create table step (
   finished_at timestamptz,
   due_at timestamptz,
   child_id uuid,
+  child_ids uuid[],
   child_task text check (octet_length(child_task) <= 200),
   value json,
   error json,
@@ -196,18 +198,20 @@ create type new_execution as (
   parent_round smallint, parent_index int, root_id uuid, dedupe_key text, trigger text, payload json, due_at timestamptz
 );
 create type new_child as (
-  parent_id uuid, name text, round smallint, index int, kind step_kind, detached boolean, keep boolean,
-  expires_at timestamptz, timeout_error json, id uuid, task text, queue text, payload json, priority smallint,
-  due_at timestamptz
+  parent_id uuid, root_id uuid, depth smallint, name text, round smallint, index int, kind step_kind, detached boolean,
+  keep boolean, expires_at timestamptz, timeout_error json, id uuid, task text, queue text, payload json,
+  priority smallint, due_at timestamptz
 );
 create type settlement as (
-  id uuid, outcome text, result json, error json, delay float8, ops json, awaits json, fresh json, cached boolean, long boolean,
+  id uuid, outcome text, result json, error json, delay float8, awaits json, fresh json, cached boolean, long boolean,
   claimed_at timestamptz
 );
 create type ended as (id uuid, outcome outcome, result json, error json);
 create type answer as (
   execution_id uuid, name text, round smallint, index int, status step_status, value json, error json
 );
+create type kept_answer as (status step_status, value json, error json, finished_at timestamptz);
+create type ended_members as (execution_id uuid, name text, round smallint, indexes int[]);
 create type effects as (lane_ids int[], watchers text[]);
 -- Part of a lane: what stands between two places in it.
 create type scan_range as (lane_id int, after_place bigint, before_place bigint);
