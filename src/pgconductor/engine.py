@@ -459,7 +459,8 @@ class Engine(Reports):
         self, orchestrator: str, completed: Sequence[Completion], outcomes: Sequence[Outcome]
     ) -> Query[Settled | None]:
         """See 30_settle.sql. None: the process was declared dead."""
-        tied = IdArray(id for each in completed if each.parent is not UNSET for id in (each.id, each.parent))
+        parents = {each.id: each.parent for each in completed if each.parent is not UNSET}
+        tied = IdArray((*parents, *set(parents.values())))
         opened = _apart([operation for each in outcomes for operation in each.ops or ()])
         outcomes = [replace(each, ops=None) if each.ops else each for each in outcomes]
         parameters = (orchestrator, as_text(completed), as_text(outcomes), self._now(), *opened, tied)
