@@ -54,7 +54,7 @@ begin
     left join lateral (
       select true as is_there from step k
       where k.execution_id = o.id and k.name = o.name and k.round = o.round and k.index = 0 offset 0) known on true
-    where o.id = any(p_ids)
+    where o.id in (select unnest(p_ids))
   )
   select (
     select array_agg(row(

@@ -97,7 +97,7 @@ begin
     select h.id from unnest(p_held) h where h.outcome in ('completed', 'failed') and (
       select true from step s where s.execution_id = h.id and s.status = 'pending'
         and num_nonnulls(s.child_id, s.child_ids) > 0 limit 1));
-  select array_agg(coalesce(e.root_id, e.id)) filter (where h.outcome = 'parked' and h.id = any(p_opening)),
+  select array_agg(coalesce(e.root_id, e.id)) filter (where h.outcome = 'parked' and h.id in (select unnest(p_opening))),
          array_agg(coalesce(e.root_id, e.id)) filter (where h.id = any(v_ending)),
          array_agg(h.id) || array_agg(e.parent_id) filter (where e.parent_id is not null)
   into v_creating, v_cancelling, v_ids
@@ -136,8 +136,9 @@ begin
     where f.due_at is not null and f.id <> all(v_found.answered);
   end if;
   update execution e set started_at = p.claimed_at
-  from unnest(p_parked) p where e.id = p.id and e.started_at is null
-    and e.id = any(v_found.ids);
+  from (select p.claimed_at, k.row_at from unnest(p_parked) p cross join lateral (
+          select ctid as row_at from execution k where k.id = p.id and k.started_at is null offset 0) k) p
+  where e.ctid = p.row_at;
   return merge(row(v_lanes, '{}')::effects, wake(v_found.answered));
 end $$;
 
@@ -208,7 +209,9 @@ begin
   update execution e
   set failures = e.failures + (a.outcome = 'retried')::int, error = coalesce(a.error, e.error),
       started_at = coalesce(e.started_at, a.claimed_at)
-  from unnest(p_again) a where e.id = a.id and e.id = any(array(select id from unnest(p_again)));
+  from (select a.outcome, a.error, a.claimed_at, k.row_at from unnest(p_again) a
+        cross join lateral (select ctid as row_at from execution k where k.id = a.id offset 0) k) a
+  where e.ctid = a.row_at;
   for v_fresh in
     select a.id, f.name, f.round
     from unnest(p_again) a cross join lateral json_to_recordset(a.fresh) as f(name text, round smallint)

@@ -130,9 +130,10 @@ begin
     update execution e
     set outcome = x.outcome, result = x.result, error = x.error, finished_at = p_now,
         started_at = coalesce(e.started_at, l.claimed_at)
-    from unnest(p_ended) x
+    from (select x.*, k.row_at from unnest(p_ended) x
+          cross join lateral (select ctid as row_at from execution k where k.id = x.id offset 0) k) x
     left join lateral (select claimed_at from lease k where k.execution_id = x.id offset 0) l on true
-    where e.id = x.id and e.id = any(v_ids)
+    where e.ctid = x.row_at
     returning e.parent_id, e.parent_step, e.parent_round, e.parent_index, x.outcome, x.result, x.error
   )
   select array_agg(row(d.parent_id, d.parent_step, d.parent_round, d.parent_index, d.outcome::text::step_status,
