@@ -34,7 +34,7 @@ begin
   )
   select coalesce(array_agg(execution_id), '{}') into v_taken from taken;
   v_missed := array(select id from unnest(p_ids) id
-                    where id <> all(v_taken) and not exists (select from lease where execution_id = id));
+                    where id not in (select unnest(v_taken)) and not exists (select from lease where execution_id = id));
   return case when cardinality(v_missed) = 0 then v_taken else v_taken || take_out_of_late(v_missed) end;
 end $$;
 
@@ -74,7 +74,7 @@ begin
   select coalesce(array_agg(execution_id), '{}') into v_stopped from stopped;
   with stopped as (delete from timer where execution_id = any(v_ids) returning execution_id)
   select v_stopped || coalesce(array_agg(execution_id), '{}') into v_stopped from stopped;
-  v_stopped := v_stopped || take_out(array(select id from unnest(v_ids) id where id <> all(v_stopped)));
+  v_stopped := v_stopped || take_out(array(select id from unnest(v_ids) id where id not in (select unnest(v_stopped))));
 
   with told as (
     insert into signal (orchestrator_id, execution_id)

@@ -143,7 +143,7 @@ begin
   end if;
   insert into prune_later (execution_id, look_at) select id, p_now from unnest(v_parents) id order by id
   on conflict (execution_id) do update set look_at = excluded.look_at;
-  perform remove(array(select id from unnest(p_ids) id where v_parents is null or id <> all(v_parents)), p_now);
+  perform remove(array(select id from unnest(p_ids) id where id not in (select unnest(v_parents))), p_now);
 end $$;
 
 -- Removes a tree whose root is locked. Returns how many executions went; none if some of it has not ended.
@@ -196,7 +196,7 @@ declare
 begin
   v_trees := array(select id from unnest(v_locked) id where exists (
     select from step s where s.execution_id = id and num_nonnulls(s.child_id, s.child_ids) > 0));
-  v_plain := array(select id from unnest(v_locked) id where id <> all(v_trees));
+  v_plain := array(select id from unnest(v_locked) id where id not in (select unnest(v_trees)));
   perform remove(v_plain, p_now);
   v_count := cardinality(v_plain);
   foreach v_root in array v_trees loop
