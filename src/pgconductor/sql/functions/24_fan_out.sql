@@ -1,11 +1,11 @@
 -- fan-out: the children of an invoke_all, counted and read without a row for each of them.
 -- Called by whatever opens, answers, cancels, reads or removes children. States and locks: those of the callers.
 --
--- The step of an invoke_all has the ids of its children, in their order, and their task, if they are of one; wait_item counts those that are still to end. What
--- became of a child its own execution says, so that a child costs its parent nothing but that count. A row of its own in
--- step, by its index, has only the answer of which the execution tells no more: of one that was redriven after its parent
--- had the answer (its parent_index is below zero from then on, and it answers nobody), and of those that were still
--- open when the whole timed out. Such a row wins.
+-- The step of an invoke_all has the ids of its children, in their order, and their task, if they are of one; wait_item
+-- counts those that are still to end. What became of a child its own execution says, so that a child costs its parent
+-- nothing but that count. A row of its own in step, by its index, has only the answer of which the execution tells no
+-- more: of one that was redriven after its parent had the answer (its parent_index is below zero from then on, and it
+-- answers nobody), and of those that were still open when the whole timed out. Such a row wins.
 
 -- Which children operations have, whatever became of them.
 create or replace view child_link as
@@ -51,7 +51,7 @@ select execution_id, name, round, index, kind, status, value, error, child_id, c
 from fan_out_child;
 
 -- Counts ended children of fan-outs; answers the fan-outs that are complete and returns their executions.
-create or replace function count_fan_outs(p_ended ended_members[], p_now timestamptz) returns uuid[]
+create or replace function count_fan_outs(p_ended ended_children[], p_now timestamptz) returns uuid[]
 language plpgsql volatile set search_path from current as $$
 declare
   v_full answer[];
@@ -74,7 +74,7 @@ end $$;
 
 -- Makes the next held children of fan-outs with a window ready, one for each that ended inside the window. They are due
 -- now, and from now on they may expire.
-create or replace function release_next(p_ended ended_members[], p_now timestamptz) returns int[]
+create or replace function release_next(p_ended ended_children[], p_now timestamptz) returns int[]
 language plpgsql volatile set search_path from current as $$
 declare
   v_item record;
@@ -127,7 +127,7 @@ end $$;
 
 -- Records for the children of fan-outs that timed out, and that have not ended, that they did not: whatever becomes of them
 -- later, their parent has had this answer.
-create or replace function time_out_members(p_due answer[], p_now timestamptz) returns void
+create or replace function keep_timeouts(p_due answer[], p_now timestamptz) returns void
 language plpgsql volatile set search_path from current as $$
 begin
   insert into step (execution_id, name, round, index, kind, status, created_at, finished_at, child_id, child_task)

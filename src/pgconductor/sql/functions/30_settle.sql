@@ -23,7 +23,7 @@ declare
   v_gone uuid[];
   v_count int;
   v_answers answer[];
-  v_members ended_members[];
+  v_counted ended_children[];
   v_effects effects := row('{}'::int[], '{}'::text[]);
 begin
   select array_agg(l.execution_id order by l.execution_id), array_agg(l.claimed_at order by l.execution_id),
@@ -46,17 +46,17 @@ begin
   select count(*), array_agg(row(d.parent_id, d.parent_step, d.parent_round, d.parent_index, 'completed', d.result,
                                  null)::answer) filter (where d.parent_index = 0),
          array_agg(d.id) filter (where d.lane_id = any(v_fleeting)),
-         (select array_agg(row(m.*)::ended_members) from (
+         (select array_agg(row(m.*)::ended_children) from (
            select parent_id, parent_step, parent_round, array_agg(parent_index) from done where parent_index > 0
            group by 1, 2, 3) m)
-  into v_count, v_answers, v_gone, v_members from done d;
+  into v_count, v_answers, v_gone, v_counted from done d;
 
   if v_count < coalesce(cardinality(v_ids), 0) then
     v_effects := finish(cancelled(array(
       select id from execution where id = any(v_ids) and outcome is null)), p_now);
   end if;
-  if v_answers is not null or v_members is not null then
-    v_effects := merge(v_effects, answer(v_answers, v_members, p_now));
+  if v_answers is not null or v_counted is not null then
+    v_effects := merge(v_effects, answer(v_answers, v_counted, p_now));
   end if;
   if v_gone is not null then
     v_gone := kept_not(v_gone, p_now);

@@ -73,7 +73,7 @@ begin
 end $$;
 
 -- Answers operations, counts the ended children of fan-outs, and wakes the executions that need no more.
-create or replace function answer(p_answers answer[], p_ended ended_members[], p_now timestamptz) returns effects
+create or replace function answer(p_answers answer[], p_ended ended_children[], p_now timestamptz) returns effects
 language plpgsql volatile set search_path from current as $$
 declare
   v_written record;
@@ -123,7 +123,7 @@ declare
   v_ids uuid[] := array(select id from unnest(p_ended));
   v_open uuid[];
   v_answers answer[];
-  v_members ended_members[];
+  v_counted ended_children[];
   v_effects effects := row('{}'::int[], '{}'::text[]);
 begin
   with done as (
@@ -138,10 +138,10 @@ begin
   )
   select array_agg(row(d.parent_id, d.parent_step, d.parent_round, d.parent_index, d.outcome::text::step_status,
                        d.result, d.error)::answer) filter (where d.parent_index = 0),
-         (select array_agg(row(m.*)::ended_members) from (
+         (select array_agg(row(m.*)::ended_children) from (
            select parent_id, parent_step, parent_round, array_agg(parent_index) from done where parent_index > 0
            group by 1, 2, 3) m)
-  into v_answers, v_members from done d;
+  into v_answers, v_counted from done d;
   delete from wait_item where execution_id = any(v_ids);
   delete from wait_link where execution_id = any(v_ids);
   delete from event_wait where execution_id = any(v_ids);
@@ -150,8 +150,8 @@ begin
   if cardinality(v_open) > 0 then
     v_effects := cancel_locked(v_open, 'its parent ended', p_now);
   end if;
-  if v_answers is not null or v_members is not null then
-    v_effects := merge(v_effects, answer(v_answers, v_members, p_now));
+  if v_answers is not null or v_counted is not null then
+    v_effects := merge(v_effects, answer(v_answers, v_counted, p_now));
   end if;
   perform remove_soon(v_ids, p_now);
   return merge(v_effects, row('{}', watchers_of(v_ids))::effects);

@@ -154,7 +154,7 @@ $$;
 create or replace function time_out_children(p_due answer[], p_doomed uuid[], p_now timestamptz) returns effects
 language plpgsql volatile set search_path from current as $$
 begin
-  perform time_out_members(p_due, p_now);
+  perform keep_timeouts(p_due, p_now);
   delete from wait_item i using unnest(p_due) d
   where i.execution_id = d.execution_id and i.name = d.name and i.round = d.round;
   return cancel_locked(p_doomed || array(select open_descendants(p_doomed)), 'its parent stopped waiting', p_now);

@@ -211,7 +211,7 @@ create type answer as (
   execution_id uuid, name text, round smallint, index int, status step_status, value json, error json
 );
 create type kept_answer as (status step_status, value json, error json, finished_at timestamptz);
-create type ended_members as (execution_id uuid, name text, round smallint, indexes int[]);
+create type ended_children as (execution_id uuid, name text, round smallint, indexes int[]);
 create type effects as (lane_ids int[], watchers text[]);
 -- Part of a lane: what stands between two places in it.
 create type scan_range as (lane_id int, after_place bigint, before_place bigint);
