@@ -281,8 +281,7 @@ def row(db: Db, id: str) -> DictRow:
 
 
 def step(db: Db, id: str, name: str, index: int = 0) -> DictRow:
-    of_child = "select * from fan_out_child where execution_id = %s and name = %s and index = %s and round = 0"
-    query = of_child if index else of_child.replace("fan_out_child", "step")
+    query = "select * from recorded_step where execution_id = %s and name = %s and index = %s and round = 0"
     found = db.execute(query, (id, name, index)).fetchone()
     assert found is not None, f"{id} has no step {name} {index}"
     return found

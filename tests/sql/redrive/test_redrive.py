@@ -109,26 +109,32 @@ def test_a_fan_out_keeps_the_answers_of_children_that_are_redriven(db: Db) -> No
     assert claimed["steps"][0][-1] == answers
 
 
-def test_a_redriven_child_is_not_cancelled_with_the_parent_that_had_its_answer(db: Db) -> None:
+def cancelled_after_a_redrive(db: Db) -> tuple[str, list[str]]:
+    """Return a cancelled parent and its two children: one was redriven before, the other is told to stop."""
     parent, children = fan_out(db, 2)
     claim(db)
     fail(db, children[0])
     redrive(db, children[0])
     cancel(db, parent)
+    return parent, children
+
+
+def redrive_and_park(db: Db, parent: str) -> None:
+    redrive(db, parent)
+    claim(db, token=2)
+    park(db, parent, token=2, awaits=[{"name": "all", "round": 0, "kind": "invoke_all", "awaited": True}])
+
+
+def test_a_redriven_child_is_not_cancelled_with_the_parent_that_had_its_answer(db: Db) -> None:
+    parent, children = cancelled_after_a_redrive(db)
     assert states(db, [parent, children[0]]) == ["cancelled", "ready"]
     assert row(db, children[1])["cancel_requested_at"] is not None
 
 
 def test_a_redriven_parent_counts_no_child_that_was_redriven_before(db: Db) -> None:
-    parent, children = fan_out(db, 2)
-    claim(db)
-    fail(db, children[0])
-    redrive(db, children[0])
-    cancel(db, parent)
+    parent, children = cancelled_after_a_redrive(db)
     finish(db, children[1])
-    redrive(db, parent)
-    claim(db, token=2)
-    park(db, parent, token=2, awaits=[{"name": "all", "round": 0, "kind": "invoke_all", "awaited": True}])
+    redrive_and_park(db, parent)
     assert state(db, parent) == "ready"
     assert [step(db, parent, "all", n)["status"] for n in (1, 2)] == ["failed", "cancelled"]
 
@@ -145,9 +151,7 @@ def test_a_redriven_parent_sees_its_cancelled_child(db: Db) -> None:
 def test_a_redriven_fan_out_does_not_wait_for_the_dead(db: Db) -> None:
     parent, _ = fan_out(db, 3)
     cancel(db, parent)
-    redrive(db, parent)
-    claim(db, token=2)
-    park(db, parent, token=2, awaits=[{"name": "all", "round": 0, "kind": "invoke_all", "awaited": True}])
+    redrive_and_park(db, parent)
     assert (state(db, parent), step(db, parent, "all")["status"]) == ("ready", "completed")
 
 
@@ -155,9 +159,7 @@ def test_a_redriven_fan_out_waits_for_those_that_still_unwind(db: Db) -> None:
     parent, children = fan_out(db, 2)
     claim(db, limit=1, tasks=["child"])
     cancel(db, parent)
-    redrive(db, parent)
-    claim(db, token=2)
-    park(db, parent, token=2, awaits=[{"name": "all", "round": 0, "kind": "invoke_all", "awaited": True}])
+    redrive_and_park(db, parent)
     assert states(db, [parent, *children]) == ["waiting", "running", "cancelled"]
     finish(db, children[0])
     assert state(db, parent) == "ready"

@@ -29,7 +29,8 @@ select s.execution_id, s.name, s.round, c.index::int as index, s.kind,
        case when (e.own).status is null then e.result else (e.own).value end as value,
        case when (e.own).status is not null then (e.own).error when e.outcome is not null then e.error end as error,
        c.child_id, coalesce(s.child_task, e.task) as child_task,
-       s.dropped, s.seq, s.created_at, coalesce((e.own).finished_at, e.finished_at) as finished_at
+       s.dropped, s.seq, s.created_at, coalesce((e.own).finished_at, e.finished_at) as finished_at,
+       null::timestamptz as due_at
 from step s
 cross join lateral unnest(s.child_ids) with ordinality as c(child_id, index)
 left join lateral (
@@ -42,12 +43,14 @@ left join lateral (
   from execution k where k.id = c.child_id offset 0
 ) e on true;
 
--- All that is recorded of executions, as their runs are told it.
+-- All that is recorded of executions: their operations, and each child of a fan-out.
 create or replace view recorded_step as
-select execution_id, name, round, index, kind, status, value, error, child_id, child_task, dropped, seq
+select execution_id, name, round, index, kind, status, value, error, child_id, child_task, dropped, seq, created_at,
+       finished_at, due_at
 from step where index = 0
 union all
-select execution_id, name, round, index, kind, status, value, error, child_id, child_task, dropped, seq
+select execution_id, name, round, index, kind, status, value, error, child_id, child_task, dropped, seq, created_at,
+       finished_at, due_at
 from fan_out_child;
 
 -- Counts ended children of fan-outs; answers the fan-outs that are complete and returns their executions.
@@ -62,7 +65,7 @@ begin
     where i.execution_id = w.execution_id and i.name = w.name and i.round = w.round
     returning i.execution_id, i.name, i.round, i.left_count
   )
-  select array_agg(row(execution_id, name, round, 0, 'completed', null, null)::answer) into v_full
+  select array_agg(row(execution_id, name, round, 'completed', null, null)::answer) into v_full
   from counted where left_count <= 0;
   if v_full is null then
     return '{}'::uuid[];
@@ -150,5 +153,4 @@ begin
   where c.execution_id = p_child.parent_id and c.name = p_child.parent_step and c.round = p_child.parent_round
     and c.index = p_child.parent_index
   on conflict do nothing;
-  update execution set parent_index = -parent_index where id = p_child.id;
 end $$;

@@ -43,8 +43,8 @@ begin
     where e.id = h.id and e.cancel_requested_at is null and e.outcome is null
     returning e.id, e.lane_id, e.parent_id, e.parent_step, e.parent_round, e.parent_index, h.result
   )
-  select count(*), array_agg(row(d.parent_id, d.parent_step, d.parent_round, d.parent_index, 'completed', d.result,
-                                 null)::answer) filter (where d.parent_index = 0),
+  select count(*), array_agg(row(d.parent_id, d.parent_step, d.parent_round, 'completed', d.result, null)::answer)
+            filter (where d.parent_index = 0),
          array_agg(d.id) filter (where d.lane_id = any(v_fleeting)),
          (select array_agg(row(m.*)::ended_children) from (
            select parent_id, parent_step, parent_round, array_agg(parent_index) from done where parent_index > 0
@@ -158,13 +158,13 @@ begin
              (select json_agg(a.name) from json_to_recordset(p.awaits) as a(name text)) end
     from unnest(p_parked) p
     cross join lateral (
-      select bool_or(a.awaited and s.index = 0 and s.status <> 'pending') as is_answered,
-             min(s.due_at) filter (where a.awaited and s.index = 0) as due_at,
+      select bool_or(a.awaited and s.status <> 'pending') as is_answered,
+             min(s.due_at) filter (where a.awaited) as due_at,
              min(s.seq) filter (where s.status <> 'pending') as first_answer
       from json_to_recordset(p.awaits) as a(name text, round smallint, awaited boolean)
       cross join lateral (
-        select index, status, due_at, seq from step k
-        where k.execution_id = p.id and k.name = a.name and k.round = a.round offset 0) s) f;
+        select status, due_at, seq from step k
+        where k.execution_id = p.id and k.name = a.name and k.round = a.round and k.index = 0 offset 0) s) f;
 end $$;
 
 -- Makes a row a wait on started children, with how many of them are still to answer.
@@ -193,7 +193,7 @@ begin
   group by p.id, a.name, a.round, a.kind, a.count
   on conflict (execution_id, name, round) do update set left_count = excluded.left_count;
 
-  select array_agg(row(i.execution_id, i.name, i.round, 0, 'completed', done_members(i.execution_id, i.name, i.round),
+  select array_agg(row(i.execution_id, i.name, i.round, 'completed', done_members(i.execution_id, i.name, i.round),
                        null)::answer) into v_full
   from unnest(p_parked) p join wait_item i on i.execution_id = p.id
   where i.kind = 'wait' and i.left_count <= 0;

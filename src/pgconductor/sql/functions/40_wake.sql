@@ -62,10 +62,10 @@ begin
           from unnest(p_answers) a
           cross join lateral (
             select ctid as row_at from step k where k.execution_id = a.execution_id and k.name = a.name
-              and k.round = a.round and k.index = a.index and k.status = 'pending' offset 0) k) a
+              and k.round = a.round and k.index = 0 and k.status = 'pending' offset 0) k) a
     where s.ctid = a.row_at and s.status = 'pending'
     returning s.execution_id, s.kind,
-              row(s.execution_id, s.name, s.round, s.index, s.status, null, null)::answer as answer
+              row(s.execution_id, s.name, s.round, s.status, null, null)::answer as answer
   )
   select coalesce(array_agg(w.execution_id) filter (where w.kind <> 'start'), '{}'),
          array_agg(w.answer) filter (where w.kind = 'start')
@@ -107,7 +107,7 @@ begin
     where i.execution_id = w.execution_id and i.name = w.item_name and i.round = w.item_round
     returning i.execution_id, i.name, i.round, i.left_count
   )
-  select array_agg(row(execution_id, name, round, 0, 'completed', done_members(execution_id, name, round),
+  select array_agg(row(execution_id, name, round, 'completed', done_members(execution_id, name, round),
                        null)::answer) into v_full
   from counted where left_count <= 0;
   if v_full is null then
@@ -136,7 +136,7 @@ begin
     where e.ctid = x.row_at
     returning e.parent_id, e.parent_step, e.parent_round, e.parent_index, x.outcome, x.result, x.error
   )
-  select array_agg(row(d.parent_id, d.parent_step, d.parent_round, d.parent_index, d.outcome::text::step_status,
+  select array_agg(row(d.parent_id, d.parent_step, d.parent_round, d.outcome::text::step_status,
                        d.result, d.error)::answer) filter (where d.parent_index = 0),
          (select array_agg(row(m.*)::ended_children) from (
            select parent_id, parent_step, parent_round, array_agg(parent_index) from done where parent_index > 0

@@ -149,7 +149,7 @@ begin
   end if;
   update execution
   set outcome = null, finished_at = null, error = null, failures = 0, crashes = 0,
-      cancel_requested_at = null, cancel_reason = null
+      cancel_requested_at = null, cancel_reason = null, parent_index = -abs(parent_index)
   where id = p_id;
   -- its fan-outs lost their counters when it ended: count again what is still open, and answer those that are not
   insert into wait_item (execution_id, name, round, kind, left_count)

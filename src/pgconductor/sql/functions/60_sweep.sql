@@ -115,7 +115,7 @@ begin
   perform lock_executions(p_parked || v_doomed || array(select open_descendants(v_doomed)));
   v_effects := row(look_before_timeout(p_parked, p_now), '{}')::effects;
 
-  select array_agg(row(s.execution_id, s.name, s.round, s.index,
+  select array_agg(row(s.execution_id, s.name, s.round,
                        case when s.kind in ('sleep', 'wait') then 'completed' else 'timed_out' end,
                        case when s.kind = 'wait' then done_members(s.execution_id, s.name, s.round) end,
                        null)::answer) into v_due

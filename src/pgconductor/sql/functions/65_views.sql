@@ -28,11 +28,7 @@ select * from executions where state = 'failed';
 create or replace view steps as
 select execution_id, name, kind::text as kind, status::text as status, value::jsonb as value, error::jsonb as error,
        child_id, created_at, finished_at, due_at, round, index
-from step where index = 0
-union all
-select execution_id, name, kind::text, status::text, value::jsonb, error::jsonb, child_id, created_at, finished_at, null,
-       round, index
-from fan_out_child;
+from recorded_step;
 
 create or replace view queues as
 select q.name, q.paused_at,

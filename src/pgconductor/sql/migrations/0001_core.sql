@@ -208,7 +208,7 @@ create type settlement as (
 );
 create type ended as (id uuid, outcome outcome, result json, error json);
 create type answer as (
-  execution_id uuid, name text, round smallint, index int, status step_status, value json, error json
+  execution_id uuid, name text, round smallint, status step_status, value json, error json
 );
 create type kept_answer as (status step_status, value json, error json, finished_at timestamptz);
 create type ended_children as (execution_id uuid, name text, round smallint, indexes int[]);
