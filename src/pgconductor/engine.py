@@ -10,6 +10,7 @@ Instants are the database's. A test that moves the clock gives the engine a `clo
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from itertools import groupby
 from typing import Any, Final, Literal
 
 from msgspec import UNSET, Raw, Struct, UnsetType
@@ -146,7 +147,7 @@ class Named(Struct):
 
 
 class NewExecution(Struct, omit_defaults=True, gc=False):
-    """One call to enqueue, or one child: of the `op`-th operation that goes along, the `index`-th of a fan-out."""
+    """One call to enqueue, or a child to create."""
 
     id: str
     task: str
@@ -160,8 +161,6 @@ class NewExecution(Struct, omit_defaults=True, gc=False):
     trigger: str | None = None
     throttle: float | None = None
     debounce: float | None = None
-    op: int = 0
-    index: int = 0
 
     @property
     def is_plain(self) -> bool:
@@ -219,6 +218,18 @@ class Operation(Struct, omit_defaults=True, gc=False):
     def weigh(self) -> int:
         """Return about how many bytes it takes in a statement."""
         return 100 + sum(100 + len(bytes(child.payload)) for child in self.children or ())
+
+
+class AlikeChildren(Struct, omit_defaults=True, gc=False):
+    """How so many children in a row, of the `op`-th operation that goes along, are called."""
+
+    op: int
+    count: int
+    task: str
+    queue: str | None = None
+    priority: int = 0
+    run_at: datetime | None = None
+    delay: float | None = None
 
 
 class Await(Struct, omit_defaults=True, gc=False):
@@ -332,14 +343,22 @@ def _enqueued_again(answer: Any) -> Enqueued:
     return enqueued
 
 
-def _apart(operations: Sequence[Operation]) -> tuple[str, str]:
-    """Write operations, and their children apart from them: what is nested costs the server the most to read."""
+def _call_of(child: NewExecution) -> tuple[str, str | None, int, datetime | None, float | None]:
+    return child.task, child.queue, child.priority, child.run_at, child.delay
+
+
+def _apart(operations: Sequence[Operation]) -> tuple[str, str, IdArray, str]:
+    """Write operations, and their children apart from them: how they are called, their ids and their payloads."""
+    alike: list[AlikeChildren] = []
     children: list[NewExecution] = []
     for place, operation in enumerate(operations, 1):
-        for index, child in enumerate(operation.children or (), operation.kind == "invoke_all"):
-            child.op, child.index = place, index
-            children.append(child)
-    return as_text([replace(each, children=None) for each in operations]), as_text(children)
+        for call, group in groupby(operation.children or (), _call_of):
+            some = list(group)
+            alike.append(AlikeChildren(place, len(some), *call))
+            children += some
+    bare = [replace(each, children=None) for each in operations]
+    ids, payloads = IdArray([child.id for child in children]), [child.payload for child in children]
+    return as_text(bare), as_text(alike), ids, as_text(payloads)
 
 
 class Engine(Reports):
@@ -438,9 +457,9 @@ class Engine(Reports):
         self, orchestrator: str, steps: Sequence[SavedStep], operations: Sequence[Operation]
     ) -> Query[Saved | None]:
         """See 25_save.sql. None: the process was declared dead."""
-        opened, children = _apart(operations)
-        parameters = (orchestrator, as_text(steps), opened, self._now(), children)
-        return self._query("save", "uuid json json timestamptz json", parameters, _saved)
+        opened, *children = _apart(operations)
+        parameters = (orchestrator, as_text(steps), opened, self._now(), *children)
+        return self._query("save", "uuid json json timestamptz json uuid[] json", parameters, _saved)
 
     def save_transaction(
         self, orchestrator: str, step: SavedStep, idle_seconds: float
@@ -464,7 +483,7 @@ class Engine(Reports):
         opened = _apart([operation for each in outcomes for operation in each.ops or ()])
         outcomes = [replace(each, ops=None) if each.ops else each for each in outcomes]
         parameters = (orchestrator, as_text(completed), as_text(outcomes), self._now(), *opened, tied)
-        return self._query("settle", "uuid json json timestamptz json json uuid[]", parameters, _settled)
+        return self._query("settle", "uuid json json timestamptz json json uuid[] json uuid[]", parameters, _settled)
 
     def cancel(self, id: str, reason: str) -> Query[Moved]:
         """See 50_cancel.sql."""

@@ -164,14 +164,15 @@ def settle_both(
     return call(db, "settle", worker, completed, bare, when, *apart(operations), IdArray(tied))
 
 
-def apart(operations: list[Json]) -> tuple[list[Json], list[Json]]:
-    """Take the children out of operations."""
+def apart(operations: list[Json]) -> tuple[list[Json], list[Json], IdArray, list[Json]]:
+    """Take the children out of operations: how each is called, their ids and their payloads."""
     bare = [{key: value for key, value in each.items() if key != "children"} for each in operations]
-    children: list[Json] = []
-    for place, each in enumerate(operations, 1):
-        rows: list[Json] = each.get("children") or []
-        children += [{"op": place, "index": n} | row for n, row in enumerate(rows, each["kind"] == "invoke_all")]
-    return bare, children
+    children = [(place, child) for place, each in enumerate(operations, 1) for child in each.get("children") or ()]
+    alike = [
+        {"op": place, "count": 1} | {key: value for key, value in child.items() if key not in ("id", "payload")}
+        for place, child in children
+    ]
+    return bare, alike, IdArray([child["id"] for _, child in children]), [child["payload"] for _, child in children]
 
 
 def finish(db: Db, id: str, result: Any = None, token: int = 1, now: float = 0, worker: UUID = WORKER) -> Json:
@@ -196,8 +197,8 @@ def release(db: Db, id: str, token: int = 1, now: float = 0, delay: float | None
 def save(db: Db, id: str, *names: str, token: int = 1, worker: UUID = WORKER, ops: list[Json] | None = None) -> Any:
     """Record steps whose values are their own names; `ops` are opened for the same execution."""
     steps = [{"id": id, "token": token, "name": n, "round": 0, "kind": "step", "value": n} for n in names]
-    opened, children = apart([{"id": id, "token": token} | op for op in ops or []])
-    return call(db, "save", worker, steps, opened, at(0), children)
+    opened, *children = apart([{"id": id, "token": token} | op for op in ops or []])
+    return call(db, "save", worker, steps, opened, at(0), *children)
 
 
 # ---------------------------------------------------------------- operations of a handler

@@ -34,6 +34,15 @@ begin
   end loop;
 end $$;
 
+-- p_payloads: an array of them.
+create or replace function check_payloads(p_payloads json) returns void
+language plpgsql volatile set search_path from current as $$
+begin
+  if octet_length(p_payloads::text) > 1048576 then
+    perform check_size('payload', p) from json_array_elements(p_payloads) p where octet_length(p::text) > 1048576;
+  end if;
+end $$;
+
 create or replace function check_size(p_what text, p_value json) returns void
 language plpgsql volatile set search_path from current as $$
 begin

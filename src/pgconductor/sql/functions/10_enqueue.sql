@@ -47,9 +47,10 @@ end $$;
 create or replace function insert_executions(p_new new_execution[], p_now timestamptz) returns int[]
 language plpgsql volatile set search_path from current as $$
 declare
+  v_is_delayed boolean;
+  v_is_expiring boolean;
   v_lanes int[];
-  v_delayed boolean;
-  v_expiring boolean;
+  v_limited int[];
 begin
   insert into execution (id, ord, created_at, lane_id, priority, depth, parent_id, parent_step, parent_round,
                          parent_index, root_id, dedupe_key, trigger, payload, run_at, trigger_kind, trigger_data)
@@ -57,22 +58,32 @@ begin
          n.parent_index, n.root_id, n.dedupe_key, n.trigger, n.payload, nullif(n.due_at, 'infinity'),
          n.trigger_kind, n.trigger_data
   from unnest(p_new) n;
-  select array_agg(distinct n.lane_id), bool_or(n.due_at is not null) into v_lanes, v_delayed from unnest(p_new) n;
-  select bool_or(t.expires_in is not null) into v_expiring
-  from lane l join task t on t.id = l.task_id where l.id = any(v_lanes);
-  if v_delayed then
+  select bool_or(n.is_delayed), bool_or(t.expires_in is not null), coalesce(array_agg(l.id) filter (where n.is_ready), '{}'),
+         coalesce(array_agg(l.id) filter (where l.is_limited), '{}')
+  into v_is_delayed, v_is_expiring, v_lanes, v_limited
+  from (select lane_id, bool_or(due_at > p_now) as is_delayed, bool_or(due_at is null or due_at <= p_now) as is_ready
+        from unnest(p_new) group by 1) n
+  join lane l on l.id = n.lane_id join task t on t.id = l.task_id;
+  if v_is_delayed then
     insert into timer (execution_id, due_at)
     select n.id, n.due_at from unnest(p_new) n where n.due_at > p_now;
   end if;
-  if v_expiring then
+  if v_is_expiring then
     insert into expiry (execution_id, due_at)
     select n.id, coalesce(n.due_at, p_now) + t.expires_in
     from unnest(p_new) n join lane l on l.id = n.lane_id join task t on t.id = l.task_id
     where t.expires_in is not null and n.due_at is distinct from 'infinity';
   end if;
-  return put_ready(array(
-    select row(n.lane_id, n.priority, n.ord, n.id, null, null, null)::ready from unnest(p_new) n
-    where n.due_at is null or n.due_at <= p_now));
+  -- as put_ready does, without a row in between for each of so many
+  insert into ready (lane_id, priority, ord, execution_id)
+  select n.lane_id, n.priority, n.ord, n.id from unnest(p_new) n
+  where (n.due_at is null or n.due_at <= p_now) and n.lane_id <> all(v_limited);
+  if cardinality(v_limited) > 0 then
+    perform hold_back(array(
+      select row(n.lane_id, n.priority, n.ord, n.id, null, null, null)::ready from unnest(p_new) n
+      where (n.due_at is null or n.due_at <= p_now) and n.lane_id = any(v_limited)));
+  end if;
+  return v_lanes;
 end $$;
 
 -- Keeps the first execution of each (task, key); returns (new id, kept id) for the calls that lost.

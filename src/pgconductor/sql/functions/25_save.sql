@@ -9,42 +9,41 @@
 -- The caller holds the tree locks and the rows of the parents, so that nobody else opens any of theirs meanwhile.
 -- p_ops: [{id (execution), name, round, kind, due_at?, due_in? (seconds), keep, timeout_error?, window?, detached?, event?,
 --          where?}]
--- p_children: [{op: its place in p_ops, from 1, index (from 1 in a fan-out, else 0), id, task, queue, payload, priority,
---               delay, run_at}], in their order; not within their operations, since what is nested is read once a level
+-- p_alike: [{op: a place in p_ops, from 1, count, task, queue?, priority?, delay?, run_at?}], in the order of the operations:
+--          how so many of its children in a row are called. They differ in their ids, p_children, and in p_payloads alone,
+--          an array beside it: ten thousand objects cost the server three times as much to read.
 -- p_ids: only the operations of these executions.
-create or replace function open_operations(p_ops json, p_children json, p_ids uuid[], p_now timestamptz) returns int[]
+create or replace function open_operations(
+  p_ops json, p_alike json, p_children uuid[], p_payloads json, p_ids uuid[], p_now timestamptz
+) returns int[]
 language plpgsql volatile set search_path from current as $$
 declare
-  v_read record;
+  v_ops new_operation[];
+  v_alike alike_children[];
 begin
   perform check_sizes(p_ops);
-  perform check_sizes(p_children);
-  v_read := read_operations(p_ops, p_children, p_ids, p_now);
-  -- an invocation or a start is the row of its one child; anything else has a row of its own
-  if v_read.headers is not null then
-    perform open_headers(v_read.headers, v_read.children, p_now);
-  end if;
-  if v_read.children is null then
+  perform check_payloads(p_payloads);
+  v_ops := new_operations(p_ops, p_ids, p_now);
+  if v_ops is null then
     return '{}'::int[];
   end if;
-  insert into step (execution_id, name, round, index, kind, status, keep_on_timeout, created_at, finished_at, due_at,
-                    child_id, child_task, error)
-  select c.parent_id, c.name, c.round, c.index, c.kind,
-         case when c.detached then 'completed' else 'pending' end::step_status, c.keep, p_now,
-         case when c.detached then p_now end, c.expires_at, c.id, c.task, c.timeout_error
-  from unnest(v_read.children) c where c.index = 0;
-  return insert_executions(child_executions(v_read.children), p_now);
+  v_alike := read_alike(p_alike, p_now);
+  perform open_steps(v_ops, v_alike, p_children, p_now);
+  if v_alike is null then
+    return '{}'::int[];
+  end if;
+  return insert_executions(child_executions(v_ops, v_alike, p_children, p_payloads), p_now);
 end $$;
 
--- What operations ask for, read once: the children that are not there yet, and what is more than its one child. Children
--- beyond a fan-out's window are due at infinity until one before them ends.
-create or replace function read_operations(
-  p_ops json, p_children json, p_ids uuid[], p_now timestamptz, out children new_child[], out headers json
-)
+-- The operations that are not there yet.
+create or replace function new_operations(p_ops json, p_ids uuid[], p_now timestamptz) returns new_operation[]
 language plpgsql stable set search_path from current as $$
 begin
-  with o as materialized (
-    select o.*, known.is_there, p.root_id, p.depth
+  return (
+    select array_agg(row(
+      o.place, o.id, p.root_id, p.depth, o.name, o.round, o.kind, coalesce(o.due_at, p_now + make_interval(secs => o.due_in)),
+      coalesce(o.keep, false), coalesce(o.detached, false), o.timeout_error, o."window", o.event, o."where")::new_operation
+      order by o.place)
     from rows from (json_to_recordset(p_ops) as (id uuid, name text, round smallint, kind step_kind,
       due_at timestamptz, due_in float8, keep boolean, detached boolean, timeout_error json, "window" int, event text,
       "where" jsonb)) with ordinality
@@ -54,103 +53,106 @@ begin
     left join lateral (
       select true as is_there from step k
       where k.execution_id = o.id and k.name = o.name and k.round = o.round and k.index = 0 offset 0) known on true
-    where o.id in (select unnest(p_ids))
-  )
-  select (
-    select array_agg(row(
-      o.id, o.root_id, o.depth, o.name, o.round, coalesce(c.index, 0), o.kind, coalesce(o.detached, false), coalesce(o.keep, false),
-      case when o.kind <> 'invoke_all' then coalesce(o.due_at, p_now + make_interval(secs => o.due_in)) end,
-      o.timeout_error, c.id, c.task, c.queue, c.payload, coalesce(c.priority, 0),
-      case when c.index > o."window" then 'infinity'
-           else coalesce(c.run_at, p_now + make_interval(secs => c.delay)) end)::new_child order by c.place)
-    from rows from (json_to_recordset(p_children) as (op int, index int, id uuid, task text, queue text, payload json,
-      priority smallint, delay float8, run_at timestamptz)) with ordinality
-      as c(op, index, id, task, queue, payload, priority, delay, run_at, place)
-    join o on o.place = c.op
-    where o.is_there is null), (
-    select json_agg(json_build_object(
-      'id', o.id, 'name', o.name, 'round', o.round, 'kind', o.kind, 'due_at', coalesce(o.due_at, p_now + make_interval(
-        secs => o.due_in)), 'keep', o.keep, 'timeout_error', o.timeout_error, 'window', o."window", 'event', o.event,
-      'where', o."where") order by o.place)
-    from o where o.kind not in ('invoke', 'start'))
-  into children, headers;
+    where o.id in (select unnest(p_ids)) and known.is_there is null);
 end $$;
 
--- The rows of what is more than its one child: fan-outs with their counters, sleeps and waits. A fan-out of nobody is over.
-create or replace function open_headers(p_headers json, p_children new_child[], p_now timestamptz) returns void
-language plpgsql volatile set search_path from current as $$
-begin
-  with fan_out as (
-    select parent_id, name, round, array_agg(id order by index) as ids,
-           case when min(task) = max(task) then min(task) end as task
-    from unnest(p_children) where index > 0 group by 1, 2, 3
-  ), opened as (
-    insert into step (execution_id, name, round, index, kind, status, keep_on_timeout, created_at, finished_at, due_at,
-                      error, child_task, event_where, child_ids)
-    select o.id, o.name, o.round, 0, o.kind, case when f.is_over then 'completed' else 'pending' end::step_status,
-           coalesce(o.keep, false), p_now, case when f.is_over then p_now end, o.due_at, o.timeout_error,
-           coalesce(o.event, c.task), o."where", c.ids
-    from json_to_recordset(p_headers) as o(id uuid, name text, round smallint, kind step_kind, due_at timestamptz,
-      keep boolean, timeout_error json, event text, "where" jsonb)
-    left join fan_out c on c.parent_id = o.id and c.name = o.name and c.round = o.round
-    cross join lateral (select o.kind = 'invoke_all' and c.ids is null as is_over) f
-    on conflict do nothing
-    returning execution_id, name, round, kind, cardinality(child_ids) as count
-  )
-  insert into wait_item (execution_id, name, round, kind, left_count, next_index)
-  select n.execution_id, n.name, n.round, n.kind, n.count, o."window" + 1
-  from opened n join json_to_recordset(p_headers) as o(id uuid, name text, round smallint, "window" int)
-    on n.execution_id = o.id and n.name = o.name and n.round = o.round
-  where n.count > 0
-  on conflict do nothing;
-  if cardinality(p_children) > 10000 then
-    perform check_fan_outs(p_children);
-  end if;
-  perform listen(waits_of(p_headers), p_now);
-end $$;
-
--- Refuses a fan-out of more children than there may be.
-create or replace function check_fan_outs(p_children new_child[]) returns void
-language plpgsql stable set search_path from current as $$
-declare
-  v_most int;
-begin
-  select max(n.count) into v_most
-  from (select count(*) from unnest(p_children) where index > 0 group by parent_id, name, round) n;
-  if v_most > 10000 then
-    raise exception '% children of one operation, at most 10000 are allowed', v_most using errcode = 'PC003';
-  end if;
-end $$;
-
--- The executions of new children.
-create or replace function child_executions(p_children new_child[]) returns new_execution[]
+-- Which children in a row are called alike, and how; null where there are none. Refuses more than an operation may have.
+create or replace function read_alike(p_alike json, p_now timestamptz) returns alike_children[]
 language plpgsql volatile set search_path from current as $$
 declare
   v_tasks text[];
   v_queues text[];
   v_lanes int[];
+  v_alike alike_children[];
+  v_most int;
 begin
   select array_agg(x.task), array_agg(x.queue) into v_tasks, v_queues
-  from (select distinct c.task, c.queue from unnest(p_children) c) x;
+  from (select distinct a.task, a.queue from json_to_recordset(p_alike) as a(task text, queue text)) x;
+  if v_tasks is null then
+    return null;
+  end if;
   v_lanes := lanes_of(v_tasks, v_queues);
-  return (
-    select array_agg(row(
-      c.id, c.lane, nextval('execution_ord'), c.priority, case when c.detached then 0 else c.depth end,
-      case when not c.detached then c.parent_id end, case when not c.detached then c.name end,
-      case when not c.detached then c.round end, case when not c.detached then c.index end,
-      case when not c.detached then c.root_id end,
-      null, null, c.payload, c.due_at, null, null)::new_execution)
-    from (select c.*, x.lane
-          from unnest(p_children) with ordinality as c
-          join unnest(v_tasks, v_queues, v_lanes) as x(task, queue, lane)
-            on x.task = c.task and x.queue is not distinct from c.queue
-          order by c.ordinality) c);
+  select array_agg(row(
+    a.op, a.last - a.count + 1, a.last, a.last_of_op - a.count, x.lane, a.task, coalesce(a.priority, 0),
+    coalesce(a.run_at, p_now + make_interval(secs => a.delay)))::alike_children order by a.place), max(a.last_of_op)
+  into v_alike, v_most
+  from (select a.*, sum(a.count) over (order by a.place)::int as last,
+               sum(a.count) over (partition by a.op order by a.place)::int as last_of_op
+        from rows from (json_to_recordset(p_alike) as (op int, count int, task text, queue text, priority smallint,
+          delay float8, run_at timestamptz)) with ordinality
+          as a(op, count, task, queue, priority, delay, run_at, place)) a
+  join unnest(v_tasks, v_queues, v_lanes) as x(task, queue, lane)
+    on x.task = a.task and x.queue is not distinct from a.queue;
+  if v_most > 10000 then
+    raise exception '% children of one operation, at most 10000 are allowed', v_most using errcode = 'PC003';
+  end if;
+  return v_alike;
 end $$;
 
--- p_steps: [{id, token, name, round, kind, value, event?: {id, name, payload}}]; p_ops and p_children: as open_operations
--- takes them, operations with token. A step with an event emits it: the two are there together, once.
+-- The rows of new operations: steps, and the counters of fan-outs. A fan-out of nobody is over, and so is the start of
+-- what is detached.
+create or replace function open_steps(
+  p_ops new_operation[], p_alike alike_children[], p_children uuid[], p_now timestamptz
+) returns void
+language plpgsql volatile set search_path from current as $$
+begin
+  insert into step (execution_id, name, round, index, kind, status, keep_on_timeout, created_at, finished_at, due_at,
+                    error, child_id, child_task, event_where, child_ids)
+  select o.execution_id, o.name, o.round, 0, o.kind, case when f.is_over then 'completed' else 'pending' end::step_status,
+         o.keep, p_now, case when f.is_over then p_now end, o.due_at, o.timeout_error,
+         case when not f.fans_out then p_children[c.first] end, coalesce(o.event, c.task), o.event_where,
+         case when f.fans_out then p_children[c.first : c.last] end
+  from unnest(p_ops) o
+  left join (
+    select op, min(first) as first, max(last) as last, case when min(task) = max(task) then min(task) end as task
+    from unnest(p_alike) group by op) c on c.op = o.place
+  cross join lateral (
+    select o.kind = 'invoke_all' as fans_out, o.detached or (o.kind = 'invoke_all' and c.op is null) as is_over) f;
+  if exists (select from unnest(p_ops) where kind in ('invoke_all', 'wait_for')) then
+    insert into wait_item (execution_id, name, round, kind, left_count, next_index)
+    select o.execution_id, o.name, o.round, o.kind, c.count, o."window" + 1
+    from unnest(p_ops) o
+    join (select op, sum(last - first + 1) as count from unnest(p_alike) group by op) c on c.op = o.place
+    where o.kind = 'invoke_all';
+    perform listen(waits_of(p_ops), p_now);
+  end if;
+end $$;
+
+-- The executions of the children of new operations. Those beyond a fan-out's window are due at infinity until one before
+-- them ends.
+create or replace function child_executions(
+  p_ops new_operation[], p_alike alike_children[], p_children uuid[], p_payloads json
+) returns new_execution[]
+language plpgsql volatile set search_path from current as $$
+begin
+  return (
+    select array_agg(row(
+      c.id, c.lane_id, nextval('execution_ord'), c.priority, case when c.detached then 0 else c.depth end,
+      case when not c.detached then c.parent_id end, case when not c.detached then c.name end,
+      case when not c.detached then c.round end, case when not c.detached then c.index end,
+      case when not c.detached then c.root_id end, null, null, c.payload,
+      case when c.index > c."window" then 'infinity' else c.due_at end, null, null)::new_execution)
+    from (
+      select c.id, c.payload, a.lane_id, a.priority, a.due_at, o.depth, o.execution_id as parent_id, o.name, o.round,
+             o.root_id, o.detached, o."window",
+             case when o.kind = 'invoke_all' then a.before + c.place - a.first + 1 else 0 end as index
+      -- arrays are unfolded in the select list: after from, their rows would be stored before they are read
+      from (select unnest(p_children) as id, json_array_elements(p_payloads) as payload,
+                   generate_subscripts(p_children, 1) as place, unnest(array(
+                     select k.place from unnest(p_alike) with ordinality
+                       as k(op, first, last, before, lane_id, task, priority, due_at, place)
+                     cross join lateral generate_series(k.first, k.last) as n(place) order by n.place)) as kind) c
+      join unnest(p_alike) with ordinality as a(op, first, last, before, lane_id, task, priority, due_at, place)
+        on a.place = c.kind
+      join unnest(p_ops) o on o.place = a.op
+      order by c.place) c);
+end $$;
+
+-- p_steps: [{id, token, name, round, kind, value, event?: {id, name, payload}}]; p_ops and what goes
+-- with them: as open_operations takes them, operations with token. A step with an event emits it: the two are there together, once.
 create or replace function save(
-  p_orchestrator uuid, p_steps json, p_ops json, p_now timestamptz default null, p_children json default null
+  p_orchestrator uuid, p_steps json, p_ops json, p_now timestamptz default null, p_alike json default null,
+  p_children uuid[] default null, p_payloads json default null
 ) returns json
 language plpgsql volatile set search_path from current set enable_seqscan = off set enable_mergejoin = off set jit = off set plan_cache_mode = force_generic_plan as $$
 declare
@@ -179,7 +181,7 @@ begin
 
   if json_array_length(p_ops) > 0 then
     v_lost := lost_among(p_orchestrator, p_ops, v_lost);
-    v_lanes := start_children(p_orchestrator, p_ops, p_children, v_lost, v_now);
+    v_lanes := start_children(p_orchestrator, p_ops, p_alike, p_children, p_payloads, v_lost, v_now);
   end if;
   if v_has_events then
     v_lanes := v_lanes || emit_of_steps(p_steps, v_now);
@@ -220,7 +222,7 @@ end $$;
 -- Opens operations of executions that go on running. A parent with a cancel request creates nothing: its worker is
 -- told by signal. Nor does one that a settle of the same process ended before the locks were had.
 create or replace function start_children(
-  p_orchestrator uuid, p_ops json, p_children json, p_lost uuid[], p_now timestamptz
+  p_orchestrator uuid, p_ops json, p_alike json, p_children uuid[], p_payloads json, p_lost uuid[], p_now timestamptz
 ) returns int[]
 language plpgsql volatile set search_path from current as $$
 declare
@@ -232,7 +234,7 @@ begin
   where p_lost is null or o.id <> all(p_lost);
   perform lock_trees(v_roots, '{}');
   perform lock_executions(v_parents);
-  return open_operations(p_ops, p_children, array(
+  return open_operations(p_ops, p_alike, p_children, p_payloads, array(
     select distinct o.id from json_to_recordset(p_ops) as o(id uuid, token bigint)
     cross join lateral (select * from lease k where k.execution_id = o.id offset 0) l
     cross join lateral (select * from execution k where k.id = o.id offset 0) e

@@ -109,7 +109,7 @@ end $$;
 -- Parks: opens what is new, then waits, unless something awaited has been answered already.
 -- awaits: [{name, round, kind, awaited, members?: [step names], count?}]
 create or replace function park(
-  p_orchestrator uuid, p_parked settlement[], p_ops json, p_children json, p_now timestamptz
+  p_orchestrator uuid, p_parked settlement[], p_ops json, p_alike json, p_children uuid[], p_payloads json, p_now timestamptz
 ) returns effects
 language plpgsql volatile set search_path from current as $$
 declare
@@ -117,7 +117,7 @@ declare
   v_found record;
 begin
   if json_array_length(p_ops) > 0 then
-    v_lanes := open_operations(p_ops, p_children, array(select id from unnest(p_parked)), p_now);
+    v_lanes := open_operations(p_ops, p_alike, p_children, p_payloads, array(select id from unnest(p_parked)), p_now);
   end if;
   perform count_waits(p_parked, p_now);
 
@@ -228,10 +228,10 @@ end $$;
 -- p_completed: plain completions, [{id, token, result}]; p_tied: those of them that have a parent, and their parents.
 -- p_outcomes: [{id, token, outcome: completed | failed | retried | released | crashed | parked, result, error, delay (seconds),
 --               awaits, fresh: [{name, round}] (timed out operations that a retry does afresh), cached, long}]
--- p_ops, p_children: what the parked ones open, as open_operations takes it.
+-- p_ops, p_alike, p_children, p_payloads: what the parked ones open, as open_operations takes it.
 create or replace function settle(
   p_orchestrator uuid, p_completed json, p_outcomes json, p_now timestamptz default null, p_ops json default null,
-  p_children json default null, p_tied uuid[] default null
+  p_alike json default null, p_children uuid[] default null, p_payloads json default null, p_tied uuid[] default null
 ) returns json
 language plpgsql volatile set search_path from current set enable_seqscan = off set enable_memoize = off set enable_mergejoin = off set jit = off set plan_cache_mode = force_generic_plan as $$
 declare
@@ -265,7 +265,7 @@ begin
     v_effects := row(v_plain.p_lanes, v_plain.p_watchers)::effects;
   end if;
   if v_held is not null then
-    v_effects := merge(v_effects, settle_held(p_orchestrator, v_held, p_ops, p_children, v_now));
+    v_effects := merge(v_effects, settle_held(p_orchestrator, v_held, p_ops, p_alike, p_children, p_payloads, v_now));
   end if;
   return json_build_object(
     'lost', v_lost, 'queues', queues_of(v_effects.lane_ids), 'watchers', v_effects.watchers,
@@ -274,7 +274,7 @@ end $$;
 
 -- Settles outcomes whose leases are held; the caller has locked what they touch.
 create or replace function settle_held(
-  p_orchestrator uuid, p_held settlement[], p_ops json, p_children json, p_now timestamptz
+  p_orchestrator uuid, p_held settlement[], p_ops json, p_alike json, p_children uuid[], p_payloads json, p_now timestamptz
 ) returns effects
 language plpgsql volatile set search_path from current as $$
 declare
@@ -317,7 +317,7 @@ begin
     v_effects := merge(v_effects, requeue(v_again, p_now));
   end if;
   if v_parked is not null then
-    v_effects := merge(v_effects, park(p_orchestrator, v_parked, p_ops, p_children, p_now));
+    v_effects := merge(v_effects, park(p_orchestrator, v_parked, p_ops, p_alike, p_children, p_payloads, p_now));
   end if;
   if cardinality(v_flagged) > 0 then
     v_ended := v_ended || cancelled(v_flagged);

@@ -203,19 +203,16 @@ begin
   end loop;
 end $$;
 
--- The waits among operations that are being opened.
-create or replace function waits_of(p_ops json) returns event_wait[]
+-- The waits among new operations.
+create or replace function waits_of(p_ops new_operation[]) returns event_wait[]
 language plpgsql stable set search_path from current as $$
 begin
   return (
-    select array_agg(row(s.execution_id, s.name, s.round, s.child_task, s.event_where, 0, e.ord, null, 0)::event_wait
+    select array_agg(row(o.execution_id, o.name, o.round, o.event, o.event_where, 0, e.ord, null, 0)::event_wait
                      order by o.place)
-    from rows from (json_to_recordset(p_ops) as (id uuid, name text, round smallint, kind step_kind)) with ordinality
-      as o(id, name, round, kind, place)
-    cross join lateral (
-      select * from step k where k.execution_id = o.id and k.name = o.name and k.round = o.round and k.index = 0 offset 0) s
-    cross join lateral (select ord from execution k where k.id = o.id offset 0) e
-    where o.kind = 'wait_for' and s.status = 'pending');
+    from unnest(p_ops) o
+    cross join lateral (select ord from execution k where k.id = o.execution_id offset 0) e
+    where o.kind = 'wait_for');
 end $$;
 
 -- The waits that an execution left open when it ended.
