@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from benchmarks.measure import Bench
 from benchmarks.tasks import QUEUE
+from pgconductor.id_array import IdArray
 
 CLAIMS = 200
 WARM_UP = 20  # a session plans its functions' statements during its first calls
@@ -14,7 +15,7 @@ BATCH = 100
 _REGISTER = "select cast(pgconductor.register_tasks('bench', cast(%s as json)) as text)"
 _JOIN = "select cast(pgconductor.register_orchestrator(%s, 'bench', '0', 'bench', 1, '{}') as text)"
 _CLAIM = "select cast(pgconductor.claim(%s, %s, %s, %s) as text)"
-_SETTLE = "select length(cast(pgconductor.settle(%s, %s, '[]') as text))"
+_SETTLE = "select length(cast(pgconductor.settle(%s, %s, %s, %s, '[]') as text))"
 _QUEUES = "select array_agg(id) from pgconductor.queue where name = any(%s)"
 _TASKS = "select array_agg(id) from pgconductor.task where name = any(%s)"
 
@@ -54,8 +55,8 @@ class Claims:
 
     async def complete(self, ids: Sequence[str]) -> None:
         """Settle what the last claim took."""
-        completed = [{"id": id, "token": self._token, "result": None} for id in ids]
-        await self._database.value(_SETTLE, self._id, json.dumps(completed))
+        tokens, results = [self._token] * len(ids), json.dumps([None] * len(ids))
+        await self._database.value(_SETTLE, self._id, IdArray(ids), tokens, results)
 
     async def milliseconds(self, count: int = CLAIMS, warm_up: int = WARM_UP) -> float:
         """Return what one of so many full claims costs, after some that do not count."""

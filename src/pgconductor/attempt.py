@@ -35,10 +35,10 @@ from typing import Any, Literal, Protocol, TypeVar, cast
 from uuid import UUID
 
 import psycopg
-from msgspec import UNSET, Raw
+from msgspec import Raw
 
 from pgconductor.claimed import Claimed, Loaded, Missing
-from pgconductor.engine import Completion, Engine, Fresh, Operation, Outcome, Query, SavedStep
+from pgconductor.engine import Engine, Query
 from pgconductor.errors import AttemptTimeout, ConductorError, Crash, Retry, StaleLease, Suspend, is_permanent
 from pgconductor.faults import fault
 from pgconductor.journal import Journal, timed_out_operations
@@ -46,6 +46,7 @@ from pgconductor.logs import current_run
 from pgconductor.memos import Memos
 from pgconductor.stored_error import error_to_json
 from pgconductor.task import Task
+from pgconductor.written import Completion, Fresh, Operation, Outcome, SavedStep
 
 T = TypeVar("T")
 Exit = Literal["parked", "released", "refused", "abandoned"]
@@ -286,7 +287,7 @@ class Attempt:
         if self.journal.memos.operations:
             self._warn_of_unasked()
         if not self._storing and not self.journal.is_tied:
-            return Completion(self.claimed.id, self.token, result, self.claimed.parent_id or UNSET)
+            return Completion(self.claimed.id, self.token, result, self.claimed.parent_id)
         return Outcome(self.claimed.id, self.token, "completed", result=result)
 
     def _stopped(self, error: asyncio.CancelledError) -> Outcome | None:

@@ -14,10 +14,10 @@ from typing import Any, cast
 from pgconductor.attempt import Attempt
 from pgconductor.claimed import Missing
 from pgconductor.context import BatchContext
-from pgconductor.engine import Completion, Outcome
 from pgconductor.errors import AttemptTimeout, ConductorError
 from pgconductor.loading import complete, missing_of
 from pgconductor.task import Task
+from pgconductor.written import Completion, Outcome
 
 Settlements = list[tuple[Attempt, Completion | Outcome | None]]
 

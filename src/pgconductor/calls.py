@@ -6,11 +6,11 @@ from typing import Any, Final
 
 from msgspec import Raw
 
-from pgconductor.engine import AlikeExecutions, NewExecution
 from pgconductor.errors import ConfigurationError, EncodeError, NotInvocable
 from pgconductor.ids import new_id, new_ids
 from pgconductor.options import NO_OPTIONS, CallOptions
 from pgconductor.task import Call, Task, check_call
+from pgconductor.written import AlikeExecutions, NewExecution
 
 BYTES_MAX: Final = 256 * 1024 * 1024
 

@@ -18,13 +18,13 @@ TriggerKind = Literal["schedule", "event", "change"]
 
 
 class ChildAnswer(Struct, array_like=True, gc=False):
-    """What became of one child of an `invoke_all`."""
+    """What became of one child of an `invoke_all`. Where all are of one task, a completed one tells its value alone."""
 
-    status: StepStatus
     value: Raw
-    error: Raw
-    child_id: str | None
-    child_task: str | None
+    status: StepStatus = "completed"
+    error: Raw = NULL
+    child_id: str | None = None
+    child_task: str | None = None
 
 
 class Recorded(Struct, array_like=True, gc=False):

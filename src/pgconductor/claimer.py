@@ -18,11 +18,12 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Final
 
 from pgconductor.claimed import Claimed
-from pgconductor.engine import Claim, Want
+from pgconductor.engine import Claim
 from pgconductor.faults import InjectedFault, fault
 from pgconductor.membership import Membership
 from pgconductor.scan import PAUSE_FACTOR, Scan, Start
 from pgconductor.session import ConnectionLost, Session, backoff_seconds
+from pgconductor.written import Want
 
 if TYPE_CHECKING:
     from pgconductor.crew import Crew

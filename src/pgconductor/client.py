@@ -19,12 +19,13 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
 from typing import Any, Final, TypeVar
 
-from pgconductor.engine import AlikeExecutions, Ended, Engine, Enqueued, Moved, NewExecution, Query
+from pgconductor.engine import Ended, Engine, Enqueued, Moved, Query
 from pgconductor.errors import ConductorError, ServerError
 from pgconductor.events import NewEvent
 from pgconductor.hints import Carried, Hints
 from pgconductor.pool import NotMigrated, Pool
 from pgconductor.results import Results
+from pgconductor.written import AlikeExecutions, NewExecution
 
 T = TypeVar("T")
 

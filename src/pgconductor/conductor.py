@@ -18,7 +18,7 @@ from pgconductor.client import Clients, LoopClient, ids_of
 from pgconductor.codec import UNTYPED, codec_for
 from pgconductor.connections import check_address, send_async, send_sync
 from pgconductor.durations import Duration, format_duration, seconds
-from pgconductor.engine import Ended, Engine, NewExecution
+from pgconductor.engine import Ended, Engine
 from pgconductor.errors import ConfigurationError, ExecutionNotFound
 from pgconductor.events import new_event
 from pgconductor.model import EventDef, State
@@ -27,6 +27,7 @@ from pgconductor.registration import make_reference, make_task
 from pgconductor.run import Run
 from pgconductor.schema import check_schema_name
 from pgconductor.task import Call, Task, check_calls
+from pgconductor.written import NewExecution
 
 if TYPE_CHECKING:
     from pgconductor.context import BatchContext, Context

@@ -18,13 +18,13 @@ from typing import Any, Final
 from pgconductor.attempt import Attempt
 from pgconductor.batch import BatchMember
 from pgconductor.claimed import Claimed, Loaded, Missing
-from pgconductor.engine import Outcome
 from pgconductor.host import ProcessHost
 from pgconductor.isolated import IsolatedAttempt
 from pgconductor.memos import Memos
 from pgconductor.settler import Settlement, Settler
 from pgconductor.task import Task
 from pgconductor.worker import Worker
+from pgconductor.written import Outcome
 
 log = logging.getLogger("pgconductor.crew")
 

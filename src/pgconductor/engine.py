@@ -2,7 +2,7 @@
 
 A method builds a `Query`: the statement, its parameters and how to read the answer. A `Session` or a
 `Pool` runs it. Nothing is decided here; what a function does stands in its SQL file. All values travel as one
-JSON text a parameter, which costs the least on both sides; payloads and results pass through unread (`msgspec.Raw`).
+JSON text a parameter, and long lists of ids in binary; payloads and results pass through unread (`msgspec.Raw`).
 
 Instants are the database's. A test that moves the clock gives the engine a `clock`, whose answer goes along as
 `p_now`; in production that argument is null.
@@ -10,13 +10,12 @@ Instants are the database's. A test that moves the clock gives the engine a `clo
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from itertools import groupby
 from typing import Any, Final, Literal
 
-from msgspec import UNSET, Raw, Struct, UnsetType
+from msgspec import Raw, Struct
 from msgspec.structs import replace
 
-from pgconductor.claimed import NULL, Claimed, Loaded, Missing, StepKind, read_loaded
+from pgconductor.claimed import NULL, Claimed, Loaded, Missing, read_loaded
 from pgconductor.events import Emitted, NewEvent, Subscription
 from pgconductor.id_array import IdArray
 from pgconductor.queries import Query as Query  # noqa: PLC0414 (who imports the engine has it from here)
@@ -25,6 +24,19 @@ from pgconductor.queries import quote as quote  # noqa: PLC0414
 from pgconductor.relations import TableShape, TriggerRow, TriggerStep
 from pgconductor.scan import Range, ToldPlaces
 from pgconductor.schedules import DueSchedule, Fired, FiredNow, FiredSchedule, NewSchedule
+from pgconductor.written import (
+    AlikeExecutions,
+    Completion,
+    NewExecution,
+    Operation,
+    Outcome,
+    SavedStep,
+    TaskRow,
+    Want,
+    apart,
+    in_columns,
+    tied,
+)
 
 TREE_SIZE_MAX: Final = 10_001
 """The most executions of a tree that retention removes in one transaction: a parent and all its children."""
@@ -143,174 +155,6 @@ class Named(Struct):
     id: int
 
 
-# ---------------------------------------------------------------- what goes in
-
-
-class NewExecution(Struct, omit_defaults=True, gc=False):
-    """One call to enqueue, or a child to create."""
-
-    id: str
-    task: str
-    payload: Raw
-    queue: str | None = None
-    priority: int = 0
-    run_at: datetime | None = None
-    delay: float | None = None
-    dedupe_key: str | None = None
-    replace: bool = False
-    trigger: str | None = None
-    throttle: float | None = None
-    debounce: float | None = None
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether it says nothing but what to run, where, and how soon."""
-        return (
-            self.dedupe_key is None
-            and self.run_at is None
-            and self.delay is None
-            and self.throttle is None
-            and self.debounce is None
-            and self.trigger is None
-        )
-
-
-class AlikeExecutions(Struct):
-    """Plain calls to enqueue that differ in nothing but their payloads, which are JSON text in the order of the ids."""
-
-    ids: list[str]
-    task: str
-    queue: str | None
-    priority: int
-    payloads: list[str]
-
-
-class SavedStep(Struct, gc=False):
-    """A finished step of a running execution. With `event`, what it did was to emit that."""
-
-    id: str
-    token: int
-    name: str
-    round: int
-    kind: StepKind
-    value: Raw
-    event: NewEvent | UnsetType = UNSET
-
-
-class Operation(Struct, omit_defaults=True, gc=False):
-    """Something to wait for: a sleep, children, a wait on children, an event. `token` only where saved by itself."""
-
-    id: str
-    name: str
-    round: int
-    kind: StepKind
-    token: int | UnsetType = UNSET
-    due_at: datetime | None = None
-    due_in: float | None = None
-    keep: bool = False
-    detached: bool = False
-    timeout_error: Raw | UnsetType = UNSET
-    window: int | None = None
-    children: list[NewExecution] | None = None
-    event: str | None = None
-    where: Raw | UnsetType = UNSET
-
-    def weigh(self) -> int:
-        """Return about how many bytes it takes in a statement."""
-        return 100 + sum(100 + len(bytes(child.payload)) for child in self.children or ())
-
-
-class AlikeChildren(Struct, omit_defaults=True, gc=False):
-    """How so many children in a row, of the `op`-th operation that goes along, are called."""
-
-    op: int
-    count: int
-    task: str
-    queue: str | None = None
-    priority: int = 0
-    run_at: datetime | None = None
-    delay: float | None = None
-
-
-class Await(Struct, omit_defaults=True, gc=False):
-    """An operation that a parked execution has open. Those not `awaited` are only told of.
-
-    `members` and `count`: a wait on started children, by step name.
-    """
-
-    name: str
-    round: int
-    kind: StepKind
-    awaited: bool = False
-    members: list[str] | None = None
-    count: int | None = None
-
-
-class Completion(Struct, gc=False):
-    """The outcome of an execution of whose children none is open, and which has left no waits behind."""
-
-    id: str
-    token: int
-    result: Raw
-    parent: str | UnsetType = UNSET
-
-
-class Fresh(Struct, gc=False):
-    """A timed out operation that the next attempt does anew."""
-
-    name: str
-    round: int
-
-
-class Outcome(Struct, omit_defaults=True, gc=False):
-    """Any other outcome. `delay`: seconds; `cached`: this process keeps the steps of what it parks; `long`: many."""
-
-    id: str
-    token: int
-    outcome: Literal["completed", "failed", "retried", "released", "crashed", "parked"]
-    result: Raw | UnsetType = UNSET
-    error: Raw | UnsetType = UNSET
-    delay: float | None = None
-    ops: list[Operation] | None = None
-    awaits: list[Await] | None = None
-    fresh: list[Fresh] | None = None
-    cached: bool = False
-    long: bool = False
-
-
-class Want(Struct):
-    """How many executions a process wants of a queue; `free`: how many of them of limited tasks, None for all."""
-
-    queue: int
-    limit: int
-    free: int | None = None
-
-
-class TaskRow(Struct):
-    """The options of a task that the database must know. `keep_*` are in seconds; below zero is for ever."""
-
-    name: str
-    queue: str
-    max_attempts: int
-    max_crashes: int
-    keep_completed: float = 604_800
-    keep_failed: float = 2_592_000
-    expires: float | None = None
-    window_start: str | None = None
-    window_end: str | None = None
-    window_zone: str | None = None
-    limits: list["LimitRow"] = []
-
-
-class LimitRow(Struct):
-    """A limit of a task; a rate has a period in seconds."""
-
-    kind: Literal["concurrency", "rate"]
-    key_path: str | None
-    max: int
-    seconds: float | None = None
-
-
 # ---------------------------------------------------------------- the queries
 
 
@@ -341,24 +185,6 @@ def _enqueued_again(answer: Any) -> Enqueued:
     enqueued: Enqueued = _enqueued(answer)
     enqueued.unconfirmed = True  # what the first try has committed may not be on the disk yet
     return enqueued
-
-
-def _call_of(child: NewExecution) -> tuple[str, str | None, int, datetime | None, float | None]:
-    return child.task, child.queue, child.priority, child.run_at, child.delay
-
-
-def _apart(operations: Sequence[Operation]) -> tuple[str, str, IdArray, str]:
-    """Write operations, and their children apart from them: how they are called, their ids and their payloads."""
-    alike: list[AlikeChildren] = []
-    children: list[NewExecution] = []
-    for place, operation in enumerate(operations, 1):
-        for call, group in groupby(operation.children or (), _call_of):
-            some = list(group)
-            alike.append(AlikeChildren(place, len(some), *call))
-            children += some
-    bare = [replace(each, children=None) for each in operations]
-    ids, payloads = IdArray([child.id for child in children]), [child.payload for child in children]
-    return as_text(bare), as_text(alike), ids, as_text(payloads)
 
 
 class Engine(Reports):
@@ -457,7 +283,7 @@ class Engine(Reports):
         self, orchestrator: str, steps: Sequence[SavedStep], operations: Sequence[Operation]
     ) -> Query[Saved | None]:
         """See 25_save.sql. None: the process was declared dead."""
-        opened, *children = _apart(operations)
+        opened, *children = apart(operations)
         parameters = (orchestrator, as_text(steps), opened, self._now(), *children)
         return self._query("save", "uuid json json timestamptz json uuid[] json", parameters, _saved)
 
@@ -478,12 +304,11 @@ class Engine(Reports):
         self, orchestrator: str, completed: Sequence[Completion], outcomes: Sequence[Outcome]
     ) -> Query[Settled | None]:
         """See 30_settle.sql. None: the process was declared dead."""
-        parents = {each.id: each.parent for each in completed if each.parent is not UNSET}
-        tied = IdArray((*parents, *set(parents.values())))
-        opened = _apart([operation for each in outcomes for operation in each.ops or ()])
-        outcomes = [replace(each, ops=None) if each.ops else each for each in outcomes]
-        parameters = (orchestrator, as_text(completed), as_text(outcomes), self._now(), *opened, tied)
-        return self._query("settle", "uuid json json timestamptz json json uuid[] json uuid[]", parameters, _settled)
+        opened = apart([operation for each in outcomes for operation in each.ops or ()])
+        bare = as_text([replace(each, ops=None) if each.ops else each for each in outcomes])
+        parameters = (orchestrator, *in_columns(completed), bare, self._now(), *opened, tied(completed))
+        types = "uuid uuid[] bigint[] json json timestamptz json json uuid[] json uuid[]"
+        return self._query("settle", types, parameters, _settled)
 
     def cancel(self, id: str, reason: str) -> Query[Moved]:
         """See 50_cancel.sql."""

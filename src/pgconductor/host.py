@@ -14,12 +14,12 @@ from psycopg.pq import TransactionStatus
 
 from pgconductor.attempt import OutcomeUnknown
 from pgconductor.claimed import Loaded, Missing
-from pgconductor.engine import Operation, SavedStep
 from pgconductor.isolated import Processes
 from pgconductor.loading import Loader
 from pgconductor.route import FailedOver, Route, Timeline
 from pgconductor.session import Session
 from pgconductor.threads import Threads
+from pgconductor.written import Operation, SavedStep
 
 if TYPE_CHECKING:
     from pgconductor.engine import Engine, Query

@@ -23,9 +23,9 @@ from msgspec import Struct
 
 from pgconductor.attempt import Attempt
 from pgconductor.claimed import Claimed
-from pgconductor.engine import Completion, Outcome
 from pgconductor.errors import ConductorError, ConfigurationError, EncodeError
 from pgconductor.membership import Timing
+from pgconductor.written import Completion, Outcome
 
 log = logging.getLogger("pgconductor.isolated")
 LINE_BYTES_MAX = 256 * 1024 * 1024

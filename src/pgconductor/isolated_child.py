@@ -13,7 +13,7 @@ import msgspec
 
 from pgconductor.attempt import Attempt
 from pgconductor.conductor import Conductor
-from pgconductor.engine import Completion, Engine, Operation, SavedStep
+from pgconductor.engine import Engine
 from pgconductor.errors import StaleLease
 from pgconductor.host import ProcessHost
 from pgconductor.isolated import LINE_BYTES_MAX, Answer, Control, Home, Message, Start
@@ -21,6 +21,7 @@ from pgconductor.membership import Timing
 from pgconductor.operations import has_step_threads
 from pgconductor.session import Session
 from pgconductor.threads import Threads
+from pgconductor.written import Completion, Operation, SavedStep
 
 SCRIPT = "__pgconductor_child__"
 """The `__name__` of a script that is run for its definitions."""

@@ -24,7 +24,7 @@ from pgconductor.checks import INT_MAX, check_flag, check_integer, check_name
 from pgconductor.claimed import NULL, ChildAnswer, Claimed, Recorded, StepKind
 from pgconductor.codec import Codec, codec_for
 from pgconductor.durations import Duration, seconds
-from pgconductor.engine import Await, Moved, NewExecution, Operation, SavedStep
+from pgconductor.engine import Moved
 from pgconductor.errors import (
     NO_ID,
     ChildCancelled,
@@ -47,6 +47,7 @@ from pgconductor.model import EventDef, check_event
 from pgconductor.options import CallOptions
 from pgconductor.stored_error import error_from_json
 from pgconductor.task import Call, check_call, check_calls
+from pgconductor.written import Await, NewExecution, Operation, SavedStep
 
 E = TypeVar("E")
 T = TypeVar("T", bound=ConductorError)
@@ -244,7 +245,7 @@ class Journal:
         if memo is None:
             return self._open_fan_out(name, calls, timeout, max_in_flight)
         answers = self.memos.children.get(name, [])
-        _check_children(name, answers, calls)
+        _check_children(memo, answers, calls)
         if memo.status == "pending":
             return self._await(memo)
         if memo.status == "timed_out":
@@ -365,7 +366,7 @@ class Journal:
         )  # fmt: skip
         if kind == "invoke_all":
             self.memos.add_children(
-                name, [ChildAnswer("pending", NULL, NULL, child.id, child.task) for child in children]
+                name, [ChildAnswer(NULL, "pending", NULL, child.id, child.task) for child in children]
             )
 
     def _open_fan_out(
@@ -490,18 +491,20 @@ def timed_out_operations(error: BaseException) -> set[tuple[str, int]]:
     return found
 
 
-def _check_children(name: str, children: Sequence[ChildAnswer], calls: Sequence[Call[Any]]) -> None:
+def _check_children(memo: Recorded, children: Sequence[ChildAnswer], calls: Sequence[Call[Any]]) -> None:
     """Refuse a fan-out that was recorded with another number of children, or of other tasks.
 
     Raises:
         StepMismatch: It was.
     """
     if len(children) != len(calls):
-        raise StepMismatch(name, f"invoke_all of {len(children)} children", f"invoke_all of {len(calls)}")
+        raise StepMismatch(memo.name, f"invoke_all of {len(children)} children", f"invoke_all of {len(calls)}")
     for index, (child, call) in enumerate(zip(children, calls, strict=True), 1):
-        task = child.child_task
+        task = child.child_task or memo.child_task
         if task != call.task and task is not None:
-            raise StepMismatch(name, f"invoke_all with {task!r} as child {index}", f"invoke_all with {call.task!r}")
+            raise StepMismatch(
+                memo.name, f"invoke_all with {task!r} as child {index}", f"invoke_all with {call.task!r}"
+            )
 
 
 def _stored_timeout(error: ConductorError, timeout: Duration) -> Raw:

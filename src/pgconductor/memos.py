@@ -99,7 +99,7 @@ class Memos:
         latest = self.operations[name].round
         rows = sorted((row for row in rows if row.round == latest), key=lambda row: row.index)
         if rows:
-            answers = [ChildAnswer(row.status, row.value, row.error, row.child_id, row.child_task) for row in rows]
+            answers = [ChildAnswer(row.value, row.status, row.error, row.child_id, row.child_task) for row in rows]
             self.add_children(name, answers, sum(len(bytes(row.value)) for row in rows))
 
 

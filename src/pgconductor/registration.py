@@ -7,7 +7,6 @@ from typing import Any, Final, get_origin
 
 from pgconductor.annotations import admits, describe_type, hints_of, written_function
 from pgconductor.checks import check_function
-from pgconductor.engine import LimitRow, TaskRow
 from pgconductor.errors import ConfigurationError
 from pgconductor.events import check_columns, check_fields
 from pgconductor.model import Change, Cron, Event, Invocable, OnChange, OnEvent, Tick, Trigger
@@ -15,6 +14,7 @@ from pgconductor.options import TaskConfig, TaskOptions, configure_task
 from pgconductor.signature import Signature, signature_of, signature_of_reference
 from pgconductor.task import Client, Task
 from pgconductor.ticks import recurrence
+from pgconductor.written import LimitRow, TaskRow
 
 _KINDS: Final[dict[type[Trigger], type]] = {Cron: Tick, OnEvent: Event, OnChange: Change}
 _HANDED_OVER: Final = (Tick, Event, Change)

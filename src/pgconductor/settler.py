@@ -14,12 +14,13 @@ from uuid import UUID
 from msgspec import UNSET, Raw
 
 from pgconductor.batcher import Batcher
-from pgconductor.engine import Completion, Engine, Operation, Outcome, SavedStep
+from pgconductor.engine import Engine
 from pgconductor.errors import EncodeError, StaleLease
 from pgconductor.faults import fault
 from pgconductor.membership import Membership
 from pgconductor.session import Session
 from pgconductor.stored_error import error_to_json
+from pgconductor.written import Completion, Operation, Outcome, SavedStep
 
 log = logging.getLogger("pgconductor.settler")
 Settlement = Completion | Outcome

@@ -24,7 +24,7 @@ from pgconductor.checks import check_execution_id
 from pgconductor.claimed import Missing, Recorded
 from pgconductor.codec import Codec
 from pgconductor.durations import Duration, seconds
-from pgconductor.engine import Engine, Operation, Query, SavedStep
+from pgconductor.engine import Engine, Query
 from pgconductor.errors import AttemptTimeout, ConductorError, Suspend
 from pgconductor.faults import fault
 from pgconductor.journal import CANCELLED, PENDING, remember_call
@@ -48,6 +48,7 @@ from pgconductor.schedules import schedule_of
 from pgconductor.session import backoff_seconds
 from pgconductor.signature import return_codec_of
 from pgconductor.task import Call, Task, check_task
+from pgconductor.written import Operation, SavedStep
 
 P = ParamSpec("P")
 R = TypeVar("R")

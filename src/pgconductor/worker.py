@@ -24,12 +24,12 @@ from pgconductor.batch import BatchMember, BatchRun, Settlements
 from pgconductor.checks import check_duration, check_integer, check_name
 from pgconductor.claimed import Claimed, Loaded, Missing
 from pgconductor.durations import Duration
-from pgconductor.engine import Completion, Outcome
 from pgconductor.errors import ConfigurationError
 from pgconductor.loading import complete, missing_of
 from pgconductor.memos import Memos
 from pgconductor.own_context import OwnContext
 from pgconductor.task import Task
+from pgconductor.written import Completion, Outcome
 
 log = logging.getLogger("pgconductor.worker")
 

@@ -14,7 +14,6 @@ from msgspec.structs import replace
 
 from pgconductor import Batch, BatchContext, Call, Conductor, Context, SyncContext, Tick, cron, invocable
 from pgconductor.calls import CallPlan
-from pgconductor.engine import NewExecution
 from pgconductor.errors import (
     ConfigurationError,
     EncodeError,
@@ -23,6 +22,7 @@ from pgconductor.errors import (
     ServerError,
 )
 from pgconductor.pool import Connection, Pool
+from pgconductor.written import NewExecution
 from tests.integration.conftest import client_of
 from tests.sql.support import Db
 from tests.waiting import until

@@ -300,8 +300,8 @@ class EngineMachine(RuleBasedStateMachine):
         opened = op(held.id, f"c{self._new_id()[:6]}", "start", self._new("child"), detached=detached)
         ops = [opened | {"token": held.token}] if start else []
         before = self._count()
-        opened_ops, children = apart(ops)
-        answer = call(self.db, "save", held.worker, steps, opened_ops, at(self.now), children)
+        bare, *children = apart(ops)
+        answer = call(self.db, "save", held.worker, steps, bare, at(self.now), *children)
         if not live:
             assert answer is None or answer["lost"] == [held.id]
             assert self._count() == before

@@ -3,7 +3,7 @@
 from typing import Any
 from uuid import UUID
 
-from tests.sql.support import Db, Json, at, blank, call, claim_one, enqueue, finish, op, park, register
+from tests.sql.support import Db, Json, at, blank, call, claim_one, complete, enqueue, finish, op, park, register
 
 DAY = 86_400.0
 FOR_EVER = -1.0
@@ -38,7 +38,7 @@ def completed(db: Db, now: float = 0, number: int = 0, **options: Any) -> str:
     """Return an execution without children that was enqueued and completed at an instant."""
     id = ready(db, now, number, **options)
     claim_one(db, now=now)
-    call(db, "settle", UUID(int=1), [{"id": id, "token": 1, "result": 1}], [], at(now))
+    complete(db, id, 1, worker=UUID(int=1), now=now)
     return id
 
 

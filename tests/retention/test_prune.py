@@ -147,7 +147,7 @@ def test_a_waiting_parent_keeps_its_ended_children(db: Db) -> None:
     child = invoke(db, claim_one(db))
     complete_child = claim_one(db)
     assert complete_child == child
-    call(db, "settle", UUID(int=1), [], [{"id": child, "token": 1, "outcome": "completed", "result": 1}], at(0))
+    finish(db, child, 1, worker=UUID(int=1))
     assert prune(db, 400 * DAY) == 0
     assert states(db, [parent, child]) == ["ready", "completed"]
 

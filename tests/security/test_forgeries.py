@@ -46,8 +46,8 @@ def state(worker: Session, id: str) -> Any:
 
 
 def settle(worker: Session, process: UUID, id: str, token: int) -> Any:
-    outcome = json.dumps([{"id": id, "token": token, "result": 1}])
-    return answer(worker, "select pgconductor.settle(%s, %s::json, '[]')", process, outcome)
+    completed = "array[%s::uuid], array[%s::bigint], '[1]'"
+    return answer(worker, f"select pgconductor.settle(%s, {completed}, '[]')", process, id, token)
 
 
 def test_a_wrong_claim_number_is_lost(worker: Session, held: tuple[UUID, str]) -> None:
@@ -90,7 +90,7 @@ def test_a_process_that_nobody_registered_is_told_it_is_dead(worker: Session, he
 def test_others_cannot_touch_what_runs(town: Town, worker: Session, held: tuple[UUID, str], kind: str) -> None:
     process, id = held
     attempts = [
-        f"select pgconductor.settle('{process}', '[]', '[]')",
+        f"select pgconductor.settle('{process}', '{{}}', '{{}}', '[]', '[]')",
         f"select pgconductor.claim('{process}', 1, '[]', '{{}}')",
         f"select pgconductor.save('{process}', '[]', '[]')",
         f"select pgconductor.cancel('{id}', 'mine now')",

@@ -83,7 +83,7 @@ MOVED: Final = [
     ("worker", "fire_timers(p_now => %s)"),
     ("worker", "sweep(p_now => %s)"),
     ("worker", "prune(p_now => %s)"),
-    ("worker", "settle(gen_random_uuid(), '[]', '[]', p_now => %s)"),
+    ("worker", "settle(gen_random_uuid(), '{}', '{}', '[]', '[]', p_now => %s)"),
     ("worker", "cancel(gen_random_uuid(), '', p_now => %s)"),
     ("worker", "register_orchestrator(gen_random_uuid(), 'a', '1', 'h', 1, '{}', p_now => %s)"),
 ]

@@ -77,8 +77,8 @@ def test_a_worker_runs_nothing_of_its_own(town: Town, path: str) -> None:
         wants = json.dumps([{"queue": queue["id"], "limit": 1}])
         query = "select pgconductor.claim(%s, 1, %s::pg_catalog.json, %s, true)"
         assert answer(conn, query, process, wants, [task["id"]])["claimed"][0][0] == id
-        done = json.dumps([{"id": id, "token": 1, "result": "x"}])
-        assert not answer(conn, "select pgconductor.settle(%s, %s::pg_catalog.json, '[]')", process, done)["lost"]
+        settle = "select pgconductor.settle(%s, %s::pg_catalog.uuid[], '{1}', '[\"x\"]', '[]')"
+        assert not answer(conn, settle, process, [UUID(id)])["lost"]
         for call in ("sweep()", "prune()", "fire_timers()", f"beat('{process}', false)", f"retire('{process}')"):
             conn.execute(f"select pgconductor.{call}".encode())
 

@@ -161,7 +161,13 @@ def settle_both(
     bare = [{key: value for key, value in each.items() if key != "ops"} for each in outcomes]
     tied = [id for each in completed if each.get("parent") for id in (each["id"], each["parent"])]
     when = now if isinstance(now, str) else at(now)
-    return call(db, "settle", worker, completed, bare, when, *apart(operations), IdArray(tied))
+    return call(db, "settle", worker, *columns(completed), bare, when, *apart(operations), IdArray(tied))
+
+
+def columns(completed: list[Json]) -> tuple[IdArray, str, list[Json]]:
+    """Write completions as settle takes them: ids, tokens, results."""
+    tokens = ",".join(str(each["token"]) for each in completed)
+    return IdArray([each["id"] for each in completed]), f"{{{tokens}}}", [each["result"] for each in completed]
 
 
 def apart(operations: list[Json]) -> tuple[list[Json], list[Json], IdArray, list[Json]]:

@@ -5,9 +5,10 @@ from typing import Any
 
 from pgconductor.claimed import NULL, Claimed
 from pgconductor.claimer import Claimer
-from pgconductor.engine import Claim, Engine, Want
+from pgconductor.engine import Claim, Engine
 from pgconductor.membership import Membership, Timing
 from pgconductor.scan import Start
+from pgconductor.written import Want
 
 
 def claimer_of(*queue_ids: int) -> Claimer:

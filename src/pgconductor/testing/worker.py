@@ -26,7 +26,7 @@ from pgconductor.attempt import Attempt
 from pgconductor.batch import BatchMember, BatchRun
 from pgconductor.changes import declared_changes, register_changes
 from pgconductor.claimed import Claimed
-from pgconductor.engine import Completion, Engine, Operation, Outcome, Query, SavedStep, Want, quote
+from pgconductor.engine import Engine, Query, quote
 from pgconductor.errors import ChildFailed, ConductorError, Crash
 from pgconductor.events import subscriptions_of
 from pgconductor.host import ProcessHost
@@ -38,6 +38,7 @@ from pgconductor.session import Session
 from pgconductor.settler import Effects, Saver, Settler
 from pgconductor.task import Task
 from pgconductor.threads import Threads
+from pgconductor.written import Completion, Operation, Outcome, SavedStep, Want
 
 if TYPE_CHECKING:
     from pgconductor.conductor import Conductor

@@ -106,7 +106,7 @@ def test_a_retired_process_is_gone(db: Db) -> None:
     cancel(db, enqueue(db))
     call(db, "retire", WORKER, at(0))
     assert (count(db, "orchestrator"), count(db, "lease"), count(db, "signal")) == (0, 0, 0)
-    assert call(db, "settle", WORKER, [{"id": id, "token": 1, "result": 1}], []) is None
+    assert complete(db, id) is None
     assert row(db, id)["crashes"] == 0
 
 

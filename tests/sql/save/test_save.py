@@ -15,6 +15,7 @@ from tests.sql.support import (
     complete,
     count,
     enqueue,
+    finish,
     op,
     register,
     row,
@@ -144,5 +145,5 @@ def test_no_child_deeper_than_100(db: Db, running: str) -> None:
 def test_a_child_that_ends_while_its_parent_runs_answers_the_step(db: Db, running: str) -> None:
     save(db, running, ops=[op(running, "s", "start", {})])
     child = claim(db, tasks=["child"])[0]["id"]
-    call(db, "settle", WORKER, [], [{"id": child, "token": 1, "outcome": "completed", "result": 5}])
+    finish(db, child, 5)
     assert (step(db, running, "s")["value"], state(db, running)) == (5, "running")

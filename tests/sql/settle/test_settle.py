@@ -32,6 +32,7 @@ from tests.sql.support import (
     save,
     session,
     settle,
+    settle_both,
     settle_plain,
     state,
     step,
@@ -197,14 +198,14 @@ def test_one_call_settles_many_in_many_ways(db: Db) -> None:
         {"id": id, "token": 1, "outcome": how, "error": error}
         for id, how in zip(ids[2:], ("failed", "released", "completed"), strict=True)
     ]
-    call(db, "settle", WORKER, plain, others, at(0))
+    settle_both(db, plain, others)
     assert [state(db, id) for id in ids] == ["completed", "completed", "failed", "ready", "completed"]
 
 
 def test_the_lost_of_a_batch_cost_the_others_nothing(db: Db, running: str) -> None:
     gone = [str(uuid4()) for _ in range(2)]
     plain = [{"id": gone[0], "token": 1, "result": 1}, {"id": running, "token": 1, "result": 1}]
-    answer = call(db, "settle", WORKER, plain, [{"id": gone[1], "token": 1, "outcome": "released"}], at(0))
+    answer = settle_both(db, plain, [{"id": gone[1], "token": 1, "outcome": "released"}])
     assert set(answer["lost"]) == set(gone)
     assert state(db, running) == "completed"
 
@@ -221,9 +222,9 @@ def test_an_unknown_outcome_is_refused(db: Db, running: str) -> None:
     assert state(db, running) == "running"
 
 
-@pytest.mark.parametrize("nothing", ["[]", None])
-def test_nothing_to_settle_is_no_error(db: Db, running: str, nothing: str | None) -> None:
-    assert call(db, "settle", WORKER, nothing, nothing)["lost"] == []
+@pytest.mark.parametrize("nothing", [("{}", "{}", "[]", "[]"), (None, None, None, None)])
+def test_nothing_to_settle_is_no_error(db: Db, running: str, nothing: tuple[str | None, ...]) -> None:
+    assert call(db, "settle", WORKER, *nothing)["lost"] == []
 
 
 # ---------------------------------------------------------------- children

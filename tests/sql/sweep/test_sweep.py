@@ -107,7 +107,7 @@ def test_a_swept_process_is_told_at_its_next_beat_and_settles_nothing(db: Db) ->
     claim(db)
     sweep(db, 30)
     assert beat(db, 31) == {"alive": False, "cancel": [], "stop": False}
-    assert call(db, "settle", WORKER, [{"id": id, "token": 1, "result": 1}], []) is None
+    assert complete(db, id) is None
     assert state(db, id) == "ready"
 
 

@@ -34,12 +34,12 @@ begin
   end loop;
 end $$;
 
--- p_payloads: an array of them.
-create or replace function check_payloads(p_payloads json) returns void
+-- p_values: an array of values that stand alone, each of which is called p_what.
+create or replace function check_values(p_what text, p_values json) returns void
 language plpgsql volatile set search_path from current as $$
 begin
-  if octet_length(p_payloads::text) > 1048576 then
-    perform check_size('payload', p) from json_array_elements(p_payloads) p where octet_length(p::text) > 1048576;
+  if octet_length(p_values::text) > 1048576 then
+    perform check_size(p_what, v) from json_array_elements(p_values) v where octet_length(v::text) > 1048576;
   end if;
 end $$;
 

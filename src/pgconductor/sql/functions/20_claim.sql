@@ -125,7 +125,7 @@ language sql stable parallel safe
 return p_value is null or (pg_column_compression(p_value) is null and pg_column_size(p_value) <= 2048);
 
 -- The recorded operations of a resumed execution, newest rounds included, as arrays; only those after p_since. A fan-out
--- has the answers of its children as the last member. p_open:
+-- has the answers of its children as the last member; where all are of one task, a completed one tells its value alone. p_open:
 -- the names that can have any; without it all that is recorded is looked through. Where a value is large, or all of it is
 -- more than p_bytes_max, it is p_since instead: load those after it.
 create or replace function recorded_steps(p_execution uuid, p_since bigint, p_open json, p_bytes_max int) returns json
@@ -158,8 +158,11 @@ begin
     into v_steps
     from step s
     left join lateral (
-      select json_agg(json_build_array(status::text, case when is_in_row(value) then value end,
-                                       case when is_in_row(error) then error end, child_id, child_task) order by index) as answers,
+      select json_agg(
+               case when k.status = 'completed' and s.child_task is not null
+               then json_build_array(case when is_in_row(value) then value end)
+               else json_build_array(case when is_in_row(value) then value end, status::text,
+                                     case when is_in_row(error) then error end, child_id, child_task) end order by index) as answers,
              bool_and(is_in_row(value) and is_in_row(error)) as are_in_row
       from fan_out_child k
       where s.child_ids is not null and k.execution_id = p_execution and k.name = s.name and k.round = s.round offset 0) c on true

@@ -22,7 +22,7 @@ declare
   v_alike alike_children[];
 begin
   perform check_sizes(p_ops);
-  perform check_payloads(p_payloads);
+  perform check_values('payload', p_payloads);
   v_ops := new_operations(p_ops, p_ids, p_now);
   if v_ops is null then
     return '{}'::int[];

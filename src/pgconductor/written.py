@@ -1,0 +1,213 @@
+"""What goes to the engine: calls, steps, operations with their children, outcomes, and what a process wants and knows.
+
+Many of a kind go in one JSON text. Where there may be thousands that are alike, their ids and their values go beside
+each other instead (`apart`, `in_columns`): objects cost the server three times as much to read.
+"""
+
+from collections.abc import Sequence
+from datetime import datetime
+from itertools import groupby
+from typing import Literal
+
+from msgspec import UNSET, Raw, Struct, UnsetType
+from msgspec.structs import replace
+
+from pgconductor.claimed import StepKind
+from pgconductor.events import NewEvent
+from pgconductor.id_array import IdArray
+from pgconductor.queries import as_text
+
+
+class NewExecution(Struct, omit_defaults=True, gc=False):
+    """One call to enqueue, or a child to create."""
+
+    id: str
+    task: str
+    payload: Raw
+    queue: str | None = None
+    priority: int = 0
+    run_at: datetime | None = None
+    delay: float | None = None
+    dedupe_key: str | None = None
+    replace: bool = False
+    trigger: str | None = None
+    throttle: float | None = None
+    debounce: float | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it says nothing but what to run, where, and how soon."""
+        return (
+            self.dedupe_key is None
+            and self.run_at is None
+            and self.delay is None
+            and self.throttle is None
+            and self.debounce is None
+            and self.trigger is None
+        )
+
+
+class AlikeExecutions(Struct):
+    """Plain calls to enqueue that differ in nothing but their payloads, which are JSON text in the order of the ids."""
+
+    ids: list[str]
+    task: str
+    queue: str | None
+    priority: int
+    payloads: list[str]
+
+
+class SavedStep(Struct, gc=False):
+    """A finished step of a running execution. With `event`, what it did was to emit that."""
+
+    id: str
+    token: int
+    name: str
+    round: int
+    kind: StepKind
+    value: Raw
+    event: NewEvent | UnsetType = UNSET
+
+
+class Operation(Struct, omit_defaults=True, gc=False):
+    """Something to wait for: a sleep, children, a wait on children, an event. `token` only where saved by itself."""
+
+    id: str
+    name: str
+    round: int
+    kind: StepKind
+    token: int | UnsetType = UNSET
+    due_at: datetime | None = None
+    due_in: float | None = None
+    keep: bool = False
+    detached: bool = False
+    timeout_error: Raw | UnsetType = UNSET
+    window: int | None = None
+    children: list[NewExecution] | None = None
+    event: str | None = None
+    where: Raw | UnsetType = UNSET
+
+    def weigh(self) -> int:
+        """Return about how many bytes it takes in a statement."""
+        return 100 + sum(100 + len(bytes(child.payload)) for child in self.children or ())
+
+
+class AlikeChildren(Struct, omit_defaults=True, gc=False):
+    """How so many children in a row, of the `op`-th operation that goes along, are called."""
+
+    op: int
+    count: int
+    task: str
+    queue: str | None = None
+    priority: int = 0
+    run_at: datetime | None = None
+    delay: float | None = None
+
+
+class Await(Struct, omit_defaults=True, gc=False):
+    """An operation that a parked execution has open. Those not `awaited` are only told of.
+
+    `members` and `count`: a wait on started children, by step name.
+    """
+
+    name: str
+    round: int
+    kind: StepKind
+    awaited: bool = False
+    members: list[str] | None = None
+    count: int | None = None
+
+
+class Completion(Struct, gc=False):
+    """The outcome of an execution of whose children none is open, and which has left no waits behind."""
+
+    id: str
+    token: int
+    result: Raw
+    parent: str | None
+
+
+class Fresh(Struct, gc=False):
+    """A timed out operation that the next attempt does anew."""
+
+    name: str
+    round: int
+
+
+class Outcome(Struct, omit_defaults=True, gc=False):
+    """Any other outcome. `delay`: seconds; `cached`: this process keeps the steps of what it parks; `long`: many."""
+
+    id: str
+    token: int
+    outcome: Literal["completed", "failed", "retried", "released", "crashed", "parked"]
+    result: Raw | UnsetType = UNSET
+    error: Raw | UnsetType = UNSET
+    delay: float | None = None
+    ops: list[Operation] | None = None
+    awaits: list[Await] | None = None
+    fresh: list[Fresh] | None = None
+    cached: bool = False
+    long: bool = False
+
+
+class Want(Struct):
+    """How many executions a process wants of a queue; `free`: how many of them of limited tasks, None for all."""
+
+    queue: int
+    limit: int
+    free: int | None = None
+
+
+class TaskRow(Struct):
+    """The options of a task that the database must know. `keep_*` are in seconds; below zero is for ever."""
+
+    name: str
+    queue: str
+    max_attempts: int
+    max_crashes: int
+    keep_completed: float = 604_800
+    keep_failed: float = 2_592_000
+    expires: float | None = None
+    window_start: str | None = None
+    window_end: str | None = None
+    window_zone: str | None = None
+    limits: list["LimitRow"] = []
+
+
+class LimitRow(Struct):
+    """A limit of a task; a rate has a period in seconds."""
+
+    kind: Literal["concurrency", "rate"]
+    key_path: str | None
+    max: int
+    seconds: float | None = None
+
+
+def apart(operations: Sequence[Operation]) -> tuple[str, str, IdArray, str]:
+    """Write operations, and their children apart from them: how these are called, their ids and their payloads."""
+    alike: list[AlikeChildren] = []
+    children: list[NewExecution] = []
+    for place, operation in enumerate(operations, 1):
+        for call, group in groupby(operation.children or (), _call_of):
+            some = list(group)
+            alike.append(AlikeChildren(place, len(some), *call))
+            children += some
+    bare = [replace(each, children=None) for each in operations]
+    ids, payloads = IdArray([child.id for child in children]), [child.payload for child in children]
+    return as_text(bare), as_text(alike), ids, as_text(payloads)
+
+
+def _call_of(child: NewExecution) -> tuple[str, str | None, int, datetime | None, float | None]:
+    return child.task, child.queue, child.priority, child.run_at, child.delay
+
+
+def in_columns(completed: Sequence[Completion]) -> tuple[IdArray, str, str]:
+    """Write completions: their ids, their tokens and their results."""
+    tokens = ",".join([str(each.token) for each in completed])
+    return IdArray([each.id for each in completed]), f"{{{tokens}}}", as_text([each.result for each in completed])
+
+
+def tied(completed: Sequence[Completion]) -> IdArray:
+    """Write which completions have parents, and these."""
+    parents = {each.id: each.parent for each in completed if each.parent is not None}
+    return IdArray((*parents, *set(parents.values())))
