@@ -104,7 +104,7 @@ class Comparison:
         cell = self.results.cells.get(row.measure, {}).get(contender, Cell(missing=""))
         values = cell.values(row.detail)
         if not values:
-            return cell.missing
+            return "too fast for it" if cell.samples else cell.missing
         median = self.results.figure(row.measure, contender, row.detail)
         text = figure(median or 0.0)
         if row.tail:

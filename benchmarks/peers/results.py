@@ -48,8 +48,9 @@ class Cell:
         return cell
 
     def values(self, detail: str) -> list[float]:
-        """Return a figure of every round."""
-        return [sample.value if detail == "value" else sample.details[detail] for sample in self.samples]
+        """Return a figure of every round that has it."""
+        figures = [{"value": sample.value, **sample.details} for sample in self.samples]
+        return [each[detail] for each in figures if detail in each]
 
 
 @dataclass

@@ -19,10 +19,10 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
 from typing import Any, Final, TypeVar
 
-from pgconductor.engine import Ended, Engine, Enqueued, Moved, Query
+from pgconductor.engine import Carried, Ended, Engine, Enqueued, Moved, Query
 from pgconductor.errors import ConductorError, ServerError
 from pgconductor.events import NewEvent
-from pgconductor.hints import Carried, Hints
+from pgconductor.hints import Hints
 from pgconductor.pool import NotMigrated, Pool
 from pgconductor.results import Results
 from pgconductor.written import AlikeExecutions, NewExecution
@@ -100,12 +100,12 @@ class LoopClient:
         if len(rows) == 1 and rows[0].is_plain:
             enqueued = await self._enqueue_one(rows[0])
         else:
-            enqueued = await self._enqueue(self._engine.enqueue(rows))
+            enqueued = await self._enqueue_some(lambda hint: self._engine.enqueue(rows, hint))
         return ids_of(rows, enqueued)
 
     async def enqueue_alike(self, calls: AlikeExecutions) -> list[str]:
         """Enqueue plain calls that differ in their payloads only, in one statement; return their ids."""
-        await self._enqueue(self._engine.enqueue_alike(calls))
+        await self._enqueue_some(lambda hint: self._engine.enqueue_alike(calls, hint))
         return calls.ids
 
     async def emit(self, event: NewEvent) -> None:
@@ -140,8 +140,8 @@ class LoopClient:
 
     async def _enqueue_one(self, row: NewExecution) -> Enqueued:
         try:
-            with self._hints.lone_call() as hint:
-                enqueued = await self._enqueue_hinted(row, hint)
+            with self._hints.carry(is_alone=True) as hint:
+                enqueued = await self._enqueue_hinted(lambda hint: self._engine.enqueue_one(row, hint), hint)
             if hint == "one" and enqueued.unconfirmed and not await self._confirm(row.id):
                 again = self._engine.enqueue_again(self._engine.enqueue_one(row))
                 return await self._enqueue(again)  # the server went down before its disk had the call
@@ -149,13 +149,20 @@ class LoopClient:
         finally:
             self._hints.call_ended()
 
-    async def _enqueue_hinted(self, row: NewExecution, hint: Carried | None) -> Enqueued:
+    async def _enqueue_some(self, calls: Callable[[Carried | None], Query[Enqueued]]) -> Enqueued:
+        with self._hints.carry() as hint:
+            return await self._enqueue_hinted(calls, hint)
+
+    async def _enqueue_hinted(
+        self, calls: Callable[[Carried | None], Query[Enqueued]], hint: Carried | None
+    ) -> Enqueued:
+        """Enqueue with a hint; without it where the server's queue of notifications is full."""
         try:
-            return await self._enqueue(self._engine.enqueue_one(row, hint))
+            return await self._enqueue(calls(hint))
         except ServerError as error:
             if hint is None or getattr(error.__cause__, "sqlstate", None) != _NOTIFY_QUEUE_IS_FULL:
                 raise
-        return await self._enqueue(self._engine.enqueue_one(row))
+        return await self._enqueue(calls(None))
 
     async def _confirm(self, execution_id: str) -> bool:
         """Return whether a call whose commit has not waited for the disk is there to stay."""

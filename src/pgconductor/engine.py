@@ -38,6 +38,8 @@ from pgconductor.written import (
     tied,
 )
 
+Carried = Literal["queue", "one"]
+"""The hint that a commit carries: it names the queue, or the one execution."""
 TREE_SIZE_MAX: Final = 10_001
 """The most executions of a tree that retention removes in one transaction: a parent and all its children."""
 
@@ -217,22 +219,22 @@ class Engine(Reports):
         names = None if tables is None else list(tables)
         return self._query("describe_rows", "text text[]", (schema, names), _shapes)
 
-    def enqueue(self, calls: Sequence[NewExecution], *, notify: bool = False, again: bool = False) -> Query[Enqueued]:
-        """See 10_enqueue.sql. `again`: a repetition after a lost reply."""
-        parameters = (as_text(calls), notify, again, self._now())
-        return self._query("enqueue", "json boolean boolean timestamptz", parameters, _enqueued, harmless=False)
+    def enqueue(self, calls: Sequence[NewExecution], hint: Carried | None = None) -> Query[Enqueued]:
+        """See 10_enqueue.sql. `hint`: let the hint go out with the commit."""
+        parameters = (as_text(calls), hint, False, self._now())
+        return self._query("enqueue", "json text boolean timestamptz", parameters, _enqueued, harmless=False)
 
-    def enqueue_one(self, call: NewExecution, hint: Literal["queue", "one"] | None = None) -> Query[Enqueued]:
-        """The same for one plain call. `hint`: let the hint go out with the commit; after "one", `confirm` the call."""
+    def enqueue_one(self, call: NewExecution, hint: Carried | None = None) -> Query[Enqueued]:
+        """The same for one plain call. After the hint "one", `confirm` the call."""
         parameters = (call.id, call.task, call.queue, call.priority, as_text(call.payload), hint, False, self._now())
         casts = "uuid text text smallint json text boolean timestamptz"
         return self._query("enqueue_one", casts, parameters, _enqueued, harmless=False)
 
-    def enqueue_alike(self, calls: AlikeExecutions) -> Query[Enqueued]:
+    def enqueue_alike(self, calls: AlikeExecutions, hint: Carried | None = None) -> Query[Enqueued]:
         """The same for plain calls that differ in their payloads only."""
         payloads = f"[{','.join(calls.payloads)}]"
-        parameters = (IdArray(calls.ids), calls.task, calls.queue, calls.priority, payloads, False, self._now())
-        casts = "uuid[] text text smallint json boolean timestamptz"
+        parameters = (IdArray(calls.ids), calls.task, calls.queue, calls.priority, payloads, hint, False, self._now())
+        casts = "uuid[] text text smallint json text boolean timestamptz"
         return self._query("enqueue_alike", casts, parameters, _enqueued, harmless=False)
 
     @staticmethod
@@ -243,7 +245,7 @@ class Engine(Reports):
 
     def enqueue_within(self, calls: Sequence[NewExecution]) -> Query[Enqueued]:
         """The same for a connection of any library: one text parameter, and the hint goes out with the commit."""
-        return self._within("enqueue", "true, false", calls, _enqueued)
+        return self._within("enqueue", "'always', false", calls, _enqueued)
 
     def emit(self, events: Sequence[NewEvent]) -> Query[Emitted]:
         """See 56_events.sql. Done again, it changes nothing: an event has its id before it is sent."""

@@ -1,18 +1,18 @@
 """Hints of a client on one event loop: who has new work, and who waited for what has ended, is named on the channel.
 
-A plain call that comes alone brings its hint along: its commit sends it. After a silence the hint names the execution
-itself, and goes out before the disk has the call, which is then confirmed. All other hints go out behind the commit,
-from a transaction of its own. One hint at a time is on its way; a pause follows, and what comes meanwhile is gathered.
-A call that will be committed when the pause is over brings along what was gathered for its queue. A lost hint costs a
-worker's poll.
+Calls bring their hint along: their commit sends it. That of a plain call which comes alone after a silence names the
+execution itself, and goes out before the disk has the call, which is then confirmed. All other hints go out behind the
+commit, from a transaction of their own. One hint at a time is on its way; a pause follows, and what comes meanwhile is
+gathered. A call that will be committed when the pause is over brings along what was gathered for its queue. A lost hint
+costs a worker's poll.
 """
 
 import asyncio
 from collections.abc import Callable, Coroutine, Generator, Iterable, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, Final, Literal
+from typing import Any, Final
 
-from pgconductor.engine import Engine
+from pgconductor.engine import Carried, Engine
 from pgconductor.errors import ConductorError
 from pgconductor.pool import Pool
 
@@ -20,8 +20,6 @@ BYTES_MAX: Final = 7_900  # Postgres allows 8,000
 PAUSE_SECONDS: Final = 0.002  # whoever was hinted is awake by now; the first hint after a silence goes at once
 CARRIER_SECONDS_MAX: Final = 0.01
 SILENCE_SECONDS: Final = 0.02  # a call after it is worth a second round trip: see `Hints.lone_call`
-
-Carried = Literal["queue", "one"]
 
 
 class Hints:
@@ -66,18 +64,20 @@ class Hints:
         self._go()
 
     @contextmanager
-    def lone_call(self) -> Generator[Carried | None]:
-        """Tell a plain call, which is to be sent within, which hint to bring along.
+    def carry(self, *, is_alone: bool = False) -> Generator[Carried | None]:
+        """Tell calls, which are to be sent within in one statement, which hint to bring along.
 
-        After a silence it is "one": the worker begins while the disk is still at work, and the caller has one more
-        round trip. Calls that follow each other are sooner done with one, and their worker is awake.
+        For one plain call after a silence it is "one": the worker begins while the disk is still at work, and the
+        caller has one more round trip. Calls that follow each other are sooner done with one, and their worker is
+        awake.
         """
         began_at = self._time()
         carrier = asyncio.Event() if self._may_carry(began_at) else None
         if carrier is not None:
             self._carrier, self._covered = carrier, set(self._queues)
         try:
-            if carrier is not None and not self._has_any and began_at - self._called_at >= SILENCE_SECONDS:
+            is_first = is_alone and not self._has_any and began_at - self._called_at >= SILENCE_SECONDS
+            if carrier is not None and is_first:
                 yield "one"
             else:
                 yield None if carrier is None else "queue"

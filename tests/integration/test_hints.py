@@ -100,11 +100,23 @@ async def test_other_hints_go_out_beside_one_call_after_the_other(app: Conductor
         await calling
 
 
+async def test_calls_that_are_sent_together_bring_their_hint_along(app: Conductor, database: str) -> None:
+    task = await silent(app)
+    keyed = task.with_options(dedupe_key="k")
+    for calls in ([task.bind(number) for number in range(3)], [task.bind(1), keyed.bind(2)]):
+        await asyncio.sleep(2 * hints.SILENCE_SECONDS)
+        async with listening(database) as listener:
+            before = client_of(app).pool.query_count
+            await app.invoke_many(calls)
+            assert [hint.payload async for hint in listener.notifies(timeout=30, stop_after=1)] == ["ready 1"]
+            assert client_of(app).pool.query_count - before == 1
+
+
 async def test_what_was_gathered_while_a_call_carried_its_hint_is_hinted_still(app: Conductor) -> None:
     await silent(app)
     client = client_of(app)
     before = client.pool.query_count
-    with client._hints.lone_call() as hint:
+    with client._hints.carry(is_alone=True) as hint:
         assert hint == "one"
         client.hint([1])  # of a call that was committed after the one that carries, and answered before it
         client._hints.went_along([1])
@@ -116,7 +128,7 @@ async def test_a_hint_does_not_name_one_call_alone_while_others_are_gathered(app
     await silent(app)
     client = client_of(app)
     client._hints._queues.add(1)
-    with client._hints.lone_call() as hint:
+    with client._hints.carry(is_alone=True) as hint:
         assert hint == "queue"
     await client.close()
 

@@ -22,7 +22,7 @@ def one_by_one(db: Db, ids: list[str], payloads: tuple[str, ...], call: tuple[An
 
 
 def alike(db: Db, ids: list[str], payloads: tuple[str, ...], call: tuple[Any, ...], *, again: bool) -> None:
-    marks = "cast(%s as uuid[]), %s, %s, cast(%s as smallint), cast(%s as json), %s, %s"
+    marks = "cast(%s as uuid[]), %s, %s, cast(%s as smallint), cast(%s as json), null, %s, %s"
     db.execute(f"select enqueue_alike({marks})", (array(ids), *call, f"[{','.join(payloads)}]", again, at(0)))
 
 
@@ -192,6 +192,51 @@ def test_a_call_may_bring_its_hint_along_one_at_a_time(db: Db, database: str) ->
             assert [*other.notifies(timeout=0)] == []
         assert heard(other) == [f"ready {queue}"]
         assert [*other.notifies(timeout=0)] == []
+
+
+MANY = (
+    'enqueue(cast(\'[{{"id": "{id}", "task": "work", "payload": {{}}}}]\' as json), p_hint => {hint})',
+    "enqueue_alike(array['{id}'::uuid], 'work', null, cast(0 as smallint), '[{{}}]', p_hint => {hint})",
+)
+
+
+@pytest.mark.parametrize("many", MANY)
+def test_many_calls_may_bring_their_hint_along_one_at_a_time(db: Db, database: str, many: str) -> None:
+    register(db, "work")
+    queue, _ = lane(db)
+
+    def is_hinted(session: Db, hint: str) -> bool:
+        found = session.execute(f"select {many.format(id=uuid4(), hint=hint)} as it".encode()).fetchone()
+        assert found is not None
+        assert found["it"]["queues"] == [queue]
+        return bool(found["it"]["hinted"])
+
+    with session(database) as other:
+        other.execute("listen pgconductor")
+        with db.transaction():
+            assert is_hinted(db, "'queue'")
+            assert not is_hinted(other, "'queue'")
+            assert not is_hinted(other, "null")
+        assert heard(other) == [f"ready {queue}"]
+        assert [*other.notifies(timeout=0)] == []
+
+
+def test_who_needs_a_hint_has_it_whoever_else_sends_one(db: Db, database: str) -> None:
+    register(db, "work")
+    with session(database) as other:
+        other.execute("listen pgconductor")
+        with db.transaction():
+            hinted(db, "queue")
+            assert call(other, "enqueue", [{"id": uuid4(), "task": "work", "payload": {}}], "always")["hinted"]
+            assert len(heard(other)) == 1
+
+
+def test_what_a_hint_cannot_name_concerns_everybody(db: Db, database: str) -> None:
+    calls = [{"id": uuid4(), "task": "work", "queue": f"q{number}", "payload": {}} for number in range(2_000)]
+    with session(database) as other:
+        other.execute("listen pgconductor")
+        call(db, "enqueue", calls, "always")
+        assert heard(other) == ["ready"]
 
 
 def test_a_hint_may_name_the_call_and_go_out_before_the_disk_has_it(db: Db, database: str) -> None:

@@ -217,11 +217,29 @@ begin
   end loop;
 end $$;
 
+-- Sends the hint for lanes with new work at the commit, as p_hint says; returns whether it does. A NOTIFY makes all others of
+-- the server wait until its commit is on the disk. So one at a time has it, and the callers of the others send theirs.
+create or replace function send_hint(p_hint text, p_lanes int[]) returns boolean
+language plpgsql volatile set search_path from current as $$
+declare
+  v_queues text;
+begin
+  if cardinality(p_lanes) = 0 or p_hint is null
+     or p_hint = 'queue' and not pg_try_advisory_xact_lock(hashtext(current_schema()), 1006) then
+    return false;
+  end if;
+  select string_agg(distinct queue_id::text, ' ') into v_queues from lane where id = any(p_lanes);
+  -- more than a hint can name concerns everybody
+  perform pg_notify(current_schema(), case when length(v_queues) > 7900 then 'ready' else 'ready ' || v_queues end);
+  return true;
+end $$;
+
 -- p_calls: [{id, task, queue?, payload, priority?, run_at?, delay? (seconds), dedupe_key?, replace?, trigger?,
 --            throttle? (seconds), debounce? (seconds)}]
+-- p_hint: 'queue': send the hint with this commit, if nobody else sends one; 'always': send it. hinted says whether it does.
 -- p_again: the call is a repetition after a lost reply; executions that exist already are left alone.
 create or replace function enqueue(
-  p_calls json, p_notify boolean default false, p_again boolean default false, p_now timestamptz default null
+  p_calls json, p_hint text default null, p_again boolean default false, p_now timestamptz default null
 ) returns json
 language plpgsql volatile set search_path from current set enable_seqscan = off set enable_mergejoin = off set jit = off set plan_cache_mode = force_generic_plan as $$
 declare
@@ -272,20 +290,14 @@ begin
       select n from unnest(v_new) n where coalesce(v_kept ->> n.id::text, n.id::text) = n.id::text), v_now);
     perform replace_kept(p_calls, v_new, v_kept, v_now);
   end if;
-  if p_notify and cardinality(v_lanes) > 0 then
-    perform pg_notify(current_schema(), 'ready ' || (select string_agg(distinct queue_id::text, ' ') from lane
-                                                     where id = any(v_lanes)));
-  end if;
-  return json_build_object('queues', queues_of(v_lanes), 'ids', v_ids);
+  return json_build_object('queues', queues_of(v_lanes), 'ids', v_ids, 'hinted', send_hint(p_hint, v_lanes));
 end $$;
 
 -- The plain call, as most calls are: no key, time, throttle or debounce, for a lane that is there and has neither limit
 -- nor expiry. Everything else, a repetition after a lost reply, and what is to be refused, is left to enqueue: the
 -- effect is the same.
 -- Two inserts and one lookup; half the cost of enqueue.
--- p_hint: send the hint with this commit; hinted says whether it does. A NOTIFY makes all others of the server wait
--- until its commit is on the disk. So one call at a time has it, and the callers of the others send theirs. 'queue' names
--- the queue. 'one' names this execution, and its commit waits for no disk, so that a worker begins meanwhile: the call
+-- p_hint: as enqueue takes it, or 'one': it names this execution, and its commit waits for no disk, so that a worker begins meanwhile: the call
 -- is unconfirmed, and counts as accepted when confirm has been answered.
 create or replace function enqueue_one(
   p_id uuid, p_task text, p_queue text, p_priority smallint, p_payload json, p_hint text default null,
@@ -333,8 +345,8 @@ end $$;
 
 -- The same for plain calls that differ in nothing but their payloads: p_payloads is an array, in the order of p_ids.
 create or replace function enqueue_alike(
-  p_ids uuid[], p_task text, p_queue text, p_priority smallint, p_payloads json, p_again boolean default false,
-  p_now timestamptz default null
+  p_ids uuid[], p_task text, p_queue text, p_priority smallint, p_payloads json, p_hint text default null,
+  p_again boolean default false, p_now timestamptz default null
 ) returns json
 language plpgsql volatile set search_path from current set enable_seqscan = off set enable_mergejoin = off set jit = off set plan_cache_mode = force_generic_plan as $$
 declare
@@ -353,7 +365,7 @@ begin
       select json_agg(json_build_object(
         'id', c.id, 'task', p_task, 'queue', p_queue, 'priority', p_priority, 'payload', c.payload) order by c.place)
       from rows from (unnest(p_ids), json_array_elements(p_payloads)) with ordinality as c(id, payload, place)),
-      p_again => p_again, p_now => p_now);
+      p_hint => p_hint, p_again => p_again, p_now => p_now);
   end if;
   -- arrays are unfolded in the select list: after from, their rows would be stored before they are read
   v_ords := array(select nextval('execution_ord') from generate_subscripts(p_ids, 1));
@@ -361,7 +373,7 @@ begin
   select unnest(p_ids), unnest(v_ords), v_now, v_lane, p_priority, json_array_elements(p_payloads);
   insert into ready (lane_id, priority, ord, execution_id)
   select v_lane, p_priority, unnest(v_ords), unnest(p_ids);
-  return ('{"queues":[' || v_queue || ']}')::json;
+  return json_build_object('queues', array[v_queue], 'hinted', send_hint(p_hint, array[v_lane]));
 end $$;
 
 -- For psql, triggers and other languages: one execution, in the caller's transaction.
@@ -399,5 +411,5 @@ begin
     'id', v_id, 'task', task, 'queue', queue, 'payload', payload, 'priority', priority, 'run_at', run_at,
     'delay', extract(epoch from delay), 'dedupe_key', dedupe_key, 'replace', on_duplicate = 'replace',
     'throttle', extract(epoch from throttle), 'debounce', extract(epoch from debounce))),
-    p_notify => true) -> 'ids' ->> 0)::uuid, v_id);
+    p_hint => 'always') -> 'ids' ->> 0)::uuid, v_id);
 end $$;
