@@ -8,6 +8,7 @@ import json
 import threading
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
+from itertools import groupby
 from typing import Any, TypeVar
 from uuid import UUID, uuid4
 
@@ -170,15 +171,21 @@ def columns(completed: list[Json]) -> tuple[IdArray, str, list[Json]]:
     return IdArray([each["id"] for each in completed]), f"{{{tokens}}}", [each["result"] for each in completed]
 
 
+def call_of_child(child: Json) -> Json:
+    return {key: value for key, value in child.items() if key not in ("id", "payload")}
+
+
 def apart(operations: list[Json]) -> tuple[list[Json], list[Json], IdArray, list[Json]]:
-    """Take the children out of operations: how each is called, their ids and their payloads."""
+    """Take the children out of operations: how those in a row are called, their ids and their payloads."""
     bare = [{key: value for key, value in each.items() if key != "children"} for each in operations]
-    children = [(place, child) for place, each in enumerate(operations, 1) for child in each.get("children") or ()]
-    alike = [
-        {"op": place, "count": 1} | {key: value for key, value in child.items() if key not in ("id", "payload")}
-        for place, child in children
-    ]
-    return bare, alike, IdArray([child["id"] for _, child in children]), [child["payload"] for _, child in children]
+    alike: list[Json] = []
+    children: list[Json] = []
+    for place, each in enumerate(operations, 1):
+        for call, group in groupby(each.get("children") or (), call_of_child):
+            some = list(group)
+            alike.append({"op": place, "count": len(some)} | call)
+            children += some
+    return bare, alike, IdArray([child["id"] for child in children]), [child["payload"] for child in children]
 
 
 def finish(db: Db, id: str, result: Any = None, token: int = 1, now: float = 0, worker: UUID = WORKER) -> Json:

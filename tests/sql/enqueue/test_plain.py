@@ -227,12 +227,15 @@ def test_who_needs_a_hint_has_it_whoever_else_sends_one(db: Db, database: str) -
         other.execute("listen pgconductor")
         with db.transaction():
             hinted(db, "queue")
-            assert call(other, "enqueue", [{"id": uuid4(), "task": "work", "payload": {}}], "always")["hinted"]
+            calls: list[Json] = [{"id": uuid4(), "task": "work", "payload": {}}]
+            assert call(other, "enqueue", calls, "always")["hinted"]
             assert len(heard(other)) == 1
 
 
 def test_what_a_hint_cannot_name_concerns_everybody(db: Db, database: str) -> None:
-    calls = [{"id": uuid4(), "task": "work", "queue": f"q{number}", "payload": {}} for number in range(2_000)]
+    calls: list[Json] = [
+        {"id": uuid4(), "task": "work", "queue": f"q{number}", "payload": {}} for number in range(2_000)
+    ]
     with session(database) as other:
         other.execute("listen pgconductor")
         call(db, "enqueue", calls, "always")

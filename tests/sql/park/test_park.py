@@ -1,5 +1,7 @@
 """park: running → waiting, or ready again when an answer was faster."""
 
+from uuid import UUID
+
 import pytest
 
 from tests.sql.support import (
@@ -170,6 +172,32 @@ def test_children_of_several_operations_and_executions_go_to_their_own(db: Db) -
         for each in ops
         for index, child in enumerate(each.get("children", ()), each["kind"] == "invoke_all")
     }
+
+
+def test_children_in_a_row_are_called_as_each_asks(db: Db) -> None:
+    register(db, "work", "child", "other")
+    enqueue(db)
+    id = claim_one(db, tasks=["work"])
+    calls = [{}, {}, {"priority": 7}, {"queue": "mail"}, {"delay": 9}, {"delay": 9}, {"task": "other"}, {}, {}]
+    fan_out = op(id, "all", "invoke_all", *calls, window=8)
+    lone = op(id, "one", "invoke", {"priority": 3})
+    park(db, id, fan_out, lone)
+    ids = [each["id"] for each in fan_out["children"]]
+    found = [row(db, each) for each in ids]
+    assert [each["parent_index"] for each in found] == list(range(1, 10))
+    assert [each["priority"] for each in found] == [0, 0, 7, 0, 0, 0, 0, 0, 0]
+    assert [each["run_at"] for each in found] == [None] * 4 + [at(9)] * 2 + [None] * 3
+    assert [state(db, each) for each in ids] == ["ready"] * 4 + ["scheduled"] * 2 + ["ready"] * 2 + ["scheduled"]
+    lanes = db.execute(
+        "select e.id::text, t.name as task, q.name as queue from execution e join lane l on l.id = e.lane_id "
+        "join task t on t.id = l.task_id join queue q on q.id = l.queue_id where e.parent_step = 'all' order by e.ord"
+    ).fetchall()
+    tasks = ["child"] * 6 + ["other"] + ["child"] * 2
+    queues = ["default"] * 3 + ["mail"] + ["default"] * 5
+    assert [tuple(each.values()) for each in lanes] == list(zip(ids, tasks, queues, strict=True))
+    assert row(db, lone["children"][0]["id"])["priority"] == 3
+    whole = db.execute("select child_ids, child_task from step where name = 'all'").fetchone()
+    assert whole == {"child_ids": [UUID(each) for each in ids], "child_task": None}
 
 
 def test_a_lost_execution_opens_nothing(db: Db) -> None:

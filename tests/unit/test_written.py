@@ -1,0 +1,53 @@
+"""How operations and completions are written: what is alike once, the ids and the values beside each other."""
+
+import json
+
+from msgspec import Raw
+
+from pgconductor.ids import new_ids
+from pgconductor.written import Completion, NewExecution, Operation, apart, in_columns, tied
+
+
+def child(id: str, number: int, **call: object) -> NewExecution:
+    return NewExecution(id, payload=Raw(json.dumps({"i": number}).encode()), **({"task": "child"} | call))  # type: ignore[arg-type]
+
+
+def test_children_in_a_row_that_are_called_alike_are_one_entry() -> None:
+    ids = new_ids(5)
+    calls: list[dict[str, object]] = [{}, {}, {"priority": 2}, {}, {}]
+    children = [child(id, number, **call) for number, (id, call) in enumerate(zip(ids, calls, strict=True))]
+    nap = Operation("e", "nap", 0, "sleep", due_in=1)
+    all_ = Operation("e", "all", 0, "invoke_all", children=children[:4])
+    one = Operation("f", "one", 0, "invoke", children=children[4:])
+
+    operations, alike, written_ids, payloads = apart([nap, all_, one])
+
+    assert [each["name"] for each in json.loads(operations)] == ["nap", "all", "one"]
+    assert not any("children" in each for each in json.loads(operations))
+    assert json.loads(alike) == [
+        {"op": 2, "count": 2, "task": "child"},
+        {"op": 2, "count": 1, "task": "child", "priority": 2},
+        {"op": 2, "count": 1, "task": "child"},
+        {"op": 3, "count": 1, "task": "child"},
+    ]
+    assert list(written_ids) == ids
+    assert json.loads(payloads) == [{"i": number} for number in range(5)]
+    assert all_.children == children[:4]  # what is sent again is whole
+
+
+def test_completions_go_in_columns_and_name_each_parent_once() -> None:
+    first, second, third, parent = new_ids(4)
+    completed = [
+        Completion(first, 1, Raw(b"null"), parent),
+        Completion(second, 22, Raw(b'"x"'), None),
+        Completion(third, 3, Raw(b"[1]"), parent),
+    ]
+    ids, tokens, results = in_columns(completed)
+    assert (list(ids), tokens, json.loads(results)) == ([first, second, third], "{1,22,3}", [None, "x", [1]])
+    assert list(tied(completed)) == [first, third, parent]
+
+
+def test_nothing_is_written_as_nothing() -> None:
+    assert apart([]) == ("[]", "[]", [], "[]")
+    assert in_columns([]) == ([], "{}", "[]")
+    assert tied([]) == []
