@@ -14,18 +14,18 @@ from benchmarks.server import Database, Server
 PEAK_JOBS = 10_000
 SECONDS = 4
 SHARES = (50, 80)
-EVERYBODYS = 1_000  # a second: a rate that is the same for all who keep up with it, without being at their limit
+COMMON_RATE = 1_000  # jobs a second, the same for all who are not at their limit then
 
 Produce = Callable[[int, float], Awaitable[list[float]]]
 
 
 async def measure(run: Callable[[int, float], Coroutine[Any, Any, "Waits"]], peak_jobs: int) -> Sample:
-    """Find the peak, then run at shares of it, and at everybody's rate; `run` takes a number of jobs and a rate."""
+    """Find the peak, then run at shares of it, and at the common rate; `run` takes a number of jobs and a rate."""
     flat_out = await run(peak_jobs, 0)
     peak, details, faults = flat_out.rate, dict[str, float](), flat_out.faults
     rates = {str(share): peak * share / 100 for share in SHARES}
-    if peak * max(SHARES) / 100 >= EVERYBODYS:
-        rates["everybodys"] = EVERYBODYS
+    if peak * max(SHARES) / 100 >= COMMON_RATE:
+        rates["common"] = COMMON_RATE
     for name, rate in rates.items():
         waits = await run(int(rate * SECONDS), rate)
         details |= {f"{quantile}_at_{name}": value for quantile, value in quantiles(waits.seconds).items()}

@@ -32,6 +32,8 @@ T = TypeVar("T")
 FLIGHTS_MAX: Final = 2
 CALLS_PER_STATEMENT_MAX: Final = 1_000
 BYTES_PER_STATEMENT_MAX: Final = 8 * 1024 * 1024
+CARRYING_CALLS_MAX: Final = 200
+"""Other hints wait for calls that carry theirs, and other notifications for their flush: only short ones do."""
 _NOTIFY_QUEUE_IS_FULL: Final = "54000"
 
 Loop = asyncio.AbstractEventLoop
@@ -100,12 +102,12 @@ class LoopClient:
         if len(rows) == 1 and rows[0].is_plain:
             enqueued = await self._enqueue_one(rows[0])
         else:
-            enqueued = await self._enqueue_some(lambda hint: self._engine.enqueue(rows, hint))
+            enqueued = await self._enqueue_some(len(rows), lambda hint: self._engine.enqueue(rows, hint))
         return ids_of(rows, enqueued)
 
     async def enqueue_alike(self, calls: AlikeExecutions) -> list[str]:
         """Enqueue plain calls that differ in their payloads only, in one statement; return their ids."""
-        await self._enqueue_some(lambda hint: self._engine.enqueue_alike(calls, hint))
+        await self._enqueue_some(len(calls.ids), lambda hint: self._engine.enqueue_alike(calls, hint))
         return calls.ids
 
     async def emit(self, event: NewEvent) -> None:
@@ -141,7 +143,7 @@ class LoopClient:
     async def _enqueue_one(self, row: NewExecution) -> Enqueued:
         try:
             with self._hints.carry(is_alone=True) as hint:
-                enqueued = await self._enqueue_hinted(lambda hint: self._engine.enqueue_one(row, hint), hint)
+                enqueued = await self._enqueue_hinted(lambda carried: self._engine.enqueue_one(row, carried), hint)
             if hint == "one" and enqueued.unconfirmed and not await self._confirm(row.id):
                 again = self._engine.enqueue_again(self._engine.enqueue_one(row))
                 return await self._enqueue(again)  # the server went down before its disk had the call
@@ -149,7 +151,9 @@ class LoopClient:
         finally:
             self._hints.call_ended()
 
-    async def _enqueue_some(self, calls: Callable[[Carried | None], Query[Enqueued]]) -> Enqueued:
+    async def _enqueue_some(self, count: int, calls: Callable[[Carried | None], Query[Enqueued]]) -> Enqueued:
+        if count > CARRYING_CALLS_MAX:
+            return await self._enqueue(calls(None))
         with self._hints.carry() as hint:
             return await self._enqueue_hinted(calls, hint)
 

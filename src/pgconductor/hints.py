@@ -19,7 +19,7 @@ from pgconductor.pool import Pool
 BYTES_MAX: Final = 7_900  # Postgres allows 8,000
 PAUSE_SECONDS: Final = 0.002  # whoever was hinted is awake by now; the first hint after a silence goes at once
 CARRIER_SECONDS_MAX: Final = 0.01
-SILENCE_SECONDS: Final = 0.02  # a call after it is worth a second round trip: see `Hints.lone_call`
+SILENCE_SECONDS: Final = 0.02  # a call after it is worth a second round trip: see `Hints.carry`
 
 
 class Hints:
@@ -81,7 +81,8 @@ class Hints:
                 yield "one"
             else:
                 yield None if carrier is None else "queue"
-                self._call_seconds = self._time() - began_at  # of a call that waits for the disk
+                if is_alone:
+                    self._call_seconds = self._time() - began_at  # of a call that waits for the disk
         finally:
             if carrier is not None:
                 carrier.set()

@@ -3,13 +3,14 @@
 import json
 
 from msgspec import Raw
+from msgspec.structs import replace
 
 from pgconductor.ids import new_ids
 from pgconductor.written import Completion, NewExecution, Operation, apart, in_columns, tied
 
 
 def child(id: str, number: int, **call: object) -> NewExecution:
-    return NewExecution(id, payload=Raw(json.dumps({"i": number}).encode()), **({"task": "child"} | call))  # type: ignore[arg-type]
+    return replace(NewExecution(id, "child", Raw(json.dumps({"i": number}).encode())), **call)
 
 
 def test_children_in_a_row_that_are_called_alike_are_one_entry() -> None:

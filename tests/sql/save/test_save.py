@@ -5,9 +5,13 @@ from uuid import UUID, uuid4
 import psycopg
 import pytest
 
+from pgconductor.id_array import IdArray
+from pgconductor.ids import new_ids
 from tests.sql.support import (
     WORKER,
     Db,
+    Json,
+    at,
     call,
     cancel,
     claim,
@@ -132,6 +136,39 @@ def test_operations_without_children_may_say_so_with_null(db: Db, running: str) 
     nap = op(running, "nap", "sleep", due_in=5) | {"children": None}
     save(db, running, ops=[nap, op(running, "s", "start", {})])
     assert (step(db, running, "nap")["status"], count(db, "execution")) == ("pending", 2)
+
+
+@pytest.mark.covers("F63")
+@pytest.mark.parametrize(
+    "alike",
+    [
+        [{"op": 1, "count": 1}],  # fewer than there are ids
+        [{"op": 1, "count": 3}],
+        [{"op": 1, "count": -1}, {"op": 1, "count": 3}],
+        [{"op": 1, "count": -2_000_000_000}, {"op": 1, "count": 2_000_000_002}],
+        [{"op": 2, "count": 1}, {"op": 1, "count": 1}],  # of the second operation first
+        [{"op": 2, "count": 2}],  # two of a start
+    ],
+)
+def test_what_is_said_of_children_has_to_fit_them(db: Db, running: str, alike: list[Json]) -> None:
+    ops = [op(running, "all", "invoke_all", token=1), op(running, "one", "start", token=1)]
+    called = [{"task": "child"} | each for each in alike]
+    with pytest.raises(psycopg.Error) as caught:
+        call(db, "save", WORKER, [], ops, at(0), called, IdArray(new_ids(2)), [{}, {}])
+    assert caught.value.sqlstate in ("PC003", "22003")
+    assert (count(db, "execution"), count(db, "step")) == (1, 0)
+
+
+def test_children_of_what_is_there_already_are_passed_over(db: Db, running: str) -> None:
+    first = op(running, "a", "start", {})
+    save(db, running, ops=[first])
+    second, third = op(running, "b", "start", {"priority": 5}), op(running, "c", "start", {"priority": 6})
+    save(db, running, ops=[first, second, first | {"name": "a"}, third])
+    assert count(db, "execution") == 4
+    for each, priority in ((first, 0), (second, 5), (third, 6)):
+        id = each["children"][0]["id"]
+        assert row(db, id)["priority"] == priority
+        assert str(step(db, running, each["name"])["child_id"]) == id
 
 
 def test_no_child_deeper_than_100(db: Db, running: str) -> None:

@@ -17,7 +17,7 @@ begin
   if p_items is null or octet_length(p_items::text) <= 1048576 then
     return;
   end if;
-  -- what is larger than allowed stands in an item that is: of ten thousand children none need be taken apart
+  -- what is larger than allowed stands in an item that is: of thousands of items none need be taken apart
   select json_agg(i) into v_large from json_array_elements(p_items) i where octet_length(i::text) > 1048576;
   if v_large is null then
     return;

@@ -1,6 +1,8 @@
 -- enqueue: create executions, from anywhere. Called by the client (its own connection or the caller's), and by SQL.
--- States: none -> ready, or scheduled when a time is given. Locks: dedupe keys; the execution that a replace changes.
--- Returns a JSON array of ids in the order of the calls. A repeated id (a reply was lost) is accepted once.
+-- States: none -> ready, or scheduled when a time is given. Locks: dedupe keys; the execution that a replace changes; for a
+-- hint, an advisory lock that is tried and not waited for.
+-- Returns {queues: [queue ids with new work], ids: in the order of the calls, null where they are those that were sent,
+-- hinted: whether the commit sends the hint}. A repeated id (a reply was lost) is accepted once.
 -- Errors: PC003 a payload is too large; a name that is none violates the tables' checks. A replace of an execution that
 -- has started is no error: the earlier id is returned.
 
@@ -63,7 +65,8 @@ begin
   into v_is_delayed, v_is_expiring, v_lanes, v_limited
   from (select lane_id, bool_or(due_at > p_now) as is_delayed, bool_or(due_at is null or due_at <= p_now) as is_ready
         from unnest(p_new) group by 1) n
-  join lane l on l.id = n.lane_id join task t on t.id = l.task_id;
+  cross join lateral (select * from lane k where k.id = n.lane_id offset 0) l
+  cross join lateral (select expires_in from task k where k.id = l.task_id offset 0) t;
   if v_is_delayed then
     insert into timer (execution_id, due_at)
     select n.id, n.due_at from unnest(p_new) n where n.due_at > p_now;
@@ -217,21 +220,22 @@ begin
   end loop;
 end $$;
 
--- Sends the hint for lanes with new work at the commit, as p_hint says; returns whether it does. A NOTIFY makes all others of
--- the server wait until its commit is on the disk. So one at a time has it, and the callers of the others send theirs.
+-- Sends the hint for lanes with new work at the commit, as p_hint says; returns whether it does. A NOTIFY makes all others
+-- of the server wait until its commit is on the disk. So one at a time has it, and the callers of the others send theirs.
 create or replace function send_hint(p_hint text, p_lanes int[]) returns boolean
 language plpgsql volatile set search_path from current as $$
 declare
   v_queues text;
 begin
-  if cardinality(p_lanes) = 0 or p_hint is null
-     or p_hint = 'queue' and not pg_try_advisory_xact_lock(hashtext(current_schema()), 1006) then
-    return false;
+  if cardinality(p_lanes) > 0 and (
+    p_hint = 'always' or p_hint = 'queue' and pg_try_advisory_xact_lock(hashtext(current_schema()), 1006))
+  then
+    select string_agg(distinct queue_id::text, ' ') into v_queues from lane where id = any(p_lanes);
+    -- more than a hint can name concerns everybody
+    perform pg_notify(current_schema(), case when length(v_queues) > 7900 then 'ready' else 'ready ' || v_queues end);
+    return true;
   end if;
-  select string_agg(distinct queue_id::text, ' ') into v_queues from lane where id = any(p_lanes);
-  -- more than a hint can name concerns everybody
-  perform pg_notify(current_schema(), case when length(v_queues) > 7900 then 'ready' else 'ready ' || v_queues end);
-  return true;
+  return false;
 end $$;
 
 -- p_calls: [{id, task, queue?, payload, priority?, run_at?, delay? (seconds), dedupe_key?, replace?, trigger?,
@@ -297,8 +301,9 @@ end $$;
 -- nor expiry. Everything else, a repetition after a lost reply, and what is to be refused, is left to enqueue: the
 -- effect is the same.
 -- Two inserts and one lookup; half the cost of enqueue.
--- p_hint: as enqueue takes it, or 'one': it names this execution, and its commit waits for no disk, so that a worker begins meanwhile: the call
--- is unconfirmed, and counts as accepted when confirm has been answered.
+-- p_hint: 'queue', as enqueue takes it, or 'one': it names this execution, and its commit waits for no disk, so that a worker
+-- begins meanwhile: the call is unconfirmed, and counts as accepted when confirm has been answered. What is left to enqueue
+-- is not hinted.
 create or replace function enqueue_one(
   p_id uuid, p_task text, p_queue text, p_priority smallint, p_payload json, p_hint text default null,
   p_again boolean default false, p_now timestamptz default null

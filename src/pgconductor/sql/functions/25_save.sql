@@ -9,9 +9,9 @@
 -- The caller holds the tree locks and the rows of the parents, so that nobody else opens any of theirs meanwhile.
 -- p_ops: [{id (execution), name, round, kind, due_at?, due_in? (seconds), keep, timeout_error?, window?, detached?, event?,
 --          where?}]
--- p_alike: [{op: a place in p_ops, from 1, count, task, queue?, priority?, delay?, run_at?}], in the order of the operations:
---          how so many of its children in a row are called. They differ in their ids, p_children, and in p_payloads alone,
---          an array beside it: ten thousand objects cost the server three times as much to read.
+-- p_alike: [{op: its place in p_ops, count, task, queue?, priority?, delay?, run_at?}], operation after operation: how so
+--          many of its children in a row are called. They differ in p_children, their ids, and p_payloads alone, which stand
+--          beside each other: ten thousand objects cost the server three times as much to read.
 -- p_ids: only the operations of these executions.
 create or replace function open_operations(
   p_ops json, p_alike json, p_children uuid[], p_payloads json, p_ids uuid[], p_now timestamptz
@@ -27,7 +27,7 @@ begin
   if v_ops is null then
     return '{}'::int[];
   end if;
-  v_alike := read_alike(p_alike, p_now);
+  v_alike := read_alike(p_alike, v_ops, cardinality(p_children), p_now);
   perform open_steps(v_ops, v_alike, p_children, p_now);
   if v_alike is null then
     return '{}'::int[];
@@ -56,37 +56,47 @@ begin
     where o.id in (select unnest(p_ids)) and known.is_there is null);
 end $$;
 
--- Which children in a row are called alike, and how; null where there are none. Refuses more than an operation may have.
-create or replace function read_alike(p_alike json, p_now timestamptz) returns alike_children[]
+-- Which children are called alike, and how; null where new operations have none. Refuses what does not fit the so many
+-- ids that there are, and more children than an operation may have.
+create or replace function read_alike(
+  p_alike json, p_ops new_operation[], p_count int, p_now timestamptz
+) returns alike_children[]
 language plpgsql volatile set search_path from current as $$
 declare
   v_tasks text[];
   v_queues text[];
   v_lanes int[];
-  v_alike alike_children[];
-  v_most int;
+  v_read record;
 begin
   select array_agg(x.task), array_agg(x.queue) into v_tasks, v_queues
-  from (select distinct a.task, a.queue from json_to_recordset(p_alike) as a(task text, queue text)) x;
+  from (select distinct a.task, a.queue from json_to_recordset(p_alike) as a(op int, task text, queue text)
+        where a.op in (select place from unnest(p_ops))) x;
   if v_tasks is null then
     return null;
   end if;
   v_lanes := lanes_of(v_tasks, v_queues);
   select array_agg(row(
-    a.op, a.last - a.count + 1, a.last, a.last_of_op - a.count, x.lane, a.task, coalesce(a.priority, 0),
-    coalesce(a.run_at, p_now + make_interval(secs => a.delay)))::alike_children order by a.place), max(a.last_of_op)
-  into v_alike, v_most
-  from (select a.*, sum(a.count) over (order by a.place)::int as last,
-               sum(a.count) over (partition by a.op order by a.place)::int as last_of_op
+           a.op, a.last - a.count + 1, a.last, a.last_of_op - a.count, x.lane, a.task, coalesce(a.priority, 0),
+           coalesce(a.run_at, p_now + make_interval(secs => a.delay)))::alike_children order by a.place) as alike,
+         max(a.last_of_op) as most, max(a.total) as total,
+         bool_or(a.is_astray or (a.last_of_op > 1 and o.kind <> 'invoke_all')) as is_astray
+  into v_read
+  from (select a.*, sum(a.count) over (order by a.place)::int as last, sum(a.count) over () as total,
+               sum(a.count) over (partition by a.op order by a.place)::int as last_of_op,
+               a.count < 1 or a.op < lag(a.op) over (order by a.place) as is_astray
         from rows from (json_to_recordset(p_alike) as (op int, count int, task text, queue text, priority smallint,
           delay float8, run_at timestamptz)) with ordinality
           as a(op, count, task, queue, priority, delay, run_at, place)) a
-  join unnest(v_tasks, v_queues, v_lanes) as x(task, queue, lane)
+  left join unnest(p_ops) o on o.place = a.op
+  left join unnest(v_tasks, v_queues, v_lanes) as x(task, queue, lane)
     on x.task = a.task and x.queue is not distinct from a.queue;
-  if v_most > 10000 then
-    raise exception '% children of one operation, at most 10000 are allowed', v_most using errcode = 'PC003';
+  if v_read.is_astray or v_read.total <> p_count then
+    raise exception 'what is said of children does not fit them: % of % ids', v_read.total, p_count using errcode = 'PC003';
   end if;
-  return v_alike;
+  if v_read.most > 10000 then
+    raise exception '% children of one operation, at most 10000 are allowed', v_read.most using errcode = 'PC003';
+  end if;
+  return v_read.alike;
 end $$;
 
 -- The rows of new operations: steps, and the counters of fan-outs. A fan-out of nobody is over, and so is the start of
@@ -96,13 +106,14 @@ create or replace function open_steps(
 ) returns void
 language plpgsql volatile set search_path from current as $$
 begin
+  with flat as materialized (select p_children as ids)  -- else each slice of the variable copies all of it
   insert into step (execution_id, name, round, index, kind, status, keep_on_timeout, created_at, finished_at, due_at,
                     error, child_id, child_task, event_where, child_ids)
   select o.execution_id, o.name, o.round, 0, o.kind, case when f.is_over then 'completed' else 'pending' end::step_status,
          o.keep, p_now, case when f.is_over then p_now end, o.due_at, o.timeout_error,
-         case when not f.fans_out then p_children[c.first] end, coalesce(o.event, c.task), o.event_where,
-         case when f.fans_out then p_children[c.first : c.last] end
-  from unnest(p_ops) o
+         case when not f.fans_out then k.ids[c.first] end, coalesce(o.event, c.task), o.event_where,
+         case when f.fans_out then k.ids[c.first : c.last] end
+  from flat k cross join unnest(p_ops) o
   left join (
     select op, min(first) as first, max(last) as last, case when min(task) = max(task) then min(task) end as task
     from unnest(p_alike) group by op) c on c.op = o.place
@@ -139,11 +150,11 @@ begin
       -- arrays are unfolded in the select list: after from, their rows would be stored before they are read
       from (select unnest(p_children) as id, json_array_elements(p_payloads) as payload,
                    generate_subscripts(p_children, 1) as place, unnest(array(
-                     select k.place from unnest(p_alike) with ordinality
-                       as k(op, first, last, before, lane_id, task, priority, due_at, place)
-                     cross join lateral generate_series(k.first, k.last) as n(place) order by n.place)) as kind) c
-      join unnest(p_alike) with ordinality as a(op, first, last, before, lane_id, task, priority, due_at, place)
-        on a.place = c.kind
+                     select k.entry from unnest(p_alike) with ordinality
+                       as k(op, first, last, before, lane_id, task, priority, due_at, entry)
+                     cross join lateral generate_series(k.first, k.last) as n(place) order by n.place)) as entry) c
+      join unnest(p_alike) with ordinality as a(op, first, last, before, lane_id, task, priority, due_at, entry)
+        on a.entry = c.entry
       join unnest(p_ops) o on o.place = a.op
       order by c.place) c);
 end $$;

@@ -1,5 +1,5 @@
 -- put_ready, admissible, admit, release_permits: limits, and what holds limited work until there is room.
--- Called by every function that makes work ready, and by claim. States: none of its own; work in the backlog is "ready".
+-- Called by every function that makes work ready, and by claim; insert_executions enters into ready itself. States: none of its own; work in the backlog is "ready".
 --
 -- The ready work of a limited lane stands in the backlog. A claim takes from it only what the limits let in, and writes
 -- a permit a concurrency limit beside the lease, and the start for a rate. So a permit is a row that lives and goes with

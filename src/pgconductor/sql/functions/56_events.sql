@@ -112,9 +112,10 @@ declare
 begin
   v_lanes := write_events(p_events, v_now);
   v_awaited := is_awaited(array(select e.name from json_to_recordset(p_events) as e(name text)));
-  if p_notify and (v_awaited or cardinality(v_lanes) > 0) then
-    perform pg_notify(current_schema(), 'ready' || case when v_awaited then '' else (
-      select ' ' || string_agg(distinct queue_id::text, ' ') from lane where id = any(v_lanes)) end);
+  if p_notify and v_awaited then
+    perform pg_notify(current_schema(), 'ready');
+  elsif p_notify then
+    perform send_hint('always', v_lanes);
   end if;
   return json_build_object('queues', queues_of(v_lanes), 'awaited', v_awaited);
 end $$;

@@ -203,7 +203,8 @@ create type new_operation as (
   place int, execution_id uuid, root_id uuid, depth smallint, name text, round smallint, kind step_kind,
   due_at timestamptz, keep boolean, detached boolean, timeout_error json, "window" int, event text, event_where jsonb
 );
--- Children in a row, from the first to the last, that are called alike; so many of their operation's stand before them.
+-- Children in a row that are called alike: the places of the first and the last among all children that are opened
+-- together, and how many of their own operation (op: its place) stand before them.
 create type alike_children as (
   op int, first int, last int, before int, lane_id int, task text, priority smallint, due_at timestamptz
 );
