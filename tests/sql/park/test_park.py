@@ -178,7 +178,17 @@ def test_children_in_a_row_are_called_as_each_asks(db: Db) -> None:
     register(db, "work", "child", "other")
     enqueue(db)
     id = claim_one(db, tasks=["work"])
-    calls = [{}, {}, {"priority": 7}, {"queue": "mail"}, {"delay": 9}, {"delay": 9}, {"task": "other"}, {}, {}]
+    calls: list[Json] = [
+        {},
+        {},
+        {"priority": 7},
+        {"queue": "mail"},
+        {"delay": 9},
+        {"delay": 9},
+        {"task": "other"},
+        {},
+        {},
+    ]
     fan_out = op(id, "all", "invoke_all", *calls, window=8)
     lone = op(id, "one", "invoke", {"priority": 3})
     park(db, id, fan_out, lone)

@@ -153,8 +153,9 @@ def test_operations_without_children_may_say_so_with_null(db: Db, running: str) 
 def test_what_is_said_of_children_has_to_fit_them(db: Db, running: str, alike: list[Json]) -> None:
     ops = [op(running, "all", "invoke_all", token=1), op(running, "one", "start", token=1)]
     called = [{"task": "child"} | each for each in alike]
+    payloads: list[Json] = [{}, {}]
     with pytest.raises(psycopg.Error) as caught:
-        call(db, "save", WORKER, [], ops, at(0), called, IdArray(new_ids(2)), [{}, {}])
+        call(db, "save", WORKER, [], ops, at(0), called, IdArray(new_ids(2)), payloads)
     assert caught.value.sqlstate in ("PC003", "22003")
     assert (count(db, "execution"), count(db, "step")) == (1, 0)
 
