@@ -1,5 +1,6 @@
 """redrive: failed, cancelled → ready, as a new life."""
 
+from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
@@ -101,7 +102,8 @@ def test_a_fan_out_keeps_the_answers_of_children_that_are_redriven(db: Db) -> No
     (claimed,) = claim(db, tasks=["work"], token=3)
     finish(db, children[1], "later", token=2)
     ((_, _, _, _, status, *_, answers),) = claimed["steps"]
-    told = [each if len(each) > 1 else [*each, "completed", None] for each in answers]  # a value alone: it completed
+    # of one that completed, the value is told alone
+    told: list[list[Any]] = [each if len(each) > 1 else [*each, "completed", None] for each in answers]
     assert (status, [each[1] for each in told]) == ("completed", ["failed", "failed", "completed", "failed"])
     assert [each[2] and each[2]["message"] for each in told] == ["first", "first", None, "last"]
     assert [each[0] for each in told] == [None, None, "in time", None]
