@@ -23,7 +23,7 @@ from pgconductor.faults import InjectedFault, fault
 from pgconductor.membership import Membership
 from pgconductor.scan import PAUSE_FACTOR, Scan, Start
 from pgconductor.session import ConnectionLost, Session, backoff_seconds
-from pgconductor.written import Want
+from pgconductor.written import Names, Want
 
 if TYPE_CHECKING:
     from pgconductor.crew import Crew
@@ -81,7 +81,7 @@ class Claimer:
         self._on_schedules = on_schedules
         self._token = 0
         self._expected: set[int] = set()
-        self._one: tuple[int, str] | None = None  # a queue, and what is to be claimed of it
+        self._named: Names | None = None  # to be claimed by themselves
         self._wake = asyncio.Event()
         self._poll_at = 0.0
         self._due_at = 0.0
@@ -127,14 +127,14 @@ class Claimer:
             self._expected |= mine
             self._wake.set()
 
-    def expect_one(self, queue_id: int, task_id: int, execution_id: str) -> None:
-        """Expect an execution, which is claimed by itself if there is nothing else to look for."""
-        if queue_id not in self._crew.by_queue or task_id not in self._crew.tasks:
+    def expect_named(self, names: Names) -> None:
+        """Expect executions, which are claimed by themselves if there is nothing else to look for."""
+        if names.queue_id not in self._crew.by_queue or names.task_id not in self._crew.tasks:
             return
-        if self._one is None and not self._expected and self._crew.by_queue[queue_id].free() > 0:
-            self._one = (queue_id, execution_id)
+        if self._named is None and not self._expected and self._has_slots(names):
+            self._named = names
         else:
-            self._expected.add(queue_id)
+            self._expected.add(names.queue_id)
         self._wake.set()
 
     def look(self) -> None:
@@ -144,7 +144,7 @@ class Claimer:
 
     def on_slot_free(self, worker: "Worker") -> None:
         """Claim again where more is expected."""
-        if self._one or worker.queue_id in self._expected:
+        if self._named or worker.queue_id in self._expected:
             self._wake.set()
 
     def note_due(self, seconds: float | None) -> None:
@@ -156,7 +156,7 @@ class Claimer:
     @property
     def is_quiet(self) -> bool:
         """Whether everything was looked at, nothing more is expected and no timer is due."""
-        has_looked = not (self._is_claiming or self._expected or self._one) and self._head_at == _FOR_EVER
+        has_looked = not (self._is_claiming or self._expected or self._named) and self._head_at == _FOR_EVER
         return has_looked and min(self._poll_at, self._due_at) > time.monotonic()
 
     # ------------------------------------------------------------ the loop
@@ -204,7 +204,7 @@ class Claimer:
     def _has_reason(self) -> bool:
         if self._crew.is_held() or self._membership.is_fenced():
             return False
-        if self._one or min(self._poll_at, self._due_at, self._head_at) <= time.monotonic():
+        if self._named or min(self._poll_at, self._due_at, self._head_at) <= time.monotonic():
             return True
         return any(self._wants(queue_id) for queue_id in self._expected)
 
@@ -219,24 +219,27 @@ class Claimer:
             self._poll_at = now + self.poll_seconds * (2 if self._is_listening() else 1)
         if self._reconcile_at <= now:
             await self._reconcile()
-        if (one := self._take_one(is_alone=not is_poll and not is_due)) is not None:
-            await self._claim_one(one)
+        if (names := self._take_named(is_alone=not is_poll and not is_due)) is not None:
+            await self._claim_named(names)
             return
         wants = self._collect_wants(everything=is_poll or is_due or self._head_at <= now)
         self._head_at = _FOR_EVER if self._head_at <= now else self._head_at
         if wants or is_due or is_poll:  # schedules are due whether or not there is a free slot
             await self._claim(wants, fire=is_due or is_poll)
 
-    def _take_one(self, *, is_alone: bool) -> str | None:
+    def _take_named(self, *, is_alone: bool) -> Names | None:
         """Return what is to be claimed by itself.
 
-        Where there is more to look for, or no free slot any more, its queue is looked at instead.
+        Where there is more to look for, or not a free slot for each any more, the queue is looked at instead.
         """
-        one, self._one = self._one, None
-        if one is not None and (self._expected or not is_alone or self._crew.by_queue[one[0]].free() <= 0):
-            self._expected.add(one[0])
+        names, self._named = self._named, None
+        if names is not None and (self._expected or not is_alone or not self._has_slots(names)):
+            self._expected.add(names.queue_id)
             return None
-        return one and one[1]
+        return names
+
+    def _has_slots(self, names: Names) -> bool:
+        return self._crew.by_queue[names.queue_id].free() >= len(names.ids)
 
     def _collect_wants(self, *, everything: bool) -> list[Want]:
         wants: list[Want] = []
@@ -262,10 +265,10 @@ class Claimer:
             self._expect_more(claim, wants, start)
             self._distribute(claim, token)
 
-    async def _claim_one(self, execution_id: str) -> None:
+    async def _claim_named(self, names: Names) -> None:
         self._token += 1
         token = self._token
-        claim = await self._ask(self._engine.claim_one(self._membership.id, token, execution_id))
+        claim = await self._ask(self._engine.claim_named(self._membership.id, token, names))
         if claim is not None:
             self._distribute(claim, token)
 

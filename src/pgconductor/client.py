@@ -25,7 +25,7 @@ from pgconductor.events import NewEvent
 from pgconductor.hints import Hints
 from pgconductor.pool import NotMigrated, Pool
 from pgconductor.results import Results
-from pgconductor.written import AlikeExecutions, NewExecution
+from pgconductor.written import AlikeExecutions, NewExecution, alike
 
 T = TypeVar("T")
 
@@ -100,14 +100,22 @@ class LoopClient:
     async def enqueue_many(self, rows: Sequence[NewExecution]) -> list[str]:
         """Enqueue calls in one statement; return their ids, which a dedupe key may have changed."""
         if len(rows) == 1 and rows[0].is_plain:
-            enqueued = await self._enqueue_one(rows[0])
+            enqueued = await self._enqueue_plain(rows[0].id, lambda hint: self._engine.enqueue_one(rows[0], hint))
+        elif (calls := alike(rows)) is not None:
+            return await self.enqueue_alike(calls)
+        elif len(rows) <= CARRYING_CALLS_MAX:
+            with self._hints.carry() as hint:
+                enqueued = await self._enqueue_hinted(lambda hint: self._engine.enqueue(rows, hint), hint)
         else:
-            enqueued = await self._enqueue_some(len(rows), lambda hint: self._engine.enqueue(rows, hint))
+            enqueued = await self._enqueue(self._engine.enqueue(rows))
         return ids_of(rows, enqueued)
 
     async def enqueue_alike(self, calls: AlikeExecutions) -> list[str]:
         """Enqueue plain calls that differ in their payloads only, in one statement; return their ids."""
-        await self._enqueue_some(len(calls.ids), lambda hint: self._engine.enqueue_alike(calls, hint))
+        if len(calls.ids) <= CARRYING_CALLS_MAX:
+            await self._enqueue_plain(calls.ids[0], lambda hint: self._engine.enqueue_alike(calls, hint))
+        else:
+            await self._enqueue(self._engine.enqueue_alike(calls))
         return calls.ids
 
     async def emit(self, event: NewEvent) -> None:
@@ -140,22 +148,17 @@ class LoopClient:
             self.hint(enqueued.queues)
         return enqueued
 
-    async def _enqueue_one(self, row: NewExecution) -> Enqueued:
+    async def _enqueue_plain(self, first_id: str, calls: Callable[[Carried | None], Query[Enqueued]]) -> Enqueued:
+        """Enqueue plain calls, which may be named, and are then confirmed; see `Hints.carry`."""
         try:
-            with self._hints.carry(is_alone=True) as hint:
-                enqueued = await self._enqueue_hinted(lambda carried: self._engine.enqueue_one(row, carried), hint)
-            if hint == "one" and enqueued.unconfirmed and not await self._confirm(row.id):
-                again = self._engine.enqueue_again(self._engine.enqueue_one(row))
-                return await self._enqueue(again)  # the server went down before its disk had the call
+            with self._hints.carry(may_name=True) as hint:
+                enqueued = await self._enqueue_hinted(calls, hint)
+            if hint == "named" and enqueued.unconfirmed and not await self._confirm(first_id):
+                again = self._engine.enqueue_again(calls(None))
+                return await self._enqueue(again)  # the server went down before its disk had the calls
             return enqueued
         finally:
             self._hints.call_ended()
-
-    async def _enqueue_some(self, count: int, calls: Callable[[Carried | None], Query[Enqueued]]) -> Enqueued:
-        if count > CARRYING_CALLS_MAX:
-            return await self._enqueue(calls(None))
-        with self._hints.carry() as hint:
-            return await self._enqueue_hinted(calls, hint)
 
     async def _enqueue_hinted(
         self, calls: Callable[[Carried | None], Query[Enqueued]], hint: Carried | None
@@ -168,10 +171,10 @@ class LoopClient:
                 raise
         return await self._enqueue(calls(None))
 
-    async def _confirm(self, execution_id: str) -> bool:
-        """Return whether a call whose commit has not waited for the disk is there to stay."""
+    async def _confirm(self, first_id: str) -> bool:
+        """Return whether calls whose commit has not waited for the disk are there to stay; it has all or none."""
         try:
-            return await self.run(self._engine.confirm(execution_id))
+            return await self.run(self._engine.confirm(first_id))
         except ServerError as error:
             raise ServerError(
                 f"the call was sent, and may have begun, but whether the server has kept it is unknown: {error}",

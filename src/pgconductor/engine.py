@@ -27,6 +27,7 @@ from pgconductor.schedules import DueSchedule, Fired, FiredNow, FiredSchedule, N
 from pgconductor.written import (
     AlikeExecutions,
     Completion,
+    Names,
     NewExecution,
     Operation,
     Outcome,
@@ -38,8 +39,8 @@ from pgconductor.written import (
     tied,
 )
 
-Carried = Literal["queue", "one"]
-"""The hint that a commit carries: it names the queue, or the one execution."""
+Carried = Literal["queue", "named"]
+"""The hint that a commit carries: it names the queue, or the executions themselves."""
 TREE_SIZE_MAX: Final = 10_001
 """The most executions of a tree that retention removes in one transaction: a parent and all its children."""
 
@@ -225,13 +226,13 @@ class Engine(Reports):
         return self._query("enqueue", "json text boolean timestamptz", parameters, _enqueued, harmless=False)
 
     def enqueue_one(self, call: NewExecution, hint: Carried | None = None) -> Query[Enqueued]:
-        """The same for one plain call. After the hint "one", `confirm` the call."""
+        """The same for one plain call. After the hint "named", `confirm` it."""
         parameters = (call.id, call.task, call.queue, call.priority, as_text(call.payload), hint, False, self._now())
         casts = "uuid text text smallint json text boolean timestamptz"
         return self._query("enqueue_one", casts, parameters, _enqueued, harmless=False)
 
     def enqueue_alike(self, calls: AlikeExecutions, hint: Carried | None = None) -> Query[Enqueued]:
-        """The same for plain calls that differ in their payloads only."""
+        """The same for plain calls that differ in their payloads only. After the hint "named", `confirm` them."""
         payloads = f"[{','.join(calls.payloads)}]"
         parameters = (IdArray(calls.ids), calls.task, calls.queue, calls.priority, payloads, hint, False, self._now())
         casts = "uuid[] text text smallint json text boolean timestamptz"
@@ -276,10 +277,11 @@ class Engine(Reports):
             "claim", "uuid bigint json int[] boolean timestamptz json", parameters, _claim, harmless=False
         )
 
-    def claim_one(self, orchestrator: str, token: int, execution: str) -> Query[Claim | None]:
+    def claim_named(self, orchestrator: str, token: int, names: Names) -> Query[Claim | None]:
         """See 20_claim.sql."""
-        parameters = (orchestrator, token, execution, self._now())
-        return self._query("claim_one", "uuid bigint uuid timestamptz", parameters, _claim, harmless=False)
+        parameters = (orchestrator, token, names.queue_id, names.task_id, IdArray(names.ids), self._now())
+        casts = "uuid bigint int int uuid[] timestamptz"
+        return self._query("claim_named", casts, parameters, _claim, harmless=False)
 
     def save(
         self, orchestrator: str, steps: Sequence[SavedStep], operations: Sequence[Operation]

@@ -1,7 +1,7 @@
 """Hints of a client on one event loop: who has new work, and who waited for what has ended, is named on the channel.
 
-Calls bring their hint along: their commit sends it. That of a plain call which comes alone after a silence names the
-execution itself, and goes out before the disk has the call, which is then confirmed. All other hints go out behind the
+Calls bring their hint along: their commit sends it. That of plain calls which come after a silence names the executions
+themselves, and goes out before the disk has the calls, which are then confirmed. All other hints go out behind the
 commit, from a transaction of their own. One hint at a time is on its way; a pause follows, and what comes meanwhile is
 gathered. A call that will be committed when the pause is over brings along what was gathered for its queue. A lost hint
 costs a worker's poll.
@@ -19,7 +19,7 @@ from pgconductor.pool import Pool
 BYTES_MAX: Final = 7_900  # Postgres allows 8,000
 PAUSE_SECONDS: Final = 0.002  # whoever was hinted is awake by now; the first hint after a silence goes at once
 CARRIER_SECONDS_MAX: Final = 0.01
-SILENCE_SECONDS: Final = 0.02  # a call after it is worth a second round trip: see `Hints.carry`
+SILENCE_SECONDS: Final = 0.003  # a call after it is worth a second round trip: see `Hints.carry`
 
 
 class Hints:
@@ -64,10 +64,10 @@ class Hints:
         self._go()
 
     @contextmanager
-    def carry(self, *, is_alone: bool = False) -> Generator[Carried | None]:
+    def carry(self, *, may_name: bool = False) -> Generator[Carried | None]:
         """Tell calls, which are to be sent within in one statement, which hint to bring along.
 
-        For one plain call after a silence it is "one": the worker begins while the disk is still at work, and the
+        For plain calls after a silence it is "named": the worker begins while the disk is still at work, and the
         caller has one more round trip. Calls that follow each other are sooner done with one, and their worker is
         awake.
         """
@@ -76,12 +76,12 @@ class Hints:
         if carrier is not None:
             self._carrier, self._covered = carrier, set(self._queues)
         try:
-            is_first = is_alone and not self._has_any and began_at - self._called_at >= SILENCE_SECONDS
+            is_first = may_name and not self._has_any and began_at - self._called_at >= SILENCE_SECONDS
             if carrier is not None and is_first:
-                yield "one"
+                yield "named"
             else:
                 yield None if carrier is None else "queue"
-                if is_alone:
+                if may_name:
                     self._call_seconds = self._time() - began_at  # of a call that waits for the disk
         finally:
             if carrier is not None:
@@ -90,7 +90,7 @@ class Hints:
             self._go()
 
     def call_ended(self) -> None:
-        """Note the end of a lone call with all its round trips; the silence begins."""
+        """Note the end of a call with all its round trips; the silence begins."""
         self._called_at = self._time()
 
     def went_along(self, queues: Sequence[int]) -> None:

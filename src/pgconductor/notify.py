@@ -1,7 +1,7 @@
 """Hints over LISTEN and NOTIFY: they shorten a wait, and nothing depends on them.
 
-The channel is the schema's name. A hint is text: `ready <queue ids>` (these queues have new work), `one <queue id>
-<task id> <execution id>` (just this), or `told <watcher ids>` (a result is there, a signal waits). Hints may be lost,
+The channel is the schema's name. A hint is text: `ready <queue ids>` (these queues have new work), `named <queue id>
+<task id> <execution ids>` (just these), or `told <watcher ids>` (a result is there, a signal waits). Hints may be lost,
 doubled, late or about nothing; whoever gets one looks at the tables. A pooler gives no session to listen on, and a
 LISTEN would stay behind in one that others are given: where one is found, nothing is listened to, and polling does.
 """

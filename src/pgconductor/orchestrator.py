@@ -46,6 +46,7 @@ from pgconductor.settler import Effects, Saver, Settler
 from pgconductor.task import Task
 from pgconductor.threads import Threads
 from pgconductor.worker import Worker
+from pgconductor.written import Names
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -387,16 +388,16 @@ class _Process:
                 self.claimer.expect(int(word) for word in words if word.isdecimal())
             else:
                 self.claimer.look()
-        elif kind == "one":
-            self._hear_of_one(words)
+        elif kind == "named":
+            self._hear_names(words)
         elif kind == "told" and self._membership.id in words:
             self._heartbeat.poke()
 
-    def _hear_of_one(self, words: list[str]) -> None:
-        """Expect what is named: `<queue id> <task id> <execution id>`; anybody may send anything on the channel."""
+    def _hear_names(self, words: list[str]) -> None:
+        """Expect what is named: `<queue id> <task id> <execution ids>`; anybody may send anything on the channel."""
         with suppress(ValueError):
-            queue_id, task_id, execution_id = words
-            self.claimer.expect_one(int(queue_id), int(task_id), str(UUID(execution_id)))
+            queue_id, task_id, *ids = words
+            self.claimer.expect_named(Names(int(queue_id), int(task_id), [str(UUID(id)) for id in ids]))
 
     def _on_slot_free(self, worker: Worker) -> None:
         self.claimer.on_slot_free(worker)

@@ -57,6 +57,16 @@ class AlikeExecutions(Struct):
     payloads: list[str]
 
 
+def alike(rows: Sequence[NewExecution]) -> AlikeExecutions | None:
+    """Gather calls that differ in nothing but their payloads; None if they differ otherwise, or are not plain."""
+    task, queue, priority = rows[0].task, rows[0].queue, rows[0].priority
+    for row in rows:
+        if row.task != task or row.queue != queue or row.priority != priority or not row.is_plain:
+            return None
+    payloads = [bytes(row.payload).decode() for row in rows]
+    return AlikeExecutions([row.id for row in rows], task, queue, priority, payloads)
+
+
 class SavedStep(Struct, gc=False):
     """A finished step of a running execution. With `event`, what it did was to emit that."""
 
@@ -148,6 +158,14 @@ class Outcome(Struct, omit_defaults=True, gc=False):
     fresh: list[Fresh] | None = None
     cached: bool = False
     long: bool = False
+
+
+class Names(Struct, frozen=True):
+    """Executions of one lane that a hint names."""
+
+    queue_id: int
+    task_id: int
+    ids: list[str]
 
 
 class Want(Struct):

@@ -9,23 +9,34 @@ import psycopg
 import pytest
 
 from pgconductor import Conductor, Context, hints
-from pgconductor.engine import Query
+from pgconductor.client import CARRYING_CALLS_MAX
+from pgconductor.engine import Carried, Enqueued, Query
 from pgconductor.errors import ServerError
 from pgconductor.task import Task
+from pgconductor.written import AlikeExecutions
 from tests.integration.conftest import client_of
-from tests.sql.support import Db
+from tests.sql.support import Db, row
 
 
 async def add(ctx: Context, a: int, b: int = 1) -> int:
     return a + b
 
 
+@pytest.fixture(autouse=True)
+def no_silence_by_chance(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hints, "SILENCE_SECONDS", 600.0)
+
+
+async def silence(app: Conductor) -> None:
+    await app.close()  # all hints have gone out
+    client_of(app)._hints._called_at -= 1_200
+
+
 async def silent(app: Conductor) -> Task[..., int]:
-    """Return a task that has a lane, when all hints have gone out."""
+    """Return a task that has a lane, after a silence."""
     task = app.create_task(add)
     await task.invoke(0)
-    await app.close()
-    await asyncio.sleep(2 * hints.SILENCE_SECONDS)
+    await silence(app)
     return task
 
 
@@ -52,7 +63,7 @@ async def test_a_call_after_a_silence_is_hinted_by_its_commit_and_those_right_be
         run = await task.invoke(1)
 
         (hint,) = [hint.payload async for hint in listener.notifies(timeout=30, stop_after=1)]
-        assert hint == f"one 1 {task_id(db)} {run.id}"
+        assert hint == f"named 1 {task_id(db)} {run.id}"
         assert client_of(app).pool.query_count - before == 2  # it is confirmed by another
         for number in range(2, 6):
             await task.invoke(number)
@@ -74,7 +85,7 @@ async def test_calls_that_take_longer_than_the_pause_bring_their_hints_along(
 
         assert client_of(app).pool.query_count - before == 21  # the first comes after a silence
         first, *others = [hint.payload async for hint in listener.notifies(timeout=30, stop_after=20)]
-        assert first.startswith("one 1 ")
+        assert first.startswith("named 1 ")
         assert others == ["ready 1"] * 19
 
 
@@ -103,21 +114,52 @@ async def test_other_hints_go_out_beside_one_call_after_the_other(app: Conductor
 async def test_calls_that_are_sent_together_bring_their_hint_along(app: Conductor, database: str) -> None:
     task = await silent(app)
     keyed = task.with_options(dedupe_key="k")
-    for calls in ([task.bind(number) for number in range(3)], [task.bind(1), keyed.bind(2)]):
-        await asyncio.sleep(2 * hints.SILENCE_SECONDS)
-        async with listening(database) as listener:
-            before = client_of(app).pool.query_count
-            await app.invoke_many(calls)
-            assert [hint.payload async for hint in listener.notifies(timeout=30, stop_after=1)] == ["ready 1"]
-            assert client_of(app).pool.query_count - before == 1
+    async with listening(database) as listener:
+        before = client_of(app).pool.query_count
+        await app.invoke_many([task.bind(1), keyed.bind(2)])
+        assert [hint.payload async for hint in listener.notifies(timeout=30, stop_after=1)] == ["ready 1"]
+        assert client_of(app).pool.query_count - before == 1
+
+
+async def test_plain_calls_of_a_task_that_are_sent_together_after_a_silence_are_named(
+    app: Conductor, db: Db, database: str
+) -> None:
+    task = await silent(app)
+    await app.invoke_many([task.bind(number) for number in range(CARRYING_CALLS_MAX + 1)])  # too many to name
+    await silence(app)
+    async with listening(database) as listener:
+        before = client_of(app).pool.query_count
+        runs = await app.invoke_many([task.bind(number) for number in range(CARRYING_CALLS_MAX)])
+        (hint,) = [hint.payload async for hint in listener.notifies(timeout=30, stop_after=1)]
+        assert hint == " ".join(["named 1", str(task_id(db)), *(str(run.id) for run in runs)])
+        assert client_of(app).pool.query_count - before == 2
+
+
+async def test_plain_calls_of_a_task_that_gather_go_as_one_array(
+    app: Conductor, db: Db, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = await silent(app)
+    sent: list[int] = []
+    engine = client_of(app)._engine
+    enqueue_alike = engine.enqueue_alike
+
+    def noted(calls: AlikeExecutions, hint: Carried | None = None) -> Query[Enqueued]:
+        sent.append(len(calls.ids))
+        return enqueue_alike(calls, hint)
+
+    monkeypatch.setattr(engine, "enqueue_alike", noted)
+    runs = await asyncio.gather(*(task.invoke(number) for number in range(20)))
+    assert sum(sent) == 19  # the first goes at once
+    for number, run in enumerate(runs):
+        assert row(db, str(run.id))["payload"]["a"] == number
 
 
 async def test_what_was_gathered_while_a_call_carried_its_hint_is_hinted_still(app: Conductor) -> None:
     await silent(app)
     client = client_of(app)
     before = client.pool.query_count
-    with client._hints.carry(is_alone=True) as hint:
-        assert hint == "one"
+    with client._hints.carry(may_name=True) as hint:
+        assert hint == "named"
         client.hint([1])  # of a call that was committed after the one that carries, and answered before it
         client._hints.went_along([1])
     await client.close()
@@ -128,7 +170,7 @@ async def test_a_hint_does_not_name_one_call_alone_while_others_are_gathered(app
     await silent(app)
     client = client_of(app)
     client._hints._queues.add(1)
-    with client._hints.carry(is_alone=True) as hint:
+    with client._hints.carry(may_name=True) as hint:
         assert hint == "queue"
     await client.close()
 
@@ -143,12 +185,11 @@ async def test_calls_that_follow_each_other_are_not_confirmed_however_long_that_
 
     async def slowly(execution_id: str) -> bool:
         confirmed.append(execution_id)
-        await asyncio.sleep(1.1 * hints.SILENCE_SECONDS)
+        await asyncio.sleep(2.2)
         return await confirm(execution_id)
 
     monkeypatch.setattr(client, "_confirm", slowly)
     monkeypatch.setattr(hints, "SILENCE_SECONDS", 2.0)
-    client._hints._called_at -= 60
     for number in range(3):
         await task.invoke(number)
     assert len(confirmed) == 1
@@ -201,5 +242,5 @@ async def test_calls_at_the_same_time_are_hinted_by_one_commit_or_behind_them(ap
         await asyncio.gather(*(task.invoke(number) for number in range(200)))
         await app.close()
         heard = [hint.payload async for hint in listener.notifies(timeout=0.5)]
-    assert {hint for hint in heard if not hint.startswith("one ")} <= {"ready 1"}
+    assert {hint for hint in heard if not hint.startswith("named ")} <= {"ready 1"}
     assert len(heard) < 100  # one after the other, while the pool's other connections go on

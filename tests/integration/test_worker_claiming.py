@@ -14,8 +14,10 @@ from psycopg.rows import DictRow
 from pgconductor import Conductor, Context, Orchestrator, scan
 from pgconductor.claimer import Claimer
 from pgconductor.engine import Claim, Query
+from pgconductor.hints import SILENCE_SECONDS
 from pgconductor.membership import Timing
 from pgconductor.scan import Start
+from pgconductor.written import Names
 from tests.waiting import until
 
 App = Conductor[None]
@@ -79,20 +81,24 @@ async def quiet_claimer(app: App) -> AsyncGenerator[Claimer]:
         yield claimer
 
 
-async def test_a_lone_call_is_claimed_by_itself(app: App, db: Db, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_calls_after_a_silence_are_claimed_by_their_names(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
     double = app.create_task(twice)
     async with quiet_claimer(app) as claimer:
-        named: list[str] = []
-        claim_one = claimer._engine.claim_one
+        named: list[list[str]] = []
+        claim_named = claimer._engine.claim_named
 
-        def noted(orchestrator: str, token: int, execution: str) -> Query[Claim | None]:
-            named.append(execution)
-            return claim_one(orchestrator, token, execution)
+        def noted(orchestrator: str, token: int, names: Names) -> Query[Claim | None]:
+            named.append(names.ids)
+            return claim_named(orchestrator, token, names)
 
-        monkeypatch.setattr(claimer._engine, "claim_one", noted)
+        monkeypatch.setattr(claimer._engine, "claim_named", noted)
         run = await double.invoke(21)
         assert await run.result() == 42
-        assert named == [str(run.id)]
+        await until(lambda: claimer.is_quiet)
+        await asyncio.sleep(2 * SILENCE_SECONDS)
+        runs = await app.invoke_many([double.bind(number) for number in range(5)])
+        assert [await each.result() for each in runs] == [0, 2, 4, 6, 8]
+        assert named == [[str(run.id)], [str(each.id) for each in runs]]
 
 
 async def test_hints_at_what_is_not_there_disturb_nothing(app: App, db: Db) -> None:
@@ -102,7 +108,7 @@ async def test_hints_at_what_is_not_there_disturb_nothing(app: App, db: Db) -> N
         assert found is not None
         place, id = f"{found['queue_id']} {found['task_id']}", UUID(int=1)
         for words in ["", "1 1", f"{place} x", f"x 1 {id}", f"999 999 {id}", f"{place} {id} 1", f"{place} {id}"]:
-            db.execute("select pg_notify('pgconductor', %s)", (f"one {words}",))
+            db.execute("select pg_notify('pgconductor', %s)", (f"named {words}",))
 
         assert await (await double.invoke(21)).result() == 42
         assert claimer.error_count == 0

@@ -103,6 +103,17 @@ def claim(
     return claimed_of(answer)
 
 
+def claim_named(db: Db, *ids: str, token: int = 1, worker: UUID = WORKER, now: float = 0) -> list[Json]:
+    """Claim executions of one lane by their ids, and return what was claimed."""
+    found = db.execute(
+        "select queue_id, task_id from lane where id = (select lane_id from execution where id = %s)", (ids[0],)
+    ).fetchone()
+    lane = (found["queue_id"], found["task_id"]) if found else (1, 1)
+    answer = call(db, "claim_named", worker, token, *lane, array(ids), at(now))
+    assert answer is not None, "the worker was declared dead"
+    return claimed_of(answer)
+
+
 def claimed_of(answer: Json) -> list[Json]:
     """Return what a claim brought, by name."""
     names = (

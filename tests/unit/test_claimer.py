@@ -8,7 +8,7 @@ from pgconductor.claimer import Claimer
 from pgconductor.engine import Claim, Engine
 from pgconductor.membership import Membership, Timing
 from pgconductor.scan import Start
-from pgconductor.written import Want
+from pgconductor.written import Names, Want
 
 
 def claimer_of(*queue_ids: int) -> Claimer:
@@ -67,58 +67,67 @@ def test_a_queue_in_which_limits_left_work_has_had_its_turn() -> None:
     assert queues(asked(claimer)) == [2, 3, 1]
 
 
-def taken(claimer: Claimer, *, is_alone: bool = True) -> tuple[str | None, set[int]]:
+def taken(claimer: Claimer, *, is_alone: bool = True) -> tuple[list[str] | None, set[int]]:
     """Return what is claimed by itself, and which queues are looked at instead."""
-    return claimer._take_one(is_alone=is_alone), claimer._expected
+    names = claimer._take_named(is_alone=is_alone)
+    return None if names is None else names.ids, claimer._expected
 
 
 def test_a_named_execution_is_claimed_by_itself_where_there_is_nothing_else_to_look_for() -> None:
     claimer = claimer_of(1, 2)
-    claimer.expect_one(1, 7, "it")
-    assert taken(claimer) == ("it", set())
+    claimer.expect_named(Names(1, 7, ["it"]))
+    assert taken(claimer) == (["it"], set())
     assert taken(claimer) == (None, set())
 
 
 def test_beside_other_reasons_its_queue_is_looked_at() -> None:
     claimer = claimer_of(1, 2)
-    claimer.expect_one(1, 7, "it")
+    claimer.expect_named(Names(1, 7, ["it"]))
     assert taken(claimer, is_alone=False) == (None, {1})
 
     claimer = claimer_of(1, 2)
     claimer.expect([2])
-    claimer.expect_one(1, 7, "it")
+    claimer.expect_named(Names(1, 7, ["it"]))
     assert taken(claimer) == (None, {1, 2})
 
     claimer = claimer_of(1, 2)
-    claimer.expect_one(1, 7, "it")
-    claimer.expect_one(1, 7, "another")
+    claimer.expect_named(Names(1, 7, ["it"]))
+    claimer.expect_named(Names(1, 7, ["another"]))
     assert taken(claimer) == (None, {1})
+
+
+def test_more_than_there_are_slots_for_are_looked_for_in_their_queue() -> None:
+    for count, expected in ((10, set[int]()), (11, {1})):
+        claimer = claimer_of(1)
+        claimer.expect_named(Names(1, 7, ["it"] * count))
+        names, queues = taken(claimer)
+        assert (len(names or ()), queues) == (0 if expected else count, expected)
 
 
 def test_without_a_free_slot_it_is_left_to_others_until_there_is_one() -> None:
     claimer = claimer_of(1)
     worker: Any = claimer._crew.by_queue[1]
-    claimer.expect_one(1, 7, "it")
+    claimer.expect_named(Names(1, 7, ["it"]))
     worker.free = lambda: 0  # a claim that was on its way has taken it
     assert taken(claimer) == (None, {1})
 
     claimer = claimer_of(1)
     worker = claimer._crew.by_queue[1]
     worker.free = lambda: 0
-    claimer.expect_one(1, 7, "it")
+    claimer.expect_named(Names(1, 7, ["it"]))
     assert taken(claimer) == (None, {1})
 
 
 def test_what_others_serve_is_left_to_them() -> None:
     claimer = claimer_of(1)
-    claimer.expect_one(2, 7, "of another queue")
-    claimer.expect_one(1, 8, "of a task that is not known here")
+    claimer.expect_named(Names(2, 7, ["of another queue"]))
+    claimer.expect_named(Names(1, 8, ["of a task that is not known here"]))
     assert taken(claimer) == (None, set())
 
 
 def test_a_slot_that_becomes_free_wakes_a_claimer_that_was_told_of_one() -> None:
     claimer = claimer_of(1)
-    claimer.expect_one(1, 7, "it")
+    claimer.expect_named(Names(1, 7, ["it"]))
     claimer._wake.clear()
     claimer.on_slot_free(claimer._crew.by_queue[1])
     assert claimer._wake.is_set()

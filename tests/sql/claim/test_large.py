@@ -17,6 +17,7 @@ from tests.sql.support import (
     blank,
     call,
     claim,
+    claim_named,
     claimed_of,
     complete,
     enqueue,
@@ -64,10 +65,7 @@ def save_value(db: Db, id: str, name: str, value: Any) -> None:
 @pytest.mark.parametrize("name", [False, True])
 def test_a_large_payload_is_loaded_and_not_claimed(db: Db, name: bool, value: str) -> None:
     id, small = enqueue(db, payload={"a": value}), enqueue(db, payload={"a": 1})
-    if name:
-        rows = [claimed_of(call(db, "claim_one", WORKER, 1, UUID(each), START))[0] for each in (id, small)]
-    else:
-        rows = claim(db)
+    rows = claim_named(db, id, small) if name else claim(db)
     assert {row["id"]: row["payload"] for row in rows} == {id: None, small: {"a": 1}}
     assert load(db, {"id": id, "with_input": True}) == {
         id: {"payload": {"a": value}, "trigger_data": None, "steps": {}}

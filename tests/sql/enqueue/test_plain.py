@@ -188,7 +188,7 @@ def test_a_call_may_bring_its_hint_along_one_at_a_time(db: Db, database: str) ->
             assert hinted(db, "queue") == {"queues": [queue], "hinted": True}
             assert setting(db, "synchronous_commit") == "on"
             assert hinted(other, "queue") == {"queues": [queue]}
-            assert hinted(other, "one") == {"queues": [queue]}
+            assert hinted(other, "named") == {"queues": [queue]}
             assert [*other.notifies(timeout=0)] == []
         assert heard(other) == [f"ready {queue}"]
         assert [*other.notifies(timeout=0)] == []
@@ -249,9 +249,48 @@ def test_a_hint_may_name_the_call_and_go_out_before_the_disk_has_it(db: Db, data
     with session(database) as other:
         other.execute("listen pgconductor")
         with db.transaction():
-            assert hinted(db, "one", id) == {"queues": [queue], "hinted": True, "unconfirmed": True}
+            assert hinted(db, "named", id) == {"queues": [queue], "hinted": True, "unconfirmed": True}
             assert setting(db, "synchronous_commit") == "off"
-        assert heard(other) == [f"one {queue} {task} {id}"]
+        assert heard(other) == [f"named {queue} {task} {id}"]
+
+
+def hinted_alike(db: Db, hint: str | None, ids: list[str]) -> Json:
+    marks = "cast(%s as uuid[]), 'work', null, cast(0 as smallint), cast(%s as json), p_hint => %s, p_now => %s"
+    payloads = f"[{','.join(['{}'] * len(ids))}]"
+    answer = db.execute(f"select enqueue_alike({marks}) as it".encode(), (array(ids), payloads, hint, at(0))).fetchone()
+    assert answer is not None
+    found: Json = answer["it"]
+    return found
+
+
+def test_a_hint_may_name_up_to_200_calls_that_are_alike(db: Db, database: str) -> None:
+    register(db, "work")
+    queue, task = lane(db)
+    few, many = ([str(uuid4()) for _ in range(count)] for count in (200, 201))
+    with session(database) as other:
+        other.execute("listen pgconductor")
+        with db.transaction():
+            assert hinted_alike(db, "named", few) == {"queues": [queue], "hinted": True, "unconfirmed": True}
+            assert setting(db, "synchronous_commit") == "off"
+        assert heard(other) == [f"named {queue} {task} {' '.join(few)}"]
+        with db.transaction():
+            assert hinted_alike(db, "named", many) == {"queues": [queue], "hinted": True}
+            assert setting(db, "synchronous_commit") == "on"
+        assert heard(other) == [f"ready {queue}"]
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+def test_a_call_that_asks_for_no_hint_sends_none_and_waits_for_the_disk(
+    db: Db, database: str, plainly: Enqueue, is_known: bool
+) -> None:
+    register(db, *(["work"] if is_known else []))
+    with session(database) as other:
+        other.execute("listen pgconductor")
+        with db.transaction():
+            plainly(db, "{}")
+            assert setting(db, "synchronous_commit") == "on"
+        db.execute("select pg_notify('pgconductor', 'next')")
+        assert heard(other) == ["next"]
 
 
 def test_a_call_of_a_task_with_a_window_is_hinted_by_its_queue(db: Db, database: str) -> None:
@@ -260,7 +299,7 @@ def test_a_call_of_a_task_with_a_window_is_hinted_by_its_queue(db: Db, database:
     with session(database) as other:
         other.execute("listen pgconductor")
         with db.transaction():
-            assert hinted(db, "one") == {"queues": [queue], "hinted": True}
+            assert hinted(db, "named") == {"queues": [queue], "hinted": True}
             assert setting(db, "synchronous_commit") == "on"
         assert heard(other) == [f"ready {queue}"]
 
@@ -268,7 +307,7 @@ def test_a_call_of_a_task_with_a_window_is_hinted_by_its_queue(db: Db, database:
 def test_to_confirm_a_call_waits_for_the_disk(db: Db) -> None:
     register(db, "work")
     id = uuid4()
-    hinted(db, "one", id)
+    hinted(db, "named", id)
     with db.transaction():
         assert call(db, "confirm", id) is True
         written = db.execute("select pg_current_xact_id_if_assigned() as it").fetchone()
@@ -281,7 +320,7 @@ def test_a_call_that_was_lost_is_not_confirmed_and_one_that_was_removed_is(db: D
     assert call(db, "confirm", uuid4()) is False
     register(db, "work", keep_completed=0)
     id = uuid4()
-    hinted(db, "one", id)
+    hinted(db, "named", id)
     claim(db)
     complete(db, str(id))
     assert count(db, "execution") == 0

@@ -220,7 +220,7 @@ begin
   end loop;
 end $$;
 
--- Sends the hint for lanes with new work at the commit, as p_hint says; returns whether it does. A NOTIFY makes all others
+-- Sends the hint for lanes with new work at the commit, as enqueue's p_hint says; returns whether it does. A NOTIFY makes all others
 -- of the server wait until its commit is on the disk. So one at a time has it, and the callers of the others send theirs.
 create or replace function send_hint(p_hint text, p_lanes int[]) returns boolean
 language plpgsql volatile set search_path from current as $$
@@ -228,7 +228,7 @@ declare
   v_queues text;
 begin
   if cardinality(p_lanes) > 0 and (
-    p_hint = 'always' or p_hint = 'queue' and pg_try_advisory_xact_lock(hashtext(current_schema()), 1006))
+    p_hint = 'always' or p_hint is not null and pg_try_advisory_xact_lock(hashtext(current_schema()), 1006))
   then
     select string_agg(distinct queue_id::text, ' ') into v_queues from lane where id = any(p_lanes);
     -- more than a hint can name concerns everybody
@@ -236,6 +236,20 @@ begin
     return true;
   end if;
   return false;
+end $$;
+
+-- Names executions of one lane at the commit, which waits for no disk, so that a worker begins meanwhile: the call is
+-- unconfirmed, and counts as accepted when confirm has been answered. One at a time, as send_hint. Returns whether it is
+-- so; a hint holds 200 names.
+create or replace function send_names(p_queue int, p_task int, p_ids uuid[]) returns boolean
+language plpgsql volatile set search_path from current as $$
+begin
+  if cardinality(p_ids) > 200 or not pg_try_advisory_xact_lock(hashtext(current_schema()), 1006) then
+    return false;
+  end if;
+  perform pg_notify(current_schema(), concat_ws(' ', 'named', p_queue, p_task, array_to_string(p_ids, ' '))),
+          set_config('synchronous_commit', 'off', true);
+  return true;
 end $$;
 
 -- p_calls: [{id, task, queue?, payload, priority?, run_at?, delay? (seconds), dedupe_key?, replace?, trigger?,
@@ -301,9 +315,7 @@ end $$;
 -- nor expiry. Everything else, a repetition after a lost reply, and what is to be refused, is left to enqueue: the
 -- effect is the same.
 -- Two inserts and one lookup; half the cost of enqueue.
--- p_hint: 'queue', as enqueue takes it, or 'one': it names this execution, and its commit waits for no disk, so that a worker
--- begins meanwhile: the call is unconfirmed, and counts as accepted when confirm has been answered. What is left to enqueue
--- is not hinted.
+-- p_hint: 'queue', as enqueue takes it, or 'named': see send_names. What is left to enqueue is not hinted.
 create or replace function enqueue_one(
   p_id uuid, p_task text, p_queue text, p_priority smallint, p_payload json, p_hint text default null,
   p_again boolean default false, p_now timestamptz default null
@@ -326,21 +338,19 @@ begin
   insert into execution (id, ord, created_at, lane_id, priority, payload)
   values (p_id, v_ord, instant(p_now), v_lane.id, p_priority, p_payload);
   insert into ready (lane_id, priority, ord, execution_id) values (v_lane.id, p_priority, v_ord, p_id);
+  if p_hint is not distinct from 'named' and v_lane.is_open and send_names(v_lane.queue_id, v_lane.task_id, array[p_id]) then
+    return ('{"queues":[' || v_lane.queue_id || '],"hinted":true,"unconfirmed":true}')::json;
+  end if;
   if p_hint is null or not pg_try_advisory_xact_lock(hashtext(current_schema()), 1006) then
     return ('{"queues":[' || v_lane.queue_id || ']}')::json;
-  end if;
-  if p_hint = 'one' and v_lane.is_open then
-    perform pg_notify(current_schema(), 'one ' || v_lane.queue_id || ' ' || v_lane.task_id || ' ' || p_id),
-            set_config('synchronous_commit', 'off', true);
-    return ('{"queues":[' || v_lane.queue_id || '],"hinted":true,"unconfirmed":true}')::json;
   end if;
   perform pg_notify(current_schema(), 'ready ' || v_lane.queue_id);
   return ('{"queues":[' || v_lane.queue_id || '],"hinted":true}')::json;
 end $$;
 
--- Makes sure that an execution which was enqueued without waiting for the disk is there to stay: the commit of this
--- call waits for the disk, or the standby, and what was committed before it is there with it. Returns whether it is
--- there, or was: a server that went down in between may have lost it.
+-- Makes sure that an execution which was enqueued without waiting for the disk is there to stay, and all that were
+-- enqueued in the same call with it: the commit of this call waits for the disk, or the standby, and what was committed
+-- before it is there with it. Returns whether it is there, or was: a server that went down in between may have lost it.
 create or replace function confirm(p_id uuid) returns boolean
 language plpgsql volatile set search_path from current as $$
 begin
@@ -348,21 +358,22 @@ begin
   return exists (select from execution where id = p_id) or exists (select from removed where execution_id = p_id);
 end $$;
 
--- The same for plain calls that differ in nothing but their payloads: p_payloads is an array, in the order of p_ids.
+-- The same for plain calls that differ in nothing but their payloads: p_payloads is an array, in the order of p_ids. All
+-- of them are named, or none.
 create or replace function enqueue_alike(
   p_ids uuid[], p_task text, p_queue text, p_priority smallint, p_payloads json, p_hint text default null,
   p_again boolean default false, p_now timestamptz default null
 ) returns json
 language plpgsql volatile set search_path from current set enable_seqscan = off set enable_mergejoin = off set jit = off set plan_cache_mode = force_generic_plan as $$
 declare
-  v_lane int;
+  v_lane record;
   v_now timestamptz := instant(p_now);
-  v_queue int;
   v_ords bigint[];
 begin
-  v_lane := (lanes_of(array[p_task], array[p_queue]))[1];
-  select l.queue_id into v_queue
-  from lane l join task t on t.id = l.task_id where l.id = v_lane and not l.is_limited and t.expires_in is null;
+  select l.id, l.queue_id, t.id as task_id, t.window_start is null as is_open into v_lane
+  from task t join lane l on l.task_id = t.id
+  where t.name = p_task and not l.is_limited and t.expires_in is null
+    and l.queue_id = case when p_queue is null then t.queue_id else (select id from queue where name = p_queue) end;
   if p_again or not found or octet_length(p_payloads::text) > 1048576 and exists (
     select from json_array_elements(p_payloads) p where octet_length(p.value::text) > 1048576)
   then
@@ -375,10 +386,13 @@ begin
   -- arrays are unfolded in the select list: after from, their rows would be stored before they are read
   v_ords := array(select nextval('execution_ord') from generate_subscripts(p_ids, 1));
   insert into execution (id, ord, created_at, lane_id, priority, payload)
-  select unnest(p_ids), unnest(v_ords), v_now, v_lane, p_priority, json_array_elements(p_payloads);
+  select unnest(p_ids), unnest(v_ords), v_now, v_lane.id, p_priority, json_array_elements(p_payloads);
   insert into ready (lane_id, priority, ord, execution_id)
-  select v_lane, p_priority, unnest(v_ords), unnest(p_ids);
-  return json_build_object('queues', array[v_queue], 'hinted', send_hint(p_hint, array[v_lane]));
+  select v_lane.id, p_priority, unnest(v_ords), unnest(p_ids);
+  if p_hint is not distinct from 'named' and v_lane.is_open and send_names(v_lane.queue_id, v_lane.task_id, p_ids) then
+    return json_build_object('queues', array[v_lane.queue_id], 'hinted', true, 'unconfirmed', true);
+  end if;
+  return json_build_object('queues', array[v_lane.queue_id], 'hinted', send_hint(p_hint, array[v_lane.id]));
 end $$;
 
 -- For psql, triggers and other languages: one execution, in the caller's transaction.

@@ -316,11 +316,12 @@ begin
     'claimed', case when v_found then handed_out(v_taken, p_orchestrator) end);
 end $$;
 
--- Takes one execution that its enqueue named, when there is nothing else to look for: a claim of few statements, since
--- after a silence each of them is dear. Fresh ones alone, of lanes without limits or windows; whatever else stands in
--- the way of this one, others take it, or a poll finds it. Returns as claim does: null, or {claimed: [[...]]} or {}.
-create or replace function claim_one(
-  p_orchestrator uuid, p_token bigint, p_execution uuid, p_now timestamptz default null
+-- Takes executions that their enqueue named, of one lane, when there is nothing else to look for: a claim of few
+-- statements, since after a silence each of them is dear. Fresh ones alone, of lanes without limits or windows; where
+-- anything stands in the way of one, others take it, or a poll finds it. Returns as claim does: null, or
+-- {claimed: [[...]]} or {}.
+create or replace function claim_named(
+  p_orchestrator uuid, p_token bigint, p_queue int, p_task int, p_executions uuid[], p_now timestamptz default null
 ) returns json
 language plpgsql volatile set search_path from current set enable_seqscan = off set enable_mergejoin = off set enable_bitmapscan = off set jit = off set plan_cache_mode = force_generic_plan as $$
 declare
@@ -333,16 +334,17 @@ begin
   end if;
   perform set_config('synchronous_commit', 'off', true);
   with named as materialized (
-    select e.*, l.task_id, l.queue_id, r.row_at, is_in_row(e.payload) and is_in_row(e.trigger_data) as with_input
-    from execution e
-    join lane l on l.id = e.lane_id and not l.is_limited
+    select e.*, r.row_at, is_in_row(e.payload) and is_in_row(e.trigger_data) as with_input
+    from lane l
     join queue q on q.id = l.queue_id and q.paused_at is null
     join task k on k.id = l.task_id and k.window_start is null
+    cross join unnest(p_executions) as x(id)
+    cross join lateral (select * from execution k where k.id = x.id offset 0) e
     cross join lateral (
       select ctid as row_at from ready
-      where lane_id = e.lane_id and place_of(priority, ord) = place_of(e.priority, e.ord)
+      where lane_id = l.id and place_of(priority, ord) = place_of(e.priority, e.ord)
       for update skip locked) r
-    where e.id = p_execution and e.started_at is null
+    where l.queue_id = p_queue and l.task_id = p_task and not l.is_limited and e.lane_id = l.id and e.started_at is null
   ), taken as (
     delete from ready where ctid = any(array(select row_at from named)) returning execution_id
   ), leased as (
@@ -350,8 +352,9 @@ begin
     select execution_id, p_orchestrator, p_token, instant(p_now), v_number from taken
   )
   select json_agg(json_build_array(
-    n.id, n.task_id, n.queue_id, case when n.with_input then n.payload end, n.failures, n.crashes, n.depth, n.parent_id,
-    n.root_id, n.trigger, null, null, n.trigger_kind, case when n.with_input then n.trigger_data end)) into v_claimed
+    n.id, p_task, p_queue, case when n.with_input then n.payload end, n.failures, n.crashes, n.depth, n.parent_id,
+    n.root_id, n.trigger, null, null, n.trigger_kind, case when n.with_input then n.trigger_data end) order by n.ord)
+  into v_claimed
   from named n join taken t on t.execution_id = n.id;
   return case when v_claimed is null then '{}' else json_build_object('claimed', v_claimed) end;
 end $$;

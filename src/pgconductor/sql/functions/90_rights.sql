@@ -27,7 +27,7 @@ language sql immutable set search_path from current as $$
     ('reader', 'function', 'owner', '{why_not_running,state_of,list_runs,show_run,list_queues,list_tasks,list_workers,
       list_schedules,list_events,list_subscriptions,list_roles,overview,describe_rows}'),
     ('worker', 'function', 'owner', '{register_tasks,register_queues,register_orchestrator,note_tasks,register_schedules,
-      register_subscriptions,claim,claim_one,save,save_transaction,settle,beat,sweep,hold_off_vacuum,prune,reconcile,retire,fire_timers,
+      register_subscriptions,claim,claim_named,save,save_transaction,settle,beat,sweep,hold_off_vacuum,prune,reconcile,retire,fire_timers,
       fire_schedules,load_executions,outstanding,cancel_as_step,schedule_as_step,unschedule_as_step}'),
     ('worker', 'function', 'owner', '{cancel,cancel_by_key,redrive,pause_queue,resume_queue,set_limit,schedule,unschedule,
       pause_schedules,fire_now,keep_events}'),

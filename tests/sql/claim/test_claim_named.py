@@ -1,4 +1,4 @@
-"""claim_one: what claim does, for one execution that its enqueue named, in few statements."""
+"""claim_named: what claim does, for executions that their enqueue named, in few statements."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,14 +8,14 @@ import pytest
 
 from tests.flow.support import concurrency
 from tests.sql.support import (
-    WORKER,
     Db,
     Json,
+    array,
     at,
     call,
     cancel,
     claim,
-    claimed_of,
+    claim_named,
     complete,
     count,
     enqueue,
@@ -32,12 +32,6 @@ def worker(db: Db) -> None:
     register(db, "work")
 
 
-def claim_named(db: Db, id: str, token: int = 1, worker: UUID = WORKER) -> list[Json]:
-    answer = call(db, "claim_one", worker, token, UUID(id), at(0))
-    assert answer is not None, "the worker was declared dead"
-    return claimed_of(answer)
-
-
 def test_it_gives_what_a_claim_gives_and_leaves_what_a_claim_leaves(db: Db) -> None:
     options: dict[str, Any] = {"payload": {"a": [1, None, ""]}, "priority": 7, "trigger": "invoked"}
     named, other = enqueue(db, **options), enqueue(db, **options)
@@ -51,6 +45,22 @@ def test_it_gives_what_a_claim_gives_and_leaves_what_a_claim_leaves(db: Db) -> N
     first, second = db.execute("select * from lease order by execution_id = %s desc", (named,)).fetchall()
     assert first | {"execution_id": second["execution_id"]} == second
     assert count(db, "ready") == 0
+
+
+def test_it_gives_what_is_there_of_many_in_the_order_of_their_places(db: Db) -> None:
+    ids = [enqueue(db, payload={"n": n}) for n in range(5)]
+    (taken,) = claim_named(db, ids[2], token=1)
+    cancel(db, ids[4])
+    assert [each["payload"] for each in claim_named(db, *reversed(ids), token=2)] == [{"n": 0}, {"n": 1}, {"n": 3}]
+    assert taken["id"] == ids[2]
+    assert count(db, "ready") == 0
+    assert claim_named(db, *ids, token=3) == []
+
+
+def test_what_is_of_another_lane_than_the_hint_says_is_left(db: Db) -> None:
+    here, there = enqueue(db), enqueue(db, queue="mail")
+    assert [each["id"] for each in claim_named(db, here, there)] == [here]
+    assert state(db, there) == "ready"
 
 
 def test_what_it_gave_is_settled_as_any_other(db: Db) -> None:
@@ -147,7 +157,7 @@ def test_two_processes_that_are_hinted_at_the_same_time_do_not_wait_for_each_oth
 
 def test_a_process_that_was_declared_dead_is_told(db: Db) -> None:
     id = enqueue(db)
-    assert call(db, "claim_one", uuid4(), 1, UUID(id), at(0)) is None
+    assert call(db, "claim_named", uuid4(), 1, 1, 1, array([id]), at(0)) is None
     assert state(db, id) == "ready"
 
 
