@@ -133,7 +133,8 @@ def claimed_of(answer: Json) -> list[Json]:
         "trigger_data",
     )
     rows: list[list[Any]] = answer.get("claimed") or []
-    return [dict(zip(names, row, strict=False)) for row in rows]
+    fresh = [0, 0, 0, *[None] * 7]  # of a call that has not run yet, only what comes before is told
+    return [dict(zip(names, row if len(row) > 4 else row + fresh, strict=True)) for row in rows]
 
 
 def claim_one(db: Db, **options: Any) -> str:

@@ -33,7 +33,7 @@ def worker(db: Db) -> None:
 
 
 def test_it_gives_what_a_claim_gives_and_leaves_what_a_claim_leaves(db: Db) -> None:
-    options: dict[str, Any] = {"payload": {"a": [1, None, ""]}, "priority": 7, "trigger": "invoked"}
+    options: dict[str, Any] = {"payload": {"a": [1, None, ""]}, "priority": 7}
     named, other = enqueue(db, **options), enqueue(db, **options)
     (mine,) = claim_named(db, named)
     assert state(db, named) == "running"
@@ -91,6 +91,10 @@ def cancelled(db: Db) -> str:
     return id
 
 
+def of_a_trigger(db: Db) -> str:
+    return enqueue(db, trigger="invoked")
+
+
 def run_before(db: Db) -> str:
     id = claimed_before(db)
     retry(db, id)
@@ -130,6 +134,7 @@ def unknown(_db: Db) -> str:
         claimed_before,
         delayed,
         cancelled,
+        of_a_trigger,
         run_before,
         given_back,
         of_a_paused_queue,

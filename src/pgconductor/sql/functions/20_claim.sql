@@ -191,20 +191,24 @@ begin
 end $$;
 
 -- What the worker is told of what it was given, in the order in which it stands. To a process that keeps the memos of
--- an execution, only what is new is told; it has the input, too.
+-- an execution, only what is new is told; it has the input, too. Of a call that has not run yet, the first four values say all.
 create or replace function handed_out(p_taken ready[], p_orchestrator uuid) returns json
 language plpgsql stable set search_path from current as $$
 declare
   v_bytes_max int := 64 * 1024 * 1024 / cardinality(p_taken);
 begin
   return (
-    select json_agg(json_build_array(
-      e.id, l.task_id, l.queue_id, case when e.with_input then e.payload end, e.failures, e.crashes, e.depth,
-      e.parent_id, e.root_id, e.trigger, t.cached_by = p_orchestrator,
-      case when t.ord < 0 or e.started_at is not null then
-        case when t.cached_by = p_orchestrator then recorded_steps(e.id, t.cached_seq, t.cached_open, v_bytes_max)
-        else recorded_steps(e.id, 0, null, v_bytes_max) end end,
-      e.trigger_kind, case when e.with_input then e.trigger_data end)
+    select json_agg(
+      case when t.ord >= 0 and e.started_at is null and e.failures = 0 and e.crashes = 0 and e.depth = 0
+                and e.trigger is null and e.trigger_kind is null
+      then json_build_array(e.id, l.task_id, l.queue_id, case when e.with_input then e.payload end)
+      else json_build_array(
+        e.id, l.task_id, l.queue_id, case when e.with_input then e.payload end, e.failures, e.crashes, e.depth,
+        e.parent_id, e.root_id, e.trigger, t.cached_by = p_orchestrator,
+        case when t.ord < 0 or e.started_at is not null then
+          case when t.cached_by = p_orchestrator then recorded_steps(e.id, t.cached_seq, t.cached_open, v_bytes_max)
+          else recorded_steps(e.id, 0, null, v_bytes_max) end end,
+        e.trigger_kind, case when e.with_input then e.trigger_data end) end
       order by place_of(t.priority, t.ord))
     from unnest(p_taken) t
     cross join lateral (
@@ -317,8 +321,8 @@ begin
 end $$;
 
 -- Takes executions that their enqueue named, of one lane, when there is nothing else to look for: a claim of few
--- statements, since after a silence each of them is dear. Fresh ones alone, of lanes without limits or windows; where
--- anything stands in the way of one, others take it, or a poll finds it. Returns as claim does: null, or
+-- statements, since after a silence each of them is dear. Calls alone that have not run yet, of lanes without limits or
+-- windows; where anything stands in the way of one, others take it, or a poll finds it. Returns as claim does: null, or
 -- {claimed: [[...]]} or {}.
 create or replace function claim_named(
   p_orchestrator uuid, p_token bigint, p_queue int, p_task int, p_executions uuid[], p_now timestamptz default null
@@ -334,7 +338,7 @@ begin
   end if;
   perform set_config('synchronous_commit', 'off', true);
   with named as materialized (
-    select e.*, r.row_at, is_in_row(e.payload) and is_in_row(e.trigger_data) as with_input
+    select e.id, e.ord, case when is_in_row(e.payload) then e.payload end as payload, r.row_at
     from lane l
     join queue q on q.id = l.queue_id and q.paused_at is null
     join task k on k.id = l.task_id and k.window_start is null
@@ -344,17 +348,15 @@ begin
       select ctid as row_at from ready
       where lane_id = l.id and place_of(priority, ord) = place_of(e.priority, e.ord)
       for update skip locked) r
-    where l.queue_id = p_queue and l.task_id = p_task and not l.is_limited and e.lane_id = l.id and e.started_at is null
+    where l.queue_id = p_queue and l.task_id = p_task and not l.is_limited and e.lane_id = l.id
+      and e.started_at is null and e.failures = 0 and e.crashes = 0 and e.depth = 0 and e.trigger is null
   ), taken as (
     delete from ready where ctid = any(array(select row_at from named)) returning execution_id
   ), leased as (
     insert into lease (execution_id, orchestrator_id, token, claimed_at, orchestrator_number)
     select execution_id, p_orchestrator, p_token, instant(p_now), v_number from taken
   )
-  select json_agg(json_build_array(
-    n.id, p_task, p_queue, case when n.with_input then n.payload end, n.failures, n.crashes, n.depth, n.parent_id,
-    n.root_id, n.trigger, null, null, n.trigger_kind, case when n.with_input then n.trigger_data end) order by n.ord)
-  into v_claimed
+  select json_agg(json_build_array(n.id, p_task, p_queue, n.payload) order by n.ord) into v_claimed
   from named n join taken t on t.execution_id = n.id;
   return case when v_claimed is null then '{}' else json_build_object('claimed', v_claimed) end;
 end $$;
