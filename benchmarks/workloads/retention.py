@@ -19,7 +19,8 @@ FILL = """
 insert into pgconductor.execution (id, created_at, lane_id, payload, result, outcome, started_at, finished_at)
 select cast(lpad(to_hex(cast(extract(epoch from at) * 1000 as bigint)), 12, '0') || '70008'
             || lpad(to_hex(g), 15, '0') as uuid),
-       at, (select min(id) from pgconductor.lane), '{{"i": 1}}', 'null', 'completed', at, at
+       at, (select l.id from pgconductor.lane l join pgconductor.task t on t.id = l.task_id where t.name = 'noop'),
+       '{{"i": 1}}', 'null', 'completed', at, at
 from (select g, now() - interval '{age}' + g * interval '1 second' * {spread} / {rows} as at
       from generate_series(1, {rows}) g) x
 """

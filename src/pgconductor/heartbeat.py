@@ -49,6 +49,7 @@ T = TypeVar("T")
 log = logging.getLogger("pgconductor.heartbeat")
 PULSE_SECONDS: Final = 0.25
 PRUNE_SHARE: Final = 0.2
+PASS_OVER_PAUSE: Final = 4.0  # of the time that a prune took which removed nothing
 LONG_SWEEP_SECONDS: Final = 60.0
 
 
@@ -263,11 +264,19 @@ class Heartbeat:
             self._holding_off = None
 
     async def _prune(self, session: Session) -> None:
-        """Remove what has been kept long enough: a batch, and more of them while there is time before the next beat."""
-        until = time.monotonic() + self._timing.beat * PRUNE_SHARE
+        """Remove what has been kept long enough: a batch, and more of them while there is time before the next beat.
+
+        What is only passed over is not urgent, and there may be millions of it: others work meanwhile.
+        """
+        began_at = time.monotonic()
+        until = began_at + self._timing.beat * PRUNE_SHARE
         while (pruned := await session.run(self._engine.prune())).more and not self._ended:
-            if time.monotonic() > until:
+            now = time.monotonic()
+            if now > until:
                 return
+            if not pruned.removed:
+                await asyncio.sleep(PASS_OVER_PAUSE * (now - began_at))
+            began_at = time.monotonic()
         self._note("prune", pruned.gave_up)
 
     def _note(self, what: str, gave_up: str | None) -> None:

@@ -222,6 +222,18 @@ def test_small_batches_come_to_the_same_end(db: Db) -> None:
     assert state(db, kept) == "ready"
 
 
+def test_a_cursor_passes_over_what_is_kept_for_other_lengths_ten_times_as_fast(db: Db) -> None:
+    keep(db, FOR_EVER, FOR_EVER, "work")
+    keep(db, 7 * DAY, FOR_EVER, "child")
+    ids = [completed(db, number=number, task="child") for number in (30, 31, 32)]
+    for number in range(25):
+        ready(db, number=number)
+    removed = [call(db, "prune", 2, 10_001, at(8 * DAY))["removed"] for _ in range(4)]
+    assert removed == [0, 1, 2, 0]  # after 20; after five more
+    assert exists(db, *ids) == [False] * 3
+    assert count(db, "execution") == 25
+
+
 def test_what_was_made_by_a_clock_far_behind_is_found_a_day_later(db: Db) -> None:
     keep(db)
     completed(db, number=1)

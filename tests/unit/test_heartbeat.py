@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from pgconductor import heartbeat
-from pgconductor.engine import Beat, Engine, Moved, Query
+from pgconductor.engine import Beat, Engine, Moved, Pruned, Query
 from pgconductor.heartbeat import Heartbeat, Pulse
 from pgconductor.membership import Membership, Timing
 from pgconductor.scan import Scan
@@ -80,3 +80,27 @@ async def test_after_a_sweep_that_took_too_long_the_next_go_apart_until_one_take
     beating.stop()
     apart = "pgconductor sweep"
     assert swept[:5] == ["pgconductor heartbeat", apart, apart, apart, "pgconductor heartbeat"]
+
+
+async def test_prunes_follow_each_other_while_they_remove_and_leave_time_to_others_where_they_do_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    answers = [Pruned(5, more=True), Pruned(0, more=True), Pruned(5, more=True), Pruned(0, more=False)]
+    told, sleep = answers.copy(), asyncio.sleep
+    paused_after: list[int] = []
+
+    class Pruning:
+        async def run(self, query: Query[Any]) -> Pruned:
+            await sleep(0.001)
+            return told.pop(0)
+
+    async def note_pause(seconds: float) -> None:
+        assert seconds > 0
+        paused_after.append(len(answers) - len(told))
+
+    monkeypatch.setattr(asyncio, "sleep", note_pause)
+    beating = Heartbeat("", Engine("pgconductor"), Membership(Timing(beat=3600.0)), Nobody(), Pulse(), Scan())
+    session: Any = Pruning()
+    await beating._prune(session)
+    assert told == []
+    assert paused_after == [2]

@@ -37,27 +37,24 @@ language plpgsql volatile set search_path from current as $$
 declare
   v_due uuid[];
 begin
-  insert into prune_later (execution_id, look_at)
-  select e.id, look_again_at(e.created_at, least(t.keep_completed_for, t.keep_failed_for), p_now)
-  from execution e join lane l on l.id = e.lane_id join task t on t.id = l.task_id
-  where e.id = any(p_ids) and e.outcome is null and p_keep is distinct from interval '0'
-    and (p_keep is null and num_nonnulls(t.keep_completed_for, t.keep_failed_for) > 0
-         or p_keep in (t.keep_completed_for, t.keep_failed_for))
-  order by e.id on conflict do nothing;
-  insert into prune_later (execution_id, look_at)
-  select e.id, e.finished_at + k.keep
-  from execution e join lane l on l.id = e.lane_id join task t on t.id = l.task_id
-  cross join lateral (
-    select case e.outcome when 'completed' then t.keep_completed_for else t.keep_failed_for end as keep) k
-  where e.id = any(p_ids) and e.outcome is not null and e.finished_at + k.keep > p_now
-    and (p_keep is null or k.keep = p_keep)
-  order by e.id on conflict do nothing;
-  select array_agg(e.id order by e.id) into v_due
-  from execution e join lane l on l.id = e.lane_id join task t on t.id = l.task_id
-  cross join lateral (
-    select case e.outcome when 'completed' then t.keep_completed_for else t.keep_failed_for end as keep) k
-  where e.id = any(p_ids) and e.outcome is not null and e.finished_at + k.keep <= p_now
-    and (p_keep is null or k.keep = p_keep);
+  if cardinality(p_ids) = 0 then
+    return '{}';
+  end if;
+  with kept as materialized (
+    select e.id, e.outcome is not null as has_ended, case when e.outcome is null
+      then look_again_at(e.created_at, least(t.keep_completed_for, t.keep_failed_for), p_now) else e.finished_at + k.keep end as at
+    from execution e join lane l on l.id = e.lane_id join task t on t.id = l.task_id
+    cross join lateral (
+      select case e.outcome when 'completed' then t.keep_completed_for else t.keep_failed_for end as keep) k
+    where e.id = any(p_ids) and case
+      when e.outcome is not null then p_keep is null or k.keep = p_keep
+      when p_keep is null then num_nonnulls(t.keep_completed_for, t.keep_failed_for) > 0
+      else p_keep > interval '0' and p_keep in (t.keep_completed_for, t.keep_failed_for) end
+  ), noted as (
+    insert into prune_later (execution_id, look_at)
+    select id, at from kept where not has_ended or at > p_now order by id on conflict do nothing
+  )
+  select array_agg(id order by id) into v_due from kept where has_ended and at <= p_now;
   return coalesce(v_due, '{}');
 end $$;
 
@@ -204,30 +201,43 @@ begin
   end loop;
   insert into prune_later (execution_id, look_at)
   select e.id, look_again_at(case when e.id = any(v_locked) then e.finished_at else p_now end, null, p_now)
-  from execution e where e.id = any(p_roots) order by e.id
+  from execution e where e.id = any(p_roots) and e.id <> all(v_plain) order by e.id
   on conflict do nothing;
   return v_count;
 end $$;
 
--- Takes the next ids behind the cursor of one length of retention. Returns the roots among them, and how many ids.
+-- Takes the next ids behind the cursor of one length of retention, up to ten times as many until there are roots of tasks
+-- that keep for that length. Returns those roots, and whether more ids follow.
 create or replace function advance_cursor(
-  p_keep interval, p_limit int, p_now timestamptz, out p_roots uuid[], out p_count int
+  p_keep interval, p_limit int, p_now timestamptz, out p_roots uuid[], out p_more boolean
 )
 language plpgsql volatile set search_path from current as $$
 declare
-  v_cursor prune_cursor;
+  v_began_at timestamptz;
+  v_first uuid;
   v_last uuid;
+  v_some record;
 begin
   insert into prune_cursor (keep, after_id, began_at) values (p_keep, first_id('epoch'), p_now) on conflict do nothing;
-  select * into v_cursor from prune_cursor where keep = p_keep;
-  select coalesce(array_agg(s.id) filter (where s.parent_id is null), '{}'), count(*), (array_agg(s.id order by s.id desc))[1]
-  into p_roots, p_count, v_last
-  from (select id, parent_id from execution
-        where id > v_cursor.after_id and id < cursor_end(p_keep, p_now)
-        order by id limit p_limit) s;
-  if p_count > 0 then
+  select after_id, began_at into v_first, v_began_at from prune_cursor where keep = p_keep;
+  v_last := v_first;
+  for v_round in 1..10 loop
+    select coalesce(array_agg(s.id) filter (where s.parent_id is null and s.lane_id in (
+             select l.id from lane l join task t on t.id = l.task_id
+             where p_keep in (t.keep_completed_for, t.keep_failed_for))), '{}') as roots,
+           count(*) as seen, (array_agg(s.id order by s.id desc))[1] as last
+    into v_some
+    from (select id, parent_id, lane_id from execution
+          where id > v_last and id < cursor_end(p_keep, p_now)
+          order by id limit p_limit) s;
+    p_roots := v_some.roots;
+    p_more := v_some.seen = p_limit;
+    v_last := coalesce(v_some.last, v_last);
+    exit when cardinality(p_roots) > 0 or not p_more;
+  end loop;
+  if v_last > v_first then
     update prune_cursor set after_id = v_last where keep = p_keep;
-  elsif v_cursor.began_at <= p_now - interval '1 day' then
+  elsif v_began_at <= p_now - interval '1 day' then
     update prune_cursor set after_id = first_id('epoch'), began_at = p_now where keep = p_keep;
   end if;
 end $$;
@@ -276,7 +286,7 @@ begin
     union select keep_failed_for from task where keep_failed_for is not null
   loop
     select * into v_some from advance_cursor(v_keep, p_limit, p_now);
-    v_more := v_more or v_some.p_count = p_limit;
+    v_more := v_more or v_some.p_more;
     v_due := v_due || due_roots(v_some.p_roots, v_keep, p_now);
   end loop;
   v_removed := v_removed + remove_roots(v_due, p_now, p_size_max);
