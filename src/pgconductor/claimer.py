@@ -239,7 +239,7 @@ class Claimer:
         return names
 
     def _has_slots(self, names: Names) -> bool:
-        return self._crew.by_queue[names.queue_id].free() >= len(names.ids)
+        return self._crew.by_queue[names.queue_id].free(names.task_id) >= len(names.ids)
 
     def _collect_wants(self, *, everything: bool) -> list[Want]:
         wants: list[Want] = []

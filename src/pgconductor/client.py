@@ -2,8 +2,8 @@
 
 **Enqueueing.** A call that comes alone is sent at once. Calls that come while others are on their way are gathered and
 sent together as soon as one of `FLIGHTS_MAX` statements is back: the busier the process, the fewer commits. If a
-statement of many is refused, each call is sent by itself, so that one bad call delays no other. Every call has its id
-before it is sent, so a lost reply is repeated.
+statement of many is refused, each call is sent by itself, so that one bad call delays no other; if nothing is known of
+it, all of them say so. Every call has its id before it is sent, so a lost reply is repeated.
 
 **Hints.** See `hints`.
 
@@ -19,12 +19,15 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
 from typing import Any, Final, TypeVar
 
+import psycopg
+
 from pgconductor.engine import Carried, Ended, Engine, Enqueued, Moved, Query
 from pgconductor.errors import ConductorError, ServerError
 from pgconductor.events import NewEvent
 from pgconductor.hints import Hints
 from pgconductor.pool import NotMigrated, Pool
 from pgconductor.results import Results
+from pgconductor.session import is_lost
 from pgconductor.written import AlikeExecutions, NewExecution, alike
 
 T = TypeVar("T")
@@ -216,11 +219,13 @@ class LoopClient:
         try:
             ids = await self.enqueue_many([waiting.row for waiting in batch])
         except ConductorError as error:
-            if len(batch) > 1:
+            if len(batch) > 1 and _is_refusal(error):
                 for waiting in batch:
                     await self._send([waiting])
-            elif not batch[0].answer.done():
-                batch[0].answer.set_exception(error)
+                return
+            for waiting in batch:
+                if not waiting.answer.done():
+                    waiting.answer.set_exception(error)
         else:
             for waiting, execution_id in zip(batch, ids, strict=True):
                 if not waiting.answer.done():
@@ -327,6 +332,11 @@ def background() -> Background:
 def ids_of(rows: Sequence[NewExecution], enqueued: Enqueued) -> list[str]:
     """Return the executions' ids: those that were sent, unless dedupe keys kept earlier executions."""
     return [row.id for row in rows] if enqueued.ids is None else enqueued.ids
+
+
+def _is_refusal(error: ConductorError) -> bool:
+    """Tell whether the server has looked at a statement and done nothing of it; else it is not there, or may have."""
+    return isinstance(error.__cause__, psycopg.Error) and not is_lost(error.__cause__)
 
 
 async def _cancel_others() -> None:

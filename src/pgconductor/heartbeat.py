@@ -272,11 +272,11 @@ class Heartbeat:
         until = began_at + self._timing.beat * PRUNE_SHARE
         while (pruned := await session.run(self._engine.prune())).more and not self._ended:
             now = time.monotonic()
-            if now > until:
+            pause = 0.0 if pruned.removed else PASS_OVER_PAUSE * (now - began_at)
+            if now + pause > until:
                 return
-            if not pruned.removed:
-                await asyncio.sleep(PASS_OVER_PAUSE * (now - began_at))
-            began_at = time.monotonic()
+            await asyncio.sleep(pause)
+            began_at = now + pause
         self._note("prune", pruned.gave_up)
 
     def _note(self, what: str, gave_up: str | None) -> None:

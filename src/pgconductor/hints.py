@@ -19,7 +19,7 @@ from pgconductor.pool import Pool
 BYTES_MAX: Final = 7_900  # Postgres allows 8,000
 PAUSE_SECONDS: Final = 0.002  # whoever was hinted is awake by now; the first hint after a silence goes at once
 CARRIER_SECONDS_MAX: Final = 0.01
-SILENCE_SECONDS: Final = 0.003  # a call after it is worth a second round trip: see `Hints.carry`
+SILENCE_SECONDS: Final = 0.003  # from the end of a plain call; one after it is worth a second round trip: see `carry`
 
 
 class Hints:
@@ -90,7 +90,7 @@ class Hints:
             self._go()
 
     def call_ended(self) -> None:
-        """Note the end of a call with all its round trips; the silence begins."""
+        """Note the end of plain calls with all their round trips; the silence begins."""
         self._called_at = self._time()
 
     def went_along(self, queues: Sequence[int]) -> None:

@@ -397,7 +397,10 @@ class _Process:
         """Expect what is named: `<queue id> <task id> <execution ids>`; anybody may send anything on the channel."""
         with suppress(ValueError):
             queue_id, task_id, *ids = words
-            self.claimer.expect_named(Names(int(queue_id), int(task_id), [str(UUID(id)) for id in ids]))
+            if int(queue_id) in self.crew.by_queue:
+                self.claimer.expect_named(
+                    Names(int(queue_id), int(task_id), [*dict.fromkeys(str(UUID(id)) for id in ids)])
+                )
 
     def _on_slot_free(self, worker: Worker) -> None:
         self.claimer.on_slot_free(worker)

@@ -9,7 +9,8 @@ Connections are made on demand and kept; the one used last is used next, so that
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Generator
+from contextlib import contextmanager
 from typing import Any, Final, TypeVar
 
 import psycopg
@@ -36,6 +37,10 @@ class Connection(psycopg.AsyncConnection[Any]):
 
 class NotMigrated(ServerError):
     """The schema has no engine, or an older one's functions."""
+
+
+class OutcomeUnknown(ServerError):
+    """The connection was lost; the call may have been carried out."""
 
 
 class _Unreachable(Exception):
@@ -73,7 +78,7 @@ class Pool:
             ServerError: The server cannot be reached or refuses; says if it is unknown whether the call was done.
             ConductorError: What the engine reported. Nothing was done.
         """
-        failure_count = 0
+        failure_count, was_lost = 0, False
         deadline = asyncio.get_running_loop().time() + PATIENCE_SECONDS
         while True:
             try:
@@ -82,11 +87,13 @@ class Pool:
                 failure_count += 1
                 pause = 0.0 if failure_count == 1 else backoff_seconds(failure_count)
                 is_late = asyncio.get_running_loop().time() + pause > deadline
-                if isinstance(error, _Unreachable):
-                    self._judge_unreachable(error, is_late=is_late)
-                else:
-                    self._judge(error, is_late=is_late, is_repeatable=query.harmless or again is not None)
-                    query = (again or query) if is_lost(error) else query
+                with _unknown_if(was_lost and not query.harmless):
+                    if isinstance(error, _Unreachable):
+                        self._judge_unreachable(error, is_late=is_late)
+                    else:
+                        self._judge(error, is_late=is_late, is_repeatable=query.harmless or again is not None)
+                if isinstance(error, psycopg.Error) and is_lost(error):
+                    query, was_lost = again or query, True
             await asyncio.sleep(pause)
 
     async def close(self) -> None:
@@ -161,12 +168,27 @@ class Pool:
         if lost or error.sqlstate == "25006":
             self.abandon()  # where one connection broke, the others have most likely broken too
         if lost and (is_late or not is_repeatable):
-            raise ServerError(
-                f"the connection was lost, and whether the call was carried out is unknown ({_first_line(error)})",
-                "look before you repeat it, or repeat it with the same dedupe_key",
-            ) from error
+            raise _unknown(error) from error
         if is_late:
             raise reported(error, self._schema) from error
+
+
+def _unknown(error: BaseException) -> OutcomeUnknown:
+    return OutcomeUnknown(
+        f"the connection was lost, and whether the call was carried out is unknown ({_first_line(error)})",
+        "look before you repeat it, or repeat it with the same dedupe_key",
+    )
+
+
+@contextmanager
+def _unknown_if(was_lost: bool) -> Generator[None]:
+    """Say that nothing is known of a call where its repetition is given up; what the engine reports counts, though."""
+    try:
+        yield
+    except ServerError as error:
+        if was_lost and not isinstance(error, OutcomeUnknown):
+            raise _unknown(error) from error
+        raise
 
 
 def reported(error: psycopg.Error, schema: str) -> ConductorError:

@@ -157,18 +157,20 @@ class Worker:
         self._measure()
         return min(self.free() + self.prefetch_max, self.fetch_size)
 
-    def free(self) -> int:
-        """Return how many executions have a slot to run in, those included that batches can take."""
+    def free(self, task_id: int | None = None) -> int:
+        """Return how many executions, of one task if it is given, have a slot, those included that batches can take."""
         free = self.concurrency - self._used()
-        return free + self._batch_room(is_free=free > 0) - len(self.buffer)
+        return free + self._batch_room(task_id, is_free=free > 0) - len(self.buffer)
 
     def _used(self) -> int:
         """Return how many slots are taken; a batch takes one."""
         return len(self.running) - sum(len(batch.members) - 1 for batch in self._batches)
 
-    def _batch_room(self, *, is_free: bool) -> int:
+    def _batch_room(self, task_id: int | None, *, is_free: bool) -> int:
         room = 0
         for id, size in self._batch_sizes.items():
+            if task_id not in (None, id):
+                continue
             gathering = self._gathering.get(id)
             if gathering is not None and gathering.is_open:
                 room += gathering.room

@@ -12,7 +12,7 @@ import psycopg
 import pytest
 from msgspec.structs import replace
 
-from pgconductor import Batch, BatchContext, Call, Conductor, Context, SyncContext, Tick, cron, invocable
+from pgconductor import Batch, BatchContext, Call, Conductor, Context, SyncContext, Tick, cron, invocable, pool
 from pgconductor.calls import CallPlan
 from pgconductor.errors import (
     ConfigurationError,
@@ -300,6 +300,20 @@ class _Cutter:
         return ask
 
 
+async def test_gathered_calls_of_which_nothing_is_known_say_so_and_are_not_sent_again_one_by_one(
+    app: Conductor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = app.create_task(add)
+    await task.invoke(0)
+    monkeypatch.setattr(pool, "PATIENCE_SECONDS", 0.0)
+    cutter = _Cutter(monkeypatch, cuts=1_000)
+
+    outcomes = await asyncio.gather(*(task.invoke(n) for n in range(1, 201)), return_exceptions=True)
+
+    assert all(isinstance(each, ServerError) and "is unknown" in str(each) for each in outcomes)
+    assert 1_000 - cutter.cuts <= 4
+
+
 @pytest.mark.covers("F45")
 @pytest.mark.fault
 async def test_a_lost_reply_makes_no_second_execution(app: Conductor, db: Db, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -337,6 +351,27 @@ async def test_a_lost_reply_of_calls_of_one_kind_makes_each_execution_once(
     assert cutter.cuts == 0
     assert [row["id"] for row in executions(db)] == [run.id for run in runs]
     assert [row["payload"]["a"] for row in executions(db)] == [0, 1, 2]
+
+
+async def test_a_repetition_that_is_refused_does_not_hide_that_the_first_try_may_have_been_carried_out(
+    app: Conductor, db: Db, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = app.create_task(add)
+    ask, count = Pool._ask, 0
+
+    async def lose_and_refuse(pool: Pool, connection: Connection, query: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count > 1:
+            raise psycopg.errors.DiskFull("no space left on device")
+        await ask(pool, connection, query)
+        connection.pgconn.finish()
+        raise psycopg.OperationalError("server closed the connection unexpectedly")
+
+    monkeypatch.setattr(Pool, "_ask", lose_and_refuse)
+    with pytest.raises(ServerError, match=r"whether the call was carried out is unknown .*no space left"):
+        await task.invoke(1)
+    assert len(executions(db)) == 1
 
 
 @pytest.mark.fault

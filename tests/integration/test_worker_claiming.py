@@ -11,13 +11,14 @@ import psycopg
 import pytest
 from psycopg.rows import DictRow
 
-from pgconductor import Conductor, Context, Orchestrator, scan
+from pgconductor import Batch, BatchContext, Conductor, Context, Orchestrator, scan
 from pgconductor.claimer import Claimer
 from pgconductor.engine import Claim, Query
 from pgconductor.hints import SILENCE_SECONDS
 from pgconductor.membership import Timing
 from pgconductor.scan import Start
 from pgconductor.written import Names
+from tests.sql.support import enqueue
 from tests.waiting import until
 
 App = Conductor[None]
@@ -81,17 +82,22 @@ async def quiet_claimer(app: App) -> AsyncGenerator[Claimer]:
         yield claimer
 
 
+def claims_by_name(claimer: Claimer, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    named: list[list[str]] = []
+    claim_named = claimer._engine.claim_named
+
+    def noted(orchestrator: str, token: int, names: Names) -> Query[Claim | None]:
+        named.append(names.ids)
+        return claim_named(orchestrator, token, names)
+
+    monkeypatch.setattr(claimer._engine, "claim_named", noted)
+    return named
+
+
 async def test_calls_after_a_silence_are_claimed_by_their_names(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
     double = app.create_task(twice)
     async with quiet_claimer(app) as claimer:
-        named: list[list[str]] = []
-        claim_named = claimer._engine.claim_named
-
-        def noted(orchestrator: str, token: int, names: Names) -> Query[Claim | None]:
-            named.append(names.ids)
-            return claim_named(orchestrator, token, names)
-
-        monkeypatch.setattr(claimer._engine, "claim_named", noted)
+        named = claims_by_name(claimer, monkeypatch)
         run = await double.invoke(21)
         assert await run.result() == 42
         await until(lambda: claimer.is_quiet)
@@ -99,6 +105,32 @@ async def test_calls_after_a_silence_are_claimed_by_their_names(app: App, monkey
         runs = await app.invoke_many([double.bind(number) for number in range(5)])
         assert [await each.result() for each in runs] == [0, 2, 4, 6, 8]
         assert named == [[str(run.id)], [str(each.id) for each in runs]]
+
+
+async def test_what_batches_of_another_task_can_take_is_no_slot_for_calls_by_name(app: App) -> None:
+    app.create_task(twice)
+
+    @app.task(batch=Batch(size=100, timeout=60))
+    async def many(ctx: BatchContext, numbers: list[int]) -> None: ...
+
+    async with Orchestrator(app, queues={"default": 10}) as orchestrator:
+        (worker,) = orchestrator._workers
+        free = {task.name: worker.free(id) for id, task in claimer_of(orchestrator)._crew.tasks.items()}
+        assert free == {"twice": 10, "many": 109}
+        assert worker.free() == 109
+
+
+async def test_what_a_hint_names_twice_is_claimed_once(app: App, db: Db, monkeypatch: pytest.MonkeyPatch) -> None:
+    app.create_task(twice)
+    async with quiet_claimer(app) as claimer:
+        named = claims_by_name(claimer, monkeypatch)
+        found = db.execute("select l.queue_id, l.task_id from lane l").fetchone()
+        assert found is not None
+        id = enqueue(db, task="twice", payload={"number": 21})
+        words = f"{found['queue_id']} {found['task_id']} {id} {id}"
+        db.execute("select pg_notify('pgconductor', %s)", (f"named {words}",))
+        await until(lambda: states(db) == {"completed": 1})
+        assert (named, claimer.claimed_count) == ([[id]], 1)
 
 
 async def test_hints_at_what_is_not_there_disturb_nothing(app: App, db: Db) -> None:

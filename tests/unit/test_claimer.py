@@ -11,9 +11,17 @@ from pgconductor.scan import Start
 from pgconductor.written import Names, Want
 
 
+def ten(_task_id: int | None = None) -> int:
+    return 10
+
+
+def none(_task_id: int | None = None) -> int:
+    return 0
+
+
 def claimer_of(*queue_ids: int) -> Claimer:
     workers = [
-        SimpleNamespace(queue_id=id, poll_seconds=1.0, buffer=[], low_water=0, wanted=lambda: 10, free=lambda: 10)
+        SimpleNamespace(queue_id=id, poll_seconds=1.0, buffer=[], low_water=0, wanted=lambda: 10, free=ten)
         for id in queue_ids
     ]
     crew: Any = SimpleNamespace(workers=workers, tasks={7: None}, by_queue={each.queue_id: each for each in workers})
@@ -108,12 +116,12 @@ def test_without_a_free_slot_it_is_left_to_others_until_there_is_one() -> None:
     claimer = claimer_of(1)
     worker: Any = claimer._crew.by_queue[1]
     claimer.expect_named(Names(1, 7, ["it"]))
-    worker.free = lambda: 0  # a claim that was on its way has taken it
+    worker.free = none  # a claim that was on its way has taken it
     assert taken(claimer) == (None, {1})
 
     claimer = claimer_of(1)
     worker = claimer._crew.by_queue[1]
-    worker.free = lambda: 0
+    worker.free = none
     claimer.expect_named(Names(1, 7, ["it"]))
     assert taken(claimer) == (None, {1})
 

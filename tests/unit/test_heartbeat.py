@@ -87,7 +87,7 @@ async def test_prunes_follow_each_other_while_they_remove_and_leave_time_to_othe
 ) -> None:
     answers = [Pruned(5, more=True), Pruned(0, more=True), Pruned(5, more=True), Pruned(0, more=False)]
     told, sleep = answers.copy(), asyncio.sleep
-    paused_after: list[int] = []
+    pauses: list[float] = []
 
     class Pruning:
         async def run(self, query: Query[Any]) -> Pruned:
@@ -95,12 +95,17 @@ async def test_prunes_follow_each_other_while_they_remove_and_leave_time_to_othe
             return told.pop(0)
 
     async def note_pause(seconds: float) -> None:
-        assert seconds > 0
-        paused_after.append(len(answers) - len(told))
+        pauses.append(seconds)
 
     monkeypatch.setattr(asyncio, "sleep", note_pause)
     beating = Heartbeat("", Engine("pgconductor"), Membership(Timing(beat=3600.0)), Nobody(), Pulse(), Scan())
     session: Any = Pruning()
     await beating._prune(session)
     assert told == []
-    assert paused_after == [2]
+    took = 0.001
+    assert [pause >= heartbeat.PASS_OVER_PAUSE * took for pause in pauses] == [False, True, False]
+
+    told += [Pruned(0, more=True)]
+    monkeypatch.setattr(heartbeat, "PASS_OVER_PAUSE", 1e6)  # longer than is left until the next beat
+    await beating._prune(session)
+    assert len(pauses) == 3

@@ -19,6 +19,7 @@ from tests.sql.support import (
     complete,
     count,
     enqueue,
+    parent_and_child,
     register,
     release,
     retry,
@@ -91,6 +92,10 @@ def cancelled(db: Db) -> str:
     return id
 
 
+def a_child(db: Db) -> str:
+    return parent_and_child(db)[1]
+
+
 def of_a_trigger(db: Db) -> str:
     return enqueue(db, trigger="invoked")
 
@@ -134,6 +139,7 @@ def unknown(_db: Db) -> str:
         claimed_before,
         delayed,
         cancelled,
+        a_child,
         of_a_trigger,
         run_before,
         given_back,

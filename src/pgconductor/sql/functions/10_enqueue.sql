@@ -255,6 +255,7 @@ end $$;
 -- p_calls: [{id, task, queue?, payload, priority?, run_at?, delay? (seconds), dedupe_key?, replace?, trigger?,
 --            throttle? (seconds), debounce? (seconds)}]
 -- p_hint: 'queue': send the hint with this commit, if nobody else sends one; 'always': send it. hinted says whether it does.
+-- What enqueue_alike leaves to it comes with 'named', too, and is hinted by its queue.
 -- p_again: the call is a repetition after a lost reply; executions that exist already are left alone.
 create or replace function enqueue(
   p_calls json, p_hint text default null, p_again boolean default false, p_now timestamptz default null
@@ -358,7 +359,7 @@ begin
   return exists (select from execution where id = p_id) or exists (select from removed where execution_id = p_id);
 end $$;
 
--- The same for plain calls that differ in nothing but their payloads: p_payloads is an array, in the order of p_ids. All
+-- enqueue_one for calls that differ in nothing but their payloads: p_payloads is an array, in the order of p_ids. All
 -- of them are named, or none.
 create or replace function enqueue_alike(
   p_ids uuid[], p_task text, p_queue text, p_priority smallint, p_payloads json, p_hint text default null,

@@ -201,7 +201,7 @@ begin
   end loop;
   insert into prune_later (execution_id, look_at)
   select e.id, look_again_at(case when e.id = any(v_locked) then e.finished_at else p_now end, null, p_now)
-  from execution e where e.id = any(p_roots) and e.id <> all(v_plain) order by e.id
+  from execution e where e.id = any(p_roots) order by e.id
   on conflict do nothing;
   return v_count;
 end $$;
@@ -242,7 +242,8 @@ begin
   end if;
 end $$;
 
--- p_limit: of how many executions one call takes care at most, a tree counting as one; p_size_max: of a tree that goes whole.
+-- p_limit: of how many executions one call takes care at most, a tree counting as one; those it passes over do not count.
+-- p_size_max: of a tree that goes whole.
 -- Gives up at a lock that others hold on to, as the sweep does.
 create or replace function prune(
   p_limit int default 1000, p_size_max int default 10001, p_now timestamptz default null
