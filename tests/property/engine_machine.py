@@ -9,7 +9,6 @@ import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 from uuid import UUID
 
 from hypothesis import strategies as st
@@ -17,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from tests import invariants
 from tests.flow.support import concurrency, rate
-from tests.sql.support import Db, Json, apart, array, at, call, op, settle_both
+from tests.sql.support import Db, Json, apart, array, at, call, claimed_of, op, settle_both
 
 WORKERS = [UUID(int=number) for number in (1, 2, 3)]
 TASKS = ("work", "child", "limited", "rated", "fleeting")
@@ -173,18 +172,22 @@ class EngineMachine(RuleBasedStateMachine):
         return claimed
 
     @precondition(lambda self: bool(self.known))
-    @rule(worker=workers, number=numbers)
-    def claim_one(self, worker: UUID, number: int) -> None:
+    @rule(worker=workers, picks=st.lists(numbers, min_size=1, max_size=4))
+    def claim_named(self, worker: UUID, picks: list[int]) -> None:
         self.token += 1
-        answer = call(self.db, "claim_one", worker, self.token, UUID(self._pick(number)), at(self.now))
-        assert self._hold(worker, answer) <= 1
+        ids = list(dict.fromkeys(self._pick(number) for number in picks))
+        query = "select queue_id, task_id from lane where id = (select lane_id from execution where id = %s)"
+        lane = self.db.execute(query, (ids[0],)).fetchone() or {"queue_id": 1, "task_id": 1}
+        answer = call(self.db, "claim_named", worker, self.token, *lane.values(), array(ids), at(self.now))
+        assert self._hold(worker, answer) <= len(ids)
 
     def _hold(self, worker: UUID, answer: Json | None) -> int:
         """Note what a claim brought; return how many."""
-        claimed: list[list[Any]] = (answer or {}).get("claimed") or []
-        for row in claimed:
-            assert str(row[0]) not in self.ended
-            self.held.append(Held(str(row[0]), worker, self.token, parent=row[7] and str(row[7])))
+        claimed = claimed_of(answer or {})
+        for each in claimed:
+            id, parent = str(each["id"]), each["parent_id"]
+            assert id not in self.ended
+            self.held.append(Held(id, worker, self.token, parent=parent and str(parent)))
         return len(claimed)
 
     @precondition(lambda self: bool(self.held))

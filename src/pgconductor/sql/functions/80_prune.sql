@@ -38,7 +38,7 @@ declare
   v_due uuid[];
 begin
   if cardinality(p_ids) = 0 then
-    return '{}';
+    return p_ids;
   end if;
   with kept as materialized (
     select e.id, e.outcome is not null as has_ended, case when e.outcome is null
