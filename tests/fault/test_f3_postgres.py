@@ -102,7 +102,7 @@ async def test_f3_30_a_call_after_a_silence_is_there_when_postgres_is_killed_as_
     """Such a call is committed without waiting for the disk, so that a worker may begin; then it is confirmed."""
     for number in range(3):
         await program.invoke([step(f"before {number}")])  # connects
-        await asyncio.sleep(2 * hints.SILENCE_SECONDS)
+        await asyncio.sleep(20 * hints.SILENCE_SECONDS)  # its hint has gone out, too
         writer = world.one("select pid from pg_stat_activity where backend_type = 'walwriter'")
         os.kill(writer, signal.SIGSTOP)  # nobody else brings it to the disk
         run = await program.invoke([step(f"a{number}")])

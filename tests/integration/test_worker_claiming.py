@@ -11,10 +11,9 @@ import psycopg
 import pytest
 from psycopg.rows import DictRow
 
-from pgconductor import Batch, BatchContext, Conductor, Context, Orchestrator, scan
+from pgconductor import Batch, BatchContext, Conductor, Context, Orchestrator, hints, scan
 from pgconductor.claimer import Claimer
 from pgconductor.engine import Claim, Query
-from pgconductor.hints import SILENCE_SECONDS
 from pgconductor.membership import Timing
 from pgconductor.scan import Start
 from pgconductor.written import Names
@@ -101,7 +100,7 @@ async def test_calls_after_a_silence_are_claimed_by_their_names(app: App, monkey
         run = await double.invoke(21)
         assert await run.result() == 42
         await until(lambda: claimer.is_quiet)
-        await asyncio.sleep(2 * SILENCE_SECONDS)
+        await asyncio.sleep(2 * hints.SILENCE_SECONDS)
         runs = await app.invoke_many([double.bind(number) for number in range(5)])
         assert [await each.result() for each in runs] == [0, 2, 4, 6, 8]
         assert named == [[str(run.id)], [str(each.id) for each in runs]]
@@ -276,6 +275,7 @@ async def test_a_process_that_starts_begins_where_the_claims_of_others_have_come
 ) -> None:
     monkeypatch.setattr(scan, "EXPLAINED_SECONDS", -100.0)  # every start counts as dear, for half an hour
     monkeypatch.setattr(scan, "AGE_SECONDS", 0.0)
+    monkeypatch.setattr(hints, "SILENCE_SECONDS", 600.0)  # a claim by name looks through no lane
 
     @app.task
     async def work(ctx: Context, number: int) -> int:
