@@ -103,22 +103,16 @@ class LoopClient:
     async def enqueue_many(self, rows: Sequence[NewExecution]) -> list[str]:
         """Enqueue calls in one statement; return their ids, which a dedupe key may have changed."""
         if len(rows) == 1 and rows[0].is_plain:
-            enqueued = await self._enqueue_plain(rows[0].id, lambda hint: self._engine.enqueue_one(rows[0], hint))
+            enqueued = await self._enqueue_plain([rows[0].id], lambda hint: self._engine.enqueue_one(rows[0], hint))
         elif (calls := alike(rows)) is not None:
             return await self.enqueue_alike(calls)
-        elif len(rows) <= CARRYING_CALLS_MAX:
-            with self._hints.carry() as hint:
-                enqueued = await self._enqueue_hinted(lambda hint: self._engine.enqueue(rows, hint), hint)
         else:
-            enqueued = await self._enqueue(self._engine.enqueue(rows))
+            enqueued = await self._enqueue_mixed(len(rows), lambda hint: self._engine.enqueue(rows, hint))
         return ids_of(rows, enqueued)
 
     async def enqueue_alike(self, calls: AlikeExecutions) -> list[str]:
         """Enqueue plain calls that differ in their payloads only, in one statement; return their ids."""
-        if len(calls.ids) <= CARRYING_CALLS_MAX:
-            await self._enqueue_plain(calls.ids[0], lambda hint: self._engine.enqueue_alike(calls, hint))
-        else:
-            await self._enqueue(self._engine.enqueue_alike(calls))
+        await self._enqueue_plain(calls.ids, lambda hint: self._engine.enqueue_alike(calls, hint))
         return calls.ids
 
     async def emit(self, event: NewEvent) -> None:
@@ -151,12 +145,20 @@ class LoopClient:
             self.hint(enqueued.queues)
         return enqueued
 
-    async def _enqueue_plain(self, first_id: str, calls: Callable[[Carried | None], Query[Enqueued]]) -> Enqueued:
+    async def _enqueue_mixed(self, count: int, calls: Callable[[Carried | None], Query[Enqueued]]) -> Enqueued:
+        if count > CARRYING_CALLS_MAX:
+            return await self._enqueue(calls(None))
+        with self._hints.carry() as hint:
+            return await self._enqueue_hinted(calls, hint)
+
+    async def _enqueue_plain(self, ids: Sequence[str], calls: Callable[[Carried | None], Query[Enqueued]]) -> Enqueued:
         """Enqueue plain calls, which may be named, and are then confirmed; see `Hints.carry`."""
+        if len(ids) > CARRYING_CALLS_MAX:
+            return await self._enqueue(calls(None))
         try:
             with self._hints.carry(may_name=True) as hint:
                 enqueued = await self._enqueue_hinted(calls, hint)
-            if hint == "named" and enqueued.unconfirmed and not await self._confirm(first_id):
+            if hint == "named" and enqueued.unconfirmed and not await self._confirm(ids[0]):
                 again = self._engine.enqueue_again(calls(None))
                 return await self._enqueue(again)  # the server went down before its disk had the calls
             return enqueued

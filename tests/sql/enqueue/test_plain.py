@@ -157,7 +157,11 @@ HINTED = "cast(%s as uuid), 'work', null, cast(0 as smallint), cast('{}' as json
 
 
 def hinted(db: Db, hint: str, id: UUID | None = None) -> Json:
-    answer = db.execute(f"select enqueue_one({HINTED}) as it".encode(), (id or uuid4(), hint, at(0))).fetchone()
+    return answer_of(db, f"enqueue_one({HINTED})", id or uuid4(), hint, at(0))
+
+
+def answer_of(db: Db, expression: str, *parameters: Any) -> Json:
+    answer = db.execute(f"select {expression} as it".encode(), parameters).fetchone()
     assert answer is not None
     found: Json = answer["it"]
     return found
@@ -206,10 +210,9 @@ def test_many_calls_may_bring_their_hint_along_one_at_a_time(db: Db, database: s
     queue, _ = lane(db)
 
     def is_hinted(session: Db, hint: str) -> bool:
-        found = session.execute(f"select {many.format(id=uuid4(), hint=hint)} as it".encode()).fetchone()
-        assert found is not None
-        assert found["it"]["queues"] == [queue]
-        return bool(found["it"]["hinted"])
+        found = answer_of(session, many.format(id=uuid4(), hint=hint))
+        assert found["queues"] == [queue]
+        return bool(found["hinted"])
 
     with session(database) as other:
         other.execute("listen pgconductor")
@@ -257,10 +260,7 @@ def test_a_hint_may_name_the_call_and_go_out_before_the_disk_has_it(db: Db, data
 def hinted_alike(db: Db, hint: str | None, ids: list[str]) -> Json:
     marks = "cast(%s as uuid[]), 'work', null, cast(0 as smallint), cast(%s as json), p_hint => %s, p_now => %s"
     payloads = f"[{','.join(['{}'] * len(ids))}]"
-    answer = db.execute(f"select enqueue_alike({marks}) as it".encode(), (array(ids), payloads, hint, at(0))).fetchone()
-    assert answer is not None
-    found: Json = answer["it"]
-    return found
+    return answer_of(db, f"enqueue_alike({marks})", array(ids), payloads, hint, at(0))
 
 
 def test_a_hint_may_name_up_to_200_calls_that_are_alike(db: Db, database: str) -> None:
