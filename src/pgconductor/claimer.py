@@ -99,6 +99,12 @@ class Claimer:
         """Begin to claim."""
         self._task = asyncio.get_running_loop().create_task(self._run(), name="pgconductor claimer")
 
+    async def warm_up(self, timeout: float) -> None:
+        """Connect, and let the server plan what a claim does, with one that wants nothing."""
+        with contextlib.suppress(ConnectionLost):  # the first claim connects, then
+            nothing = self._engine.claim(self._membership.id, self._token, [], self._task_ids)
+            await self._session.run(nothing, timeout=timeout)
+
     async def stop(self) -> None:
         """Claim nothing more. A claim under way is waited for briefly; what it may still bring is retired later."""
         if self._task is not None:

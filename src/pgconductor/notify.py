@@ -65,6 +65,7 @@ class Listener:
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])
+            self._task = None  # how it ended holds what it was about to open
 
     async def _run(self) -> None:
         failure_count, was_pooled = 0, False

@@ -272,6 +272,7 @@ class _Process:
         known = await self._register(tasks)
         self._assemble(known, deps)
         await self._join()
+        await asyncio.gather(self.claimer.warm_up(START_SECONDS), self.settler.warm_up(START_SECONDS))
         self._begin(listen=listen)
 
     def _open_sessions(self) -> None:

@@ -73,6 +73,11 @@ class Settler:
         self.batcher: Batcher[Settlement] = Batcher("settle", self._send, self._reject, _weight)
         self.add: Callable[[Settlement], None] = self.batcher.add
 
+    async def warm_up(self, timeout: float) -> None:
+        """Connect, and let the server plan what a settle does: with an outcome that is lost, since no claim made it."""
+        nobodys = Completion(str(UUID(int=0)), 0, Raw(b"null"), None)
+        await self._session.run(self._engine.settle(self._membership.id, [nobodys], []), timeout=timeout)
+
     def void(self, token: int) -> None:
         """Send no outcome of any claim up to this one: it may rest on steps that a failover has taken back."""
         self._void_token = token

@@ -1,6 +1,7 @@
 """Starting and stopping a process of workers."""
 
 import asyncio
+import gc
 import os
 import signal
 import threading
@@ -16,6 +17,7 @@ from psycopg.rows import DictRow
 from pgconductor import Batch, BatchContext, Conductor, Context, Orchestrator, SyncContext
 from pgconductor.errors import ConfigurationError
 from pgconductor.membership import Timing
+from pgconductor.notify import Listener
 from pgconductor.worker import Worker
 from tests.waiting import until, until_row
 
@@ -130,16 +132,19 @@ async def test_a_result_that_cannot_be_stored_before_the_end_is_told_and_its_exe
 ) -> None:
     monkeypatch.setattr("pgconductor.orchestrator.LAST_SECONDS", 0.2)
     attempts: list[int] = []
+    may_end = asyncio.Event()
 
     @app.task
     async def work(ctx: Context) -> int:
         attempts.append(ctx.attempt)
+        await may_end.wait()
         return 7
 
     run = await work.invoke()
-    db.execute("alter function settle rename to gone")
     orchestrator = Orchestrator(app)
     await orchestrator.start()
+    db.execute("alter function settle rename to gone")
+    may_end.set()
     await until(lambda: "settle: a batch of 1 failed" in caplog.text)
     await orchestrator.stop(grace=0)
     assert "1 outcomes could not be stored; the executions run again" in caplog.text
@@ -209,6 +214,32 @@ async def test_a_start_that_raises_leaves_nothing_running(database: str, db: Db)
         await until(lambda: connections(db) == [])
         await until(lambda: threading.active_count() <= threads + 1)
         assert db.execute("select from orchestrator").rowcount == 0
+
+
+async def test_a_start_has_connected_what_claims_and_settles(app: App, db: Db) -> None:
+    @app.task
+    async def work(ctx: Context) -> None: ...
+
+    orchestrator = Orchestrator(app, _listen=False)
+    await orchestrator.start()
+    connected = set(connections(db))
+    await orchestrator.stop()
+    assert connected >= {"pgconductor claim", "pgconductor settle"}
+    assert not db.execute("select from lease").fetchall()
+
+
+async def test_a_listener_that_is_stopped_while_it_connects_leaves_no_connection(database: str, db: Db) -> None:
+    listeners = [Listener(database, "pgconductor", lambda _kind, _words: None) for _ in range(30)]
+    gc.disable()
+    try:
+        for turns, listener in enumerate(listeners):
+            listener.start()
+            for _ in range(turns):
+                await asyncio.sleep(0.001)
+            await listener.stop()
+        await until(lambda: not connections(db))
+    finally:
+        gc.enable()
 
 
 async def test_an_orchestrator_without_tasks_is_refused(app: App) -> None:

@@ -77,7 +77,7 @@ async def twice(ctx: Context, number: int) -> int:
 async def quiet_claimer(app: App) -> AsyncGenerator[Claimer]:
     async with Orchestrator(app) as orchestrator:
         claimer = claimer_of(orchestrator)
-        await until(lambda: claimer.is_quiet)
+        await until(lambda: claimer._is_listening() and claimer.is_quiet)
         yield claimer
 
 
