@@ -31,16 +31,23 @@ def is_refused_content(error: BaseException) -> bool:
     return isinstance(error, psycopg.Error) and (error.sqlstate or "")[:2] in {"21", "22", "23", "54"}
 
 
+def _closed(name: str) -> ConductorError:
+    return ConductorError(f"{name}: the process stops; it was not stored")
+
+
 class Batcher(Generic[Item]):
     """Gathers items and sends them in batches, one batch at a time, in the order in which they were added.
 
     Args:
         name: For the log.
         send: Writes a batch; returns when it is stored.
-        reject: Told of the one item that the database refuses, with the error.
+        reject: Told of the one item that the database refuses, or of each that is left at the end, with the error.
         weigh: The size of an item in bytes.
         items_max: The most items in one batch.
         bytes_max: About the most bytes in one batch.
+
+    Attributes:
+        is_closed: Whether it takes nothing any more.
     """
 
     def __init__(
@@ -63,6 +70,7 @@ class Batcher(Generic[Item]):
         self._waiting: deque[Item] = deque()
         self._under_way: Sequence[Item] = ()
         self._flusher: asyncio.Task[None] | None = None
+        self.is_closed = False
 
     def __len__(self) -> int:
         """How many items are not stored yet."""
@@ -74,7 +82,10 @@ class Batcher(Generic[Item]):
         return [*self._under_way, *self._waiting]
 
     def add(self, item: Item) -> None:
-        """Take an item to be sent with the next batch."""
+        """Take an item to be sent with the next batch; reject it after `close`."""
+        if self.is_closed:
+            self._reject(item, _closed(self.name))
+            return
         self._waiting.append(item)
         if self._flusher is None:
             self._flusher = asyncio.get_running_loop().create_task(self._flush(), name=f"pgconductor {self.name}")
@@ -85,11 +96,15 @@ class Batcher(Generic[Item]):
             await asyncio.wait([self._flusher])
 
     async def close(self) -> None:
-        """Drop what has not been sent."""
+        """Reject what has not been sent, and what is still to come."""
+        self.is_closed = True
+        pending = self.pending
         self._waiting.clear()
         if self._flusher is not None:
             self._flusher.cancel()
             await asyncio.wait([self._flusher])
+        for item in pending:
+            self._reject(item, _closed(self.name))
 
     async def _flush(self) -> None:
         try:

@@ -154,8 +154,10 @@ class Claimer:
             self._wake.set()
 
     def note_due(self, seconds: float | None) -> None:
-        """Remember when the next timer is due."""
-        if seconds is not None and time.monotonic() + seconds < self._due_at:
+        """Remember when the next timer is due; one that stays overdue is not hunted, as in `_set_due`."""
+        if seconds is None or (seconds <= 0 and self._overdue_count > 1):
+            return
+        if time.monotonic() + seconds < self._due_at:
             self._due_at = time.monotonic() + max(0.0, seconds)
             self._wake.set()
 

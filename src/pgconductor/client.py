@@ -1,9 +1,8 @@
 """What a conductor does on one event loop: enqueue, hint, wait; and how it gets a loop where there is none.
 
-**Enqueueing.** A call that comes alone is sent at once. Calls that come while others are on their way are gathered and
-sent together as soon as one of `FLIGHTS_MAX` statements is back: the busier the process, the fewer commits. If a
-statement of many is refused, each call is sent by itself, so that one bad call delays no other; if nothing is known of
-it, all of them say so. Every call has its id before it is sent, so a lost reply is repeated.
+**Enqueueing.** See `gathering`. Every call has its id before it is sent, so a lost reply is repeated. Calls with a
+`dedupe_key`, a throttle or a debounce wait for transactions that have named the same key and are not over: they never
+share a statement with others, and only `KEYED_STATEMENTS_MAX` of their statements are on their way at once.
 
 **Hints.** See `hints`.
 
@@ -19,38 +18,27 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
 from typing import Any, Final, TypeVar
 
-import psycopg
-
 from pgconductor.engine import Carried, Ended, Engine, Enqueued, Moved, Query
 from pgconductor.errors import ConductorError, ServerError
 from pgconductor.events import NewEvent
+from pgconductor.gathering import Gathering
 from pgconductor.hints import Hints
 from pgconductor.pool import NotMigrated, Pool
 from pgconductor.results import Results
-from pgconductor.session import is_lost
 from pgconductor.written import AlikeExecutions, NewExecution, alike
 
 T = TypeVar("T")
 
-FLIGHTS_MAX: Final = 2
-CALLS_PER_STATEMENT_MAX: Final = 1_000
-BYTES_PER_STATEMENT_MAX: Final = 8 * 1024 * 1024
+STATEMENTS_MAX: Final = 2
+KEYED_STATEMENTS_MAX: Final = 2
+"""Together they leave connections of the pool to everything else."""
+KEY_SECONDS_MAX: Final = 2.0
+"""How long a try waits for another transaction that has named the same key; `Pool.run` repeats it while it may."""
 CARRYING_CALLS_MAX: Final = 200
 """Other hints wait for calls that carry theirs, and other notifications for their flush: only short ones do."""
 _NOTIFY_QUEUE_IS_FULL: Final = "54000"
 
 Loop = asyncio.AbstractEventLoop
-
-
-class _Waiting:
-    """A call on its way, and where its answer goes."""
-
-    __slots__ = ("answer", "row", "size")
-
-    def __init__(self, row: NewExecution) -> None:
-        self.row = row
-        self.size = len(bytes(row.payload))
-        self.answer: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
 
 class LoopClient:
@@ -69,9 +57,10 @@ class LoopClient:
         self._migrate = migrate
         self.pool = Pool(address, engine.schema, "pgconductor client")
         self.results = Results(engine, self.pool)
-        self._gathered: list[_Waiting] = []
-        self._flight_count = 0
         self._tasks: set[asyncio.Task[None]] = set()
+        self._plain = Gathering(self.enqueue_many, self._spawn, statements_max=STATEMENTS_MAX)
+        self._keyed = Gathering(self.enqueue_many, self._spawn, statements_max=KEYED_STATEMENTS_MAX)
+        self._keyed_slots = asyncio.Semaphore(KEYED_STATEMENTS_MAX)
         self._hints = Hints(engine, self.pool, self._spawn)
 
     async def run(self, query: Query[T], again: Query[T] | None = None) -> T:
@@ -93,12 +82,7 @@ class LoopClient:
         """Enqueue one call, together with others that come at the same time; return its id."""
         if row.replace:  # replaces what stands committed, so it cannot share a statement with what it replaces
             return (await self.enqueue_many([row]))[0]
-        if self._flight_count == 0 and not self._gathered:
-            return await self._send_alone(row)
-        waiting = _Waiting(row)
-        self._gathered.append(waiting)
-        self._take_off()
-        return await waiting.answer
+        return await (self._keyed if row.is_keyed else self._plain).enqueue(row)
 
     async def enqueue_many(self, rows: Sequence[NewExecution]) -> list[str]:
         """Enqueue calls in one statement; return their ids, which a dedupe key may have changed."""
@@ -106,8 +90,11 @@ class LoopClient:
             enqueued = await self._enqueue_plain([rows[0].id], lambda hint: self._engine.enqueue_one(rows[0], hint))
         elif (calls := alike(rows)) is not None:
             return await self.enqueue_alike(calls)
+        elif any(row.is_keyed for row in rows):
+            async with self._keyed_slots:
+                enqueued = await self._enqueue_mixed(rows, KEY_SECONDS_MAX)
         else:
-            enqueued = await self._enqueue_mixed(len(rows), lambda hint: self._engine.enqueue(rows, hint))
+            enqueued = await self._enqueue_mixed(rows)
         return ids_of(rows, enqueued)
 
     async def enqueue_alike(self, calls: AlikeExecutions) -> list[str]:
@@ -145,8 +132,11 @@ class LoopClient:
             self.hint(enqueued.queues)
         return enqueued
 
-    async def _enqueue_mixed(self, count: int, calls: Callable[[Carried | None], Query[Enqueued]]) -> Enqueued:
-        if count > CARRYING_CALLS_MAX:
+    async def _enqueue_mixed(self, rows: Sequence[NewExecution], lock_seconds: float | None = None) -> Enqueued:
+        def calls(hint: Carried | None) -> Query[Enqueued]:
+            return self._engine.enqueue(rows, hint, lock_seconds=lock_seconds)
+
+        if len(rows) > CARRYING_CALLS_MAX:
             return await self._enqueue(calls(None))
         with self._hints.carry() as hint:
             return await self._enqueue_hinted(calls, hint)
@@ -185,53 +175,6 @@ class LoopClient:
                 f"the call was sent, and may have begun, but whether the server has kept it is unknown: {error}",
                 "look before you repeat it, or give it a dedupe_key and repeat it with that",
             ) from error
-
-    async def _send_alone(self, row: NewExecution) -> str:
-        self._flight_count += 1
-        try:
-            return (await self.enqueue_many([row]))[0]
-        finally:
-            self._flight_count -= 1
-            self._take_off()
-
-    def _take_off(self) -> None:
-        if self._gathered and self._flight_count < FLIGHTS_MAX:
-            self._flight_count += 1
-            self._spawn(self._fly())
-
-    async def _fly(self) -> None:
-        try:
-            while self._gathered:
-                await self._send(self._take_gathered())
-        finally:
-            self._flight_count -= 1
-            self._take_off()
-
-    def _take_gathered(self) -> list[_Waiting]:
-        count = size = 0
-        for waiting in self._gathered:
-            size += waiting.size
-            if count == CALLS_PER_STATEMENT_MAX or (count and size > BYTES_PER_STATEMENT_MAX):
-                break
-            count += 1
-        taken, self._gathered = self._gathered[:count], self._gathered[count:]
-        return taken
-
-    async def _send(self, batch: list[_Waiting]) -> None:
-        try:
-            ids = await self.enqueue_many([waiting.row for waiting in batch])
-        except ConductorError as error:
-            if len(batch) > 1 and _is_refusal(error):
-                for waiting in batch:
-                    await self._send([waiting])
-                return
-            for waiting in batch:
-                if not waiting.answer.done():
-                    waiting.answer.set_exception(error)
-        else:
-            for waiting, execution_id in zip(batch, ids, strict=True):
-                if not waiting.answer.done():
-                    waiting.answer.set_result(execution_id)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
@@ -295,12 +238,16 @@ class Background:
 
     def __init__(self) -> None:
         self.pid = os.getpid()
+        self._is_stopped = False
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="pgconductor client", daemon=True)
         self._thread.start()
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine there and wait for it; an interrupt of the waiting thread cancels it."""
+        if self._is_stopped:
+            work.close()
+            raise ConductorError("the process is exiting; nothing was sent")
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()
@@ -309,12 +256,15 @@ class Background:
             raise
 
     def stop(self) -> None:
-        """Cancel what runs there, and end the thread."""
+        """Cancel what runs there, and end the thread, as the process ends."""
+        self._is_stopped = True
         if self.pid == os.getpid() and self._thread.is_alive():
             asyncio.run_coroutine_threadsafe(_cancel_others(), self._loop).add_done_callback(
                 lambda _: self._loop.call_soon_threadsafe(self._loop.stop)
             )
             self._thread.join(5)
+            if not self._thread.is_alive():
+                self._loop.close()
 
 
 _background: Background | None = None
@@ -334,11 +284,6 @@ def background() -> Background:
 def ids_of(rows: Sequence[NewExecution], enqueued: Enqueued) -> list[str]:
     """Return the executions' ids: those that were sent, unless dedupe keys kept earlier executions."""
     return [row.id for row in rows] if enqueued.ids is None else enqueued.ids
-
-
-def _is_refusal(error: ConductorError) -> bool:
-    """Tell whether the server has looked at a statement and done nothing of it; else it is not there, or may have."""
-    return isinstance(error.__cause__, psycopg.Error) and not is_lost(error.__cause__)
 
 
 async def _cancel_others() -> None:

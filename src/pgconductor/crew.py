@@ -203,7 +203,7 @@ class Crew:
     def release(self, items: Iterable[tuple[Claimed, int]]) -> None:
         """Give back what was claimed and has not started."""
         for claimed, token in items:
-            self.settle(Outcome(claimed.id, token, "released"))
+            self.settle(Outcome(claimed.id, token, "unstarted"))
 
     def release_stuck(self) -> None:
         """Give back what has been buffered too long; called now and then."""
@@ -264,8 +264,7 @@ class Crew:
 
     async def _start_alone(self, chosen: tuple[Worker, Claimed, int]) -> None:
         """Start it once nothing else of this process is unsettled: what is, would be lost with it."""
-        for _, claimed, token in self._alone:
-            self.settle(Outcome(claimed.id, token, "released"))
+        self.release((claimed, token) for _, claimed, token in self._alone)
         self._alone.clear()
         await self._flush()
         if self._chosen is chosen:
@@ -284,7 +283,7 @@ class Crew:
 
     def _release_alone(self, delay: float) -> None:
         for _, claimed, token in self._waiting_alone():
-            self.settle(Outcome(claimed.id, token, "released", delay=delay))
+            self.settle(Outcome(claimed.id, token, "unstarted", delay=delay))
         self._alone.clear()
         self._chosen = None
 

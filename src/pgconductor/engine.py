@@ -220,10 +220,13 @@ class Engine(Reports):
         names = None if tables is None else list(tables)
         return self._query("describe_rows", "text text[]", (schema, names), _shapes)
 
-    def enqueue(self, calls: Sequence[NewExecution], hint: Carried | None = None) -> Query[Enqueued]:
-        """See 10_enqueue.sql. `hint`: let the hint go out with the commit."""
-        parameters = (as_text(calls), hint, False, self._now())
-        return self._query("enqueue", "json text boolean timestamptz", parameters, _enqueued, harmless=False)
+    def enqueue(
+        self, calls: Sequence[NewExecution], hint: Carried | None = None, *, lock_seconds: float | None = None
+    ) -> Query[Enqueued]:
+        """See 10_enqueue.sql. `hint`: let the hint go out with the commit; `lock_seconds`: wait no longer for a key."""
+        parameters = (as_text(calls), hint, lock_seconds, False, self._now())
+        types = "json text float8 boolean timestamptz"
+        return self._query("enqueue", types, parameters, _enqueued, harmless=False)
 
     def enqueue_one(self, call: NewExecution, hint: Carried | None = None) -> Query[Enqueued]:
         """The same for one plain call. After the hint "named", `confirm` it."""
@@ -246,7 +249,7 @@ class Engine(Reports):
 
     def enqueue_within(self, calls: Sequence[NewExecution]) -> Query[Enqueued]:
         """The same for a connection of any library: one text parameter, and the hint goes out with the commit."""
-        return self._within("enqueue", "'always', false", calls, _enqueued)
+        return self._within("enqueue", "'always', null, false", calls, _enqueued)
 
     def emit(self, events: Sequence[NewEvent]) -> Query[Emitted]:
         """See 56_events.sql. Done again, it changes nothing: an event has its id before it is sent."""

@@ -25,6 +25,7 @@ T = TypeVar("T")
 
 SIZE_MAX: Final = 4
 PATIENCE_SECONDS: Final = 15.0
+_LOCK_TIMEOUT: Final = "55P03"
 _NOT_MIGRATED: Final = {"42883", "3F000", "42P01"}  # no such function, schema, table
 
 
@@ -64,6 +65,7 @@ class Pool:
         self._slots = asyncio.Semaphore(SIZE_MAX)
         self._route: Route | None = None
         self._was_reached = False
+        self._closed_count = 0
         self.query_count = 0
 
     async def run(self, query: Query[T], again: Query[T] | None = None) -> T:
@@ -97,7 +99,8 @@ class Pool:
             await asyncio.sleep(pause)
 
     async def close(self) -> None:
-        """Close the idle connections; those in use are closed by their users' loops. The pool may be used again."""
+        """Close the idle connections, and those in use when they are free. The pool may be used again."""
+        self._closed_count += 1
         idle, self._idle = self._idle, []
         for connection in idle:
             await connection.close()
@@ -123,14 +126,16 @@ class Pool:
 
     async def _try(self, query: Query[T]) -> T:
         async with self._slots:
+            closed_count = self._closed_count
             connection = await self._take()
             try:
                 answer = await self._ask(connection, query)
             finally:
-                if connection.pgconn.transaction_status == TransactionStatus.IDLE:
+                is_idle = connection.pgconn.transaction_status == TransactionStatus.IDLE
+                if is_idle and closed_count == self._closed_count:
                     self._idle.append(connection)
                 else:
-                    connection.pgconn.finish()  # it broke, or its user was cancelled while it was at work
+                    connection.pgconn.finish()  # it broke, its user was cancelled, or the pool was closed meanwhile
         return query.read(answer)
 
     async def _take(self) -> Connection:
@@ -201,6 +206,11 @@ def reported(error: psycopg.Error, schema: str) -> ConductorError:
         return NotMigrated(
             f"schema {schema!r} has no engine, or an older one ({message})",
             "run `pgconductor migrate`, or `await app.migrate()`",
+        )
+    if error.sqlstate == _LOCK_TIMEOUT:
+        return ServerError(
+            f"another transaction holds what is needed, and has not ended ({message})",
+            "end it, then repeat the call; it may have enqueued with the same dedupe_key, or a task that is new",
         )
     return ServerError(f"the server refused: {message} (SQLSTATE {error.sqlstate})")
 

@@ -101,7 +101,7 @@ class Results:
             self._fresh.clear()
             try:
                 await self._ask(ids)
-            except ConductorError as error:
+            except Exception as error:  # noqa: BLE001 (all who wait are told)
                 self._fail(error)
             if self._waiting and self._listener is None:
                 await self._listen()
@@ -122,7 +122,7 @@ class Results:
                 if watched is not None:
                     watched.end.set_result(ended)
 
-    def _fail(self, error: ConductorError) -> None:
+    def _fail(self, error: Exception) -> None:
         waiting, self._waiting = self._waiting, {}
         self._fresh.clear()
         for watched in waiting.values():

@@ -16,6 +16,7 @@ import asyncio
 import contextlib
 import logging
 import random
+from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import psycopg
@@ -98,6 +99,27 @@ class _Judge:
             self.failure_count = 0
 
 
+@contextlib.asynccontextmanager
+async def _given_up_after(connection: psycopg.AsyncConnection[Any], seconds: float | None) -> AsyncGenerator[None]:
+    """Raise `TimeoutError` where no answer comes in time, and close the connection first.
+
+    For one that is still open, psycopg would ask the server to cancel the query, and wait for that up to ten seconds.
+    """
+    loop = asyncio.get_running_loop()
+    async with asyncio.timeout(None) as limit:
+
+        def give_up() -> None:
+            connection.pgconn.finish()
+            limit.reschedule(loop.time())
+
+        timer = None if seconds is None else loop.call_later(seconds, give_up)
+        try:
+            yield
+        finally:
+            if timer is not None:
+                timer.cancel()
+
+
 class Session:
     """One asyncio connection; calls queue up. It connects on first use and again whenever it must.
 
@@ -153,7 +175,7 @@ class Session:
             try:
                 connection = self._connection or await self._connect()
                 is_connecting = False
-                async with asyncio.timeout(answer_timeout):
+                async with _given_up_after(connection, answer_timeout):
                     answer = await ask(connection, query, is_pooled=self.route.is_pooled)
             except psycopg.Error as error:
                 await self._recover(error, is_connecting, query.harmless)
@@ -177,10 +199,18 @@ class Session:
             raise ConnectionLost(f"{self.name} was closed") from error
 
     async def _connect(self) -> psycopg.AsyncConnection[Any]:
+        self._check_open()
+        connection = self._connection = await self.route.connect(psycopg.AsyncConnection)
+        try:
+            self._check_open()
+        except ConnectionLost:
+            await self._drop()
+            raise
+        return connection
+
+    def _check_open(self) -> None:
         if self._closed:
             raise ConnectionLost(f"{self.name} is closed")
-        self._connection = await self.route.connect(psycopg.AsyncConnection)
-        return self._connection
 
     async def _drop(self) -> None:
         connection, self._connection = self._connection, None

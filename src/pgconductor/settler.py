@@ -113,9 +113,11 @@ class Settler:
 
     def _reject(self, refused: Settlement, error: Exception) -> None:
         """Fail the one execution whose outcome the database refuses; if it refuses that too, give it back."""
+        if self.batcher.is_closed:
+            return  # it goes back with its lease
         if type(refused) is Outcome and refused.outcome == "failed":
             self.add(Outcome(refused.id, refused.token, "released", delay=_REFUSED_DELAY_SECONDS))
-        elif type(refused) is not Outcome or refused.outcome != "released":
+        elif type(refused) is not Outcome or refused.outcome not in ("released", "unstarted"):
             failure = EncodeError("the outcome", f"the database refuses it: {error}")
             self.add(Outcome(refused.id, refused.token, "failed", error=Raw(error_to_json(failure).encode())))
 
@@ -194,7 +196,9 @@ class Saver:
             self._on_effects(Effects(saved.queues, None, saved.next_due))
 
     def _reject(self, refused: _Write, error: Exception) -> None:
-        if not refused.stored.done():
+        if self.batcher.is_closed:
+            _fail(refused)  # the lease goes back as the process leaves
+        elif not refused.stored.done():
             name = refused.item.name
             failure = EncodeError(f"step {name!r}", f"the database refuses it: {error}")
             refused.stored.set_exception(error if isinstance(error, StaleLease) else failure)

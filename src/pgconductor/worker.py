@@ -120,6 +120,7 @@ class Worker:
         self._gathering: dict[int, BatchRun] = {}
         self._batches: set[BatchRun] = set()
         self._finished_count = 0
+        self._finished_before = 0  # the window
         self._window_began_at = 0.0
         self._stuck_at = -1
 
@@ -182,13 +183,14 @@ class Worker:
         """Set the prefetch to what the queue finished lately; it may double from one measurement to the next."""
         now = time.monotonic()
         elapsed = now - self._window_began_at
-        if elapsed < RATE_WINDOW_SECONDS and self._finished_count < self.prefetch_max:
+        finished_count = self._finished_count - self._finished_before
+        if elapsed < RATE_WINDOW_SECONDS and finished_count < self.prefetch_max:
             return
-        finished = self._finished_count * PREFETCH_SECONDS / max(elapsed, 0.001)
+        finished = finished_count * PREFETCH_SECONDS / max(elapsed, 0.001)
         ceiling = min(self.fetch_size, 2 * self.prefetch_max + self.concurrency)
         self.prefetch_max = int(min(finished, ceiling))
         self.low_water = self.prefetch_max * 2 // 3
-        self._window_began_at, self._finished_count = now, 0
+        self._window_began_at, self._finished_before = now, self._finished_count
 
     def take_stuck(self) -> list[tuple[Claimed, int]]:
         """Return what has been buffered while nothing finished since the last call, to be given back."""
@@ -330,7 +332,7 @@ class Worker:
             self._end(placeholder, self._broken(placeholder, error))
             return
         if placeholder.exit or placeholder.cancelled:
-            self._end(placeholder, None if placeholder.exit else Outcome(claimed.id, token, "released"))
+            self._end(placeholder, None if placeholder.exit else Outcome(claimed.id, token, "unstarted"))
             return
         attempt = self._attempt(claimed, token, memos)
         self.running[claimed.id] = (attempt, self.running[claimed.id][1])

@@ -35,16 +35,14 @@ class NewExecution(Struct, omit_defaults=True, gc=False):
     debounce: float | None = None
 
     @property
+    def is_keyed(self) -> bool:
+        """Whether it may have to wait for a transaction that has named the same key."""
+        return self.dedupe_key is not None or self.throttle is not None or self.debounce is not None
+
+    @property
     def is_plain(self) -> bool:
         """Whether it says nothing but what to run, where, and how soon."""
-        return (
-            self.dedupe_key is None
-            and self.run_at is None
-            and self.delay is None
-            and self.throttle is None
-            and self.debounce is None
-            and self.trigger is None
-        )
+        return self.run_at is None and self.delay is None and self.trigger is None and not self.is_keyed
 
 
 class AlikeExecutions(Struct):
@@ -149,7 +147,7 @@ class Outcome(Struct, omit_defaults=True, gc=False):
 
     id: str
     token: int
-    outcome: Literal["completed", "failed", "retried", "released", "crashed", "parked"]
+    outcome: Literal["completed", "failed", "retried", "released", "unstarted", "crashed", "parked"]
     result: Raw | UnsetType = UNSET
     error: Raw | UnsetType = UNSET
     delay: float | None = None

@@ -2,6 +2,7 @@
 
     ```python run        a part of the page's program, which is run as `python shop.py`
     ```python test       a part of the page's tests, which are run by pytest beside it
+    ```toml test         in docs/guide/testing.md: the configuration of all these tests
     ```text output       what the program prints
 
 Other blocks are not Python.
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent.parent
+TESTING = ROOT / "docs/guide/testing.md"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```(?P<info>[^\n`]*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?:)(?P<target>[^)#]+)")
@@ -61,9 +63,7 @@ def test_the_program_of_a_page_runs(page: Path, database: str, tmp_path: Path) -
 def test_the_tests_of_a_page_pass(page: Path, database: str, tmp_path: Path) -> None:
     (tmp_path / "shop.py").write_text(blocks(page, "python run"))
     (tmp_path / "test_shop.py").write_text(blocks(page, "python test"))
-    (tmp_path / "pytest.ini").write_text(
-        "[pytest]\nasyncio_mode = auto\nasyncio_default_fixture_loop_scope = function\n"
-    )
+    (tmp_path / "pyproject.toml").write_text(blocks(TESTING, "toml test"))
 
     done = run(tmp_path, database, "-m", "pytest", "-q", "-p", "no:cacheprovider")
 
@@ -73,7 +73,7 @@ def test_the_tests_of_a_page_pass(page: Path, database: str, tmp_path: Path) -> 
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_no_python_is_shown_that_is_not_run(page: Path) -> None:
     kinds = {match["info"].strip() for match in BLOCK.finditer(page.read_text())}
-    assert kinds <= {"", "python run", "python test", "text output"}
+    assert kinds <= {"", "python run", "python test", "text output"} | ({"toml test"} if page == TESTING else set())
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "ARCHITECTURE.md", ROOT / "CONTRIBUTING.md"], ids=name)

@@ -23,6 +23,7 @@ from tests.sql.support import (
     register,
     release,
     row,
+    settle,
     state,
 )
 
@@ -144,6 +145,30 @@ def test_what_started_in_time_does_not_expire(db: Db) -> None:
     call(db, "fire_timers", at(120))
 
     assert state(db, id) == "ready"
+
+
+def test_what_was_claimed_and_came_back_unstarted_expires(db: Db) -> None:
+    register(db, "work", expires=60)
+    early, late = enqueue(db), enqueue(db)
+    claim(db)
+    settle(db, {"id": early, "outcome": "unstarted"})
+    call(db, "fire_timers", at(60))
+    assert [state(db, id) for id in (early, late)] == ["failed", "running"]
+    settle(db, {"id": late, "outcome": "unstarted"})
+    assert (state(db, late), count(db, "expiry")) == ("ready", 1)
+    call(db, "fire_timers", at(120))
+    assert (state(db, late), count(db, "expiry")) == ("failed", 0)
+
+
+def test_what_goes_on_when_it_should_have_started_is_not_looked_at_for_ever(db: Db) -> None:
+    register(db, "work", expires=60)
+    ends, goes_on = enqueue(db), enqueue(db)
+    claim(db)
+    call(db, "fire_timers", at(60))
+    complete(db, ends, now=70)
+    release(db, goes_on)
+    call(db, "fire_timers", at(120))
+    assert (state(db, goes_on), count(db, "expiry")) == ("ready", 0)
 
 
 def test_expiry_counts_from_the_due_instant(db: Db) -> None:

@@ -156,6 +156,29 @@ async def test_a_result_that_cannot_be_stored_before_the_end_is_told_and_its_exe
     assert attempts == [1, 1]
 
 
+async def test_a_step_that_cannot_be_stored_before_the_end_holds_no_handler(
+    app: App, db: Db, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("pgconductor.orchestrator.LAST_SECONDS", 0.2)
+
+    @app.task
+    async def work(ctx: Context) -> int:
+        return await ctx.step("step", lambda: 7)
+
+    run = await work.invoke()
+    orchestrator = Orchestrator(app)
+    db.execute("alter function save rename to gone")
+    await orchestrator.start()
+    await until(lambda: "save: a batch of 1 failed" in caplog.text)
+    (worker,) = orchestrator._workers
+    (handler,) = worker.tasks()
+    await orchestrator.stop(grace=0)
+    await until(handler.done)
+    db.execute("alter function gone rename to save")
+    async with Orchestrator(app):
+        assert await run.result(60) == 7
+
+
 async def test_sigterm_stops_and_the_handlers_before_it_are_put_back(app: App) -> None:
     @app.task
     async def work(ctx: Context) -> None: ...

@@ -1,8 +1,11 @@
 """Group commit, kept memos, threads and sessions: the parts of a worker, each by itself."""
 
 import asyncio
+import os
+import signal
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 import psycopg
 import pytest
@@ -14,8 +17,10 @@ from pgconductor.batcher import Batcher
 from pgconductor.claimed import Recorded
 from pgconductor.crew import KeptMemos
 from pgconductor.memos import Memos
+from pgconductor.route import Route
 from pgconductor.session import ConnectionLost, Session
 from pgconductor.threads import Threads
+from tests.waiting import until
 
 Db = psycopg.Connection[DictRow]
 
@@ -60,6 +65,17 @@ async def test_one_refused_item_fails_alone() -> None:
     await sink.batcher.flush()
     assert sink.refused == [-1]
     assert [item for batch in sink.batches for item in batch] == list(range(80))
+
+
+async def test_what_is_left_at_the_end_or_comes_later_is_rejected() -> None:
+    sink = Sink()
+    for number in range(150):
+        sink.batcher.add(number)
+    await asyncio.sleep(0)
+    await sink.batcher.close()
+    sink.batcher.add(150)
+    assert (sink.refused, sink.batches) == (list(range(151)), [])
+    assert len(sink.batcher) == 0
 
 
 def memos_of(size: int) -> Memos:
@@ -154,3 +170,46 @@ async def test_a_session_repeats_what_is_harmless_and_tells_of_what_is_not(datab
             await session.run(app.engine.claim("00000000-0000-0000-0000-000000000000", 1, [], []))
         assert await session.run(app.engine.claim("00000000-0000-0000-0000-000000000000", 1, [], [])) is None
         await session.close()
+
+
+async def test_a_connection_without_an_answer_in_time_is_closed_and_nothing_more_is_asked_of_it(
+    database: str, db: Db, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cancels: list[object] = []
+
+    async def cancel(connection: object, *, timeout: float) -> None:
+        cancels.append(connection)
+
+    monkeypatch.setattr(psycopg.AsyncConnection, "_try_cancel", cancel)
+    async with Conductor(database) as app:
+        session = Session(database, "silent")
+        query = app.engine.register_queues(["a"])
+        await session.run(query)
+        found = db.execute("select pid from pg_stat_activity where application_name = 'silent'").fetchone()
+        assert found is not None
+        os.kill(found["pid"], signal.SIGSTOP)
+        try:
+            with pytest.raises(TimeoutError):
+                await session.run(query, answer_timeout=0.2)
+            assert await session.run(query, answer_timeout=30)  # on another connection
+        finally:
+            os.kill(found["pid"], signal.SIGCONT)
+        await session.close()
+    assert cancels == []
+
+
+async def test_a_session_that_is_closed_while_it_connects_leaves_no_connection(
+    database: str, db: Db, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with Conductor(database) as app:
+        session, connect = Session(database, "late"), Route.connect
+
+        async def close_meanwhile(route: Route, kind: Any) -> Any:
+            connection = await connect(route, kind)
+            await session.close()
+            return connection
+
+        monkeypatch.setattr(Route, "connect", close_meanwhile)
+        with pytest.raises(ConnectionLost):
+            await session.run(app.engine.register_queues(["a"]))
+        await until(lambda: not db.execute("select from pg_stat_activity where application_name = 'late'").fetchall())

@@ -103,7 +103,7 @@ class EngineMachine(RuleBasedStateMachine):
     def enqueue_again(self) -> None:
         """Repeat what was sent, as a client does whose reply was lost: it makes nothing new."""
         before = self._count()
-        call(self.db, "enqueue", self.last_calls, None, True, at(self.now))
+        call(self.db, "enqueue", self.last_calls, None, None, True, at(self.now))
         assert self._count() == before
 
     def _new_id(self) -> str:
@@ -113,7 +113,7 @@ class EngineMachine(RuleBasedStateMachine):
         return {"id": self._new_id(), "task": task, "payload": {"key": len(self.known) % 2}}
 
     def _enqueue(self, calls: list[Json]) -> None:
-        answer = call(self.db, "enqueue", calls, None, False, at(self.now))
+        answer = call(self.db, "enqueue", calls, None, None, False, at(self.now))
         self.known += set(answer["ids"] or [each["id"] for each in calls]) - set(self.known)
         self.last_calls = calls
 

@@ -55,7 +55,7 @@ def blank(count: int) -> list[Json]:
 def enqueue_many(db: Db, *calls: Json, now: float = 0, again: bool = False) -> list[str]:
     """Enqueue calls of `{task: "work", payload: {}}` and what each adds; returns the ids that hold."""
     full: list[Json] = [{"id": str(uuid4()), "task": "work", "payload": {}} | each for each in calls]
-    answer = call(db, "enqueue", full, None, again, at(now))
+    answer = call(db, "enqueue", full, None, None, again, at(now))
     kept: list[str] | None = answer["ids"]
     return kept or [each["id"] for each in full]
 

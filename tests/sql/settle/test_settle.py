@@ -57,7 +57,7 @@ def end(db: Db, id: str, how: str, token: int = 1, worker: UUID = WORKER) -> Jso
     return settle(db, outcome | {"result": 1, "delay": 5}, worker=worker)
 
 
-WAYS = ["plain", "completed", "failed", "retried", "released", "crashed", "parked"]
+WAYS = ["plain", "completed", "failed", "retried", "released", "unstarted", "crashed", "parked"]
 
 
 @pytest.mark.parametrize(
@@ -68,6 +68,7 @@ WAYS = ["plain", "completed", "failed", "retried", "released", "crashed", "parke
         ("failed", "failed"),
         ("retried", "scheduled"),
         ("released", "scheduled"),
+        ("unstarted", "scheduled"),
         ("crashed", "scheduled"),
         ("parked", "waiting"),
     ],
@@ -78,7 +79,7 @@ def test_an_outcome_moves_the_execution(db: Db, running: str, how: str, becomes:
     assert count(db, "lease") == 0
 
 
-@pytest.mark.parametrize("how", ["retried", "released", "crashed"])
+@pytest.mark.parametrize("how", ["retried", "released", "unstarted", "crashed"])
 def test_without_a_delay_it_is_ready_at_once(db: Db, running: str, how: str) -> None:
     settle(db, {"id": running, "outcome": how})
     assert state(db, running) == "ready"
@@ -86,11 +87,25 @@ def test_without_a_delay_it_is_ready_at_once(db: Db, running: str, how: str) -> 
 
 @pytest.mark.parametrize(
     ("how", "failures", "crashes"),
-    [("retried", 1, 0), ("failed", 1, 0), ("released", 0, 0), ("crashed", 0, 1), ("parked", 0, 0), ("plain", 0, 0)],
+    [
+        ("retried", 1, 0),
+        ("failed", 1, 0),
+        ("released", 0, 0),
+        ("unstarted", 0, 0),
+        ("crashed", 0, 1),
+        ("parked", 0, 0),
+        ("plain", 0, 0),
+    ],
 )
 def test_what_each_outcome_costs(db: Db, running: str, how: str, failures: int, crashes: int) -> None:
     end(db, running, how)
     assert (row(db, running)["failures"], row(db, running)["crashes"]) == (failures, crashes)
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_all_but_those_given_back_unstarted_have_started(db: Db, running: str, how: str) -> None:
+    end(db, running, how)
+    assert (row(db, running)["started_at"] is None) == (how == "unstarted")
 
 
 @pytest.mark.covers("P14")

@@ -256,9 +256,12 @@ end $$;
 --            throttle? (seconds), debounce? (seconds)}]
 -- p_hint: 'queue': send the hint with this commit, if nobody else sends one; 'always': send it. hinted says whether it does.
 -- What enqueue_alike leaves to it comes with 'named', too, and is hinted by its queue.
+-- p_lock_seconds: how long to wait for each lock, such as a key that another transaction has named and which is not over;
+-- for a call that is a transaction of its own.
 -- p_again: the call is a repetition after a lost reply; executions that exist already are left alone.
 create or replace function enqueue(
-  p_calls json, p_hint text default null, p_again boolean default false, p_now timestamptz default null
+  p_calls json, p_hint text default null, p_lock_seconds float8 default null, p_again boolean default false,
+  p_now timestamptz default null
 ) returns json
 language plpgsql volatile set search_path from current set enable_seqscan = off set enable_mergejoin = off set jit = off set plan_cache_mode = force_generic_plan as $$
 declare
@@ -272,6 +275,9 @@ declare
   v_thinned boolean;
   v_keyed boolean;
 begin
+  if p_lock_seconds is not null then
+    perform set_config('lock_timeout', (1000 * p_lock_seconds)::int::text, true);
+  end if;
   perform check_sizes(p_calls);
   select array_agg(x.task), array_agg(x.queue) into v_tasks, v_queues
   from (select distinct c.task, c.queue from json_to_recordset(p_calls) as c(task text, queue text)) x;
@@ -333,7 +339,7 @@ begin
   if p_again or not found or octet_length(p_payload::text) > 1048576 then
     return enqueue(json_build_array(json_build_object(
       'id', p_id, 'task', p_task, 'queue', p_queue, 'priority', p_priority, 'payload', p_payload)),
-      p_again => p_again, p_now => p_now);
+      p_lock_seconds => 2, p_again => p_again, p_now => p_now);
   end if;
   v_ord := nextval('execution_ord');
   insert into execution (id, ord, created_at, lane_id, priority, payload)
@@ -382,7 +388,7 @@ begin
       select json_agg(json_build_object(
         'id', c.id, 'task', p_task, 'queue', p_queue, 'priority', p_priority, 'payload', c.payload) order by c.place)
       from rows from (unnest(p_ids), json_array_elements(p_payloads)) with ordinality as c(id, payload, place)),
-      p_hint => p_hint, p_again => p_again, p_now => p_now);
+      p_hint => p_hint, p_lock_seconds => 2, p_again => p_again, p_now => p_now);
   end if;
   -- arrays are unfolded in the select list: after from, their rows would be stored before they are read
   v_ords := array(select nextval('execution_ord') from generate_subscripts(p_ids, 1));

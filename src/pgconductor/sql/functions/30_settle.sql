@@ -199,7 +199,8 @@ begin
   perform write_answers(v_full, p_now);
 end $$;
 
--- Makes executions ready again, at once or after their delay. Those released keep their place before fresh work.
+-- Makes executions ready again, at once or after their delay. Those released keep their place before fresh work; to those
+-- unstarted, nothing has happened.
 create or replace function requeue(p_again settlement[], p_now timestamptz) returns effects
 language plpgsql volatile set search_path from current as $$
 declare
@@ -209,7 +210,8 @@ begin
   set failures = e.failures + (a.outcome = 'retried')::int, error = coalesce(a.error, e.error),
       started_at = coalesce(e.started_at, a.claimed_at)
   from (select a.outcome, a.error, a.claimed_at, k.row_at from unnest(p_again) a
-        cross join lateral (select ctid as row_at from execution k where k.id = a.id offset 0) k) a
+        cross join lateral (select ctid as row_at from execution k where k.id = a.id offset 0) k
+        where a.outcome <> 'unstarted') a
   where e.ctid = a.row_at;
   for v_fresh in
     select a.id, f.name, f.round
@@ -226,7 +228,8 @@ end $$;
 
 -- p_completed: plain completions, with p_tokens and p_results beside them, since objects cost three times as much to read;
 -- p_tied: those of them that have a parent, and their parents.
--- p_outcomes: [{id, token, outcome: completed | failed | retried | released | crashed | parked, result, error, delay (seconds),
+-- p_outcomes: [{id, token, outcome: completed | failed | retried | released | unstarted (claimed, and given back before its
+--               handler was called) | crashed | parked, result, error, delay (seconds),
 --               awaits, fresh: [{name, round}] (timed out operations that a retry does afresh), cached, long}]
 -- p_ops, p_alike, p_children, p_payloads: what the parked ones open, as open_operations takes it.
 create or replace function settle(
@@ -290,7 +293,7 @@ declare
 begin
   -- a first try of this very call may have gone on while its sender had given it up
   select array_agg(h.id), coalesce(array_agg(h.id) filter (where h.is_flagged), '{}'),
-         array_agg(h.held) filter (where not h.is_flagged and h.outcome in ('retried', 'released', 'crashed')),
+         array_agg(h.held) filter (where not h.is_flagged and h.outcome in ('retried', 'released', 'unstarted', 'crashed')),
          array_agg(h.held) filter (where not h.is_flagged and h.outcome = 'parked'),
          array_agg(row(h.id, h.outcome, (h.held).result, (h.held).error)::ended)
            filter (where not h.is_flagged and h.outcome in ('completed', 'failed'))

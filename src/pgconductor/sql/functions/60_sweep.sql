@@ -80,19 +80,22 @@ language sql volatile set search_path from current as $$
   from lane where id = any(p_lanes) having count(*) > 0
 $$;
 
--- Fails what should have started by now and has not.
+-- Fails what should have started by now and has not. What a process has claimed may still be given back unstarted: it is
+-- looked at again.
 create or replace function expire_unstarted(p_now timestamptz, p_limit int) returns effects
 language plpgsql volatile set search_path from current as $$
 declare
   v_due uuid[] := array(select execution_id from expiry where due_at <= p_now order by due_at limit p_limit);
+  v_unstarted uuid[];
   v_late uuid[];
 begin
   perform lock_executions(v_due || array(select parent_id from execution where id = any(v_due)
                                          and parent_id is not null));
-  delete from expiry where execution_id = any(v_due);
-  v_late := array(select id from execution where id = any(v_due) and outcome is null and started_at is null);
-  v_late := take_out(v_late) || array(select execution_id from timer where execution_id = any(v_late));
+  v_unstarted := array(select id from execution where id = any(v_due) and outcome is null and started_at is null);
+  v_late := take_out(v_unstarted) || array(select execution_id from timer where execution_id = any(v_unstarted));
   delete from timer where execution_id = any(v_late);
+  delete from expiry where execution_id = any(v_due) and (execution_id <> all(v_unstarted) or execution_id = any(v_late));
+  update expiry set due_at = p_now + interval '1 minute' where execution_id = any(v_due);
   return finish(array(
     select row(e.id, 'failed', null, json_build_object('type', 'pgconductor.errors.Expired', 'message',
       format('task %L was not started within %s', t.name, t.expires_in)))::ended
