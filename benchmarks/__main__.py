@@ -10,8 +10,8 @@ from benchmarks import machine
 from benchmarks.measure import NotAvailableError, Sample, Workload
 from benchmarks.report import Report, figure
 from benchmarks.server import Server, running_server
-from benchmarks.worker import run
 from benchmarks.workloads import ALL
+from pgconductor.cli.loop import run
 
 NAMES = [each.name for each in ALL]
 TOLD = ", ".join(each.name + "*" * each.long for each in ALL) + " (* only when named)"

@@ -19,8 +19,8 @@ from benchmarks import machine
 from benchmarks.measure import Sample
 from benchmarks.report import figure
 from benchmarks.server import Server, running_server
-from benchmarks.worker import run
 from benchmarks.workloads import ALL
+from pgconductor.cli.loop import run
 
 BASELINE = Path(__file__).parent / "baseline.json"
 LOSS_MAX = 0.2

@@ -3,17 +3,15 @@
 It says that it is ready once it is connected; the queue is paused until all are.
 """
 
-import asyncio
 import logging
 import sys
-from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any
 
 from benchmarks.marks import Marks
 from benchmarks.tasks import queue_names, register
 from pgconductor import Conductor, Orchestrator
 from pgconductor.cli.devote import devote_process
+from pgconductor.cli.loop import run
 
 
 async def work(dsn: str, directory: Path, number: str, count: int, concurrency: int, queues: int) -> None:
@@ -27,21 +25,6 @@ async def work(dsn: str, directory: Path, number: str, count: int, concurrency: 
     (directory / f"ready.{number}").touch()
     await orchestrator.stopped
     await app.close()
-
-
-def run(main: Coroutine[Any, Any, Any]) -> Any:
-    """Run on uvloop where it is installed."""
-    with asyncio.Runner(loop_factory=loop_factory()) as runner:
-        return runner.run(main)
-
-
-def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """Return uvloop's factory; None where it is not installed."""
-    try:
-        import uvloop
-    except ImportError:
-        return None
-    return uvloop.new_event_loop
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from benchmarks.peers.report import Comparison
 from benchmarks.peers.results import Results
 from benchmarks.peers.runner import Form, Runner
 from benchmarks.server import Server, running_server
-from benchmarks.worker import run
+from pgconductor.cli.loop import run
 
 RESULTS = Path("benchmarks/results")
 ROUNDS = 3

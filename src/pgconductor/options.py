@@ -158,9 +158,9 @@ class TaskOptions(TypedDict, total=False):
     """How a task is registered: `@app.task(...)` and `Conductor.create_task`; all optional.
 
     `max_attempts` counts handler failures only (default 3, 1 to 32,767), `max_crashes` runs lost with their process
-    (default 5); `timeout` is one run's time on a worker; `expires` the time until it must have started; `window` local
-    hours such as `("22:00", "06:00", "Europe/Berlin")`; `keep_completed` (default 7 days) and `keep_failed` (30 days)
-    how long a finished execution stays: a duration, True for ever, False not at all.
+    (default 5); `timeout` is how long the handler may run at a stretch, waits not counted; `expires` the time until it
+    must have started; `window` local hours such as `("22:00", "06:00", "Europe/Berlin")`; `keep_completed` (default 7
+    days) and `keep_failed` (30 days) how long a finished execution stays: a duration, True for ever, False not at all.
     """
 
     name: str

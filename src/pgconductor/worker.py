@@ -89,7 +89,8 @@ class Worker:
         queue: The queue's name.
         concurrency: How many run at once, 1 to 10,000.
         fetch_size: The most that is fetched ahead.
-        poll_interval: How often to look for work that no hint announced.
+        poll_interval: How often to look for work that no hint announced, where none comes; twice as long while hints
+            do. The least of the workers of a process holds for all of them.
 
     Raises:
         ConfigurationError: A number is out of bounds.

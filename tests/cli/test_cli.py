@@ -1,5 +1,6 @@
 """The command line on a real database: what it prints, as text and as JSON, and how it exits."""
 
+import asyncio
 import json
 import os
 import re
@@ -15,7 +16,7 @@ import pytest
 from click.testing import CliRunner, Result
 from psycopg.conninfo import make_conninfo
 
-from pgconductor.cli import main
+from pgconductor.cli import loop, main
 from pgconductor.embedded import EmbeddedServer
 from tests.sql.support import Db, claim, enqueue, enqueue_many, fail, op, park, register, save, settle
 
@@ -291,6 +292,15 @@ def test_a_worker_runs_what_is_invoked_and_stops_on_sigterm(database: str, appli
         assert worker.wait(60) == 0
 
 
+def test_a_worker_runs_on_uvloop_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def module_of_loop() -> str:
+        return type(asyncio.get_running_loop()).__module__
+
+    assert loop.run(module_of_loop()).startswith("uvloop")
+    monkeypatch.setitem(sys.modules, "uvloop", None)
+    assert loop.run(module_of_loop()).startswith("asyncio")
+
+
 def test_a_worker_waits_for_a_postgres_that_is_not_there_yet(application: Path) -> None:
     with EmbeddedServer() as server:
         dsn = server.dsn
@@ -331,6 +341,7 @@ def test_a_worker_that_postgres_refuses_does_not_wait(database: str, application
         (["worker", "shop:not_an_app"], "is not a Conductor"),
         (["worker", "shop:app", "-q", "default=many"], "the concurrency is a number"),
         (["worker", "shop:app", "--log-level", "loud"], "is not a level"),
+        (["--schema", "elsewhere", "worker", "shop:app"], "--schema elsewhere: shop:app is for 'pgconductor'"),
     ],
 )
 def test_a_worker_that_cannot_be_understood_exits_2(

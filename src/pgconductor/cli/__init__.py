@@ -19,7 +19,7 @@ from pgconductor.cli.roles import roles
 from pgconductor.cli.runs import runs
 from pgconductor.cli.schedules import schedules
 from pgconductor.cli.serve import dev, worker
-from pgconductor.cli.session import Settings
+from pgconductor.cli.session import SCHEMA, Settings
 from pgconductor.cli.status import status
 from pgconductor.cli.tasks import tasks
 from pgconductor.cli.text import redacted, safe
@@ -44,7 +44,7 @@ class _Commands(click.Group):
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.option("--dsn", metavar="DSN", help="Postgres; else PGCONDUCTOR_URL, DATABASE_URL, the development server.")
-@click.option("--schema", default="pgconductor", show_default=True, help="The engine's schema.")
+@click.option("--schema", default=SCHEMA, show_default=True, help="The engine's schema.")
 @click.version_option(package_name="pgconductor", prog_name="pgconductor")
 @click.pass_context
 def main(ctx: click.Context, dsn: str | None, schema: str) -> None:

@@ -27,7 +27,7 @@ def _payload(_: click.Context, __: click.Parameter, text: str) -> dict[str, Any]
 @click.option("--queue", help="Another queue than the task's.")
 @click.option("--priority", type=int, help="Higher runs first.")
 @click.option("--delay", help="Start later, such as 5m.")
-@click.option("--dedupe-key", help="Equal calls get one execution.")
+@click.option("--dedupe-key", help="Calls with one key get one execution.")
 @json_option
 @pass_settings
 def invoke(

@@ -19,7 +19,8 @@ from rich.logging import RichHandler
 
 from pgconductor import embedded
 from pgconductor.cli.devote import devote_process
-from pgconductor.cli.session import Settings, pass_settings
+from pgconductor.cli.loop import run
+from pgconductor.cli.session import SCHEMA, Settings, pass_settings
 from pgconductor.cli.text import console, line, redacted_dsn
 from pgconductor.conductor import Conductor
 from pgconductor.logs import JsonFormatter
@@ -48,7 +49,7 @@ def worker(
     """
     _log(log_level, log_format)
     app = load(application, settings)
-    asyncio.run(_work(app, parse_queues(queues, concurrency), concurrency))
+    run(_work(app, parse_queues(queues, concurrency), concurrency))
 
 
 @click.command()
@@ -73,7 +74,7 @@ def load(application: str, settings: Settings) -> Conductor[Any]:
     """Import an application; options of the command line win over what its code says.
 
     Raises:
-        click.UsageError: There is no such module, or no conductor in it.
+        click.UsageError: There is no such module, or no conductor in it, or one for another schema.
     """
     name, _, attribute = application.partition(":")
     sys.path.insert(0, str(Path.cwd()))
@@ -87,6 +88,8 @@ def load(application: str, settings: Settings) -> Conductor[Any]:
     if not isinstance(cast("object", found), Conductor):
         raise click.UsageError(f"{application!r} is not a Conductor; name it as module:variable")
     app = cast("Conductor[Any]", found)
+    if settings.schema not in (SCHEMA, app.schema):
+        raise click.UsageError(f"--schema {settings.schema}: {application} is for {app.schema!r}; leave it out")
     if settings.given_dsn:
         app.use_address(settings.given_dsn)
     return app

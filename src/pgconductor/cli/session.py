@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import click
 import msgspec
@@ -16,6 +16,8 @@ from pgconductor.conductor import Conductor
 from pgconductor.engine import Engine
 
 T = TypeVar("T")
+SCHEMA: Final = "pgconductor"
+"""What `--schema` is where it is not given."""
 _UNPRINTABLE = re.compile(r"[^ -~\n]")
 
 
