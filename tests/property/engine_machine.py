@@ -250,15 +250,16 @@ class EngineMachine(RuleBasedStateMachine):
 
     def _outcome(self, held: Held, how: int, delay: float | None) -> Json:
         outcome: Json = {"id": held.id, "token": held.token}
-        kind = ("completed", "failed", "retried", "released", "crashed", "parked", "parked", "parked")[how % 8]
+        kinds = ("completed", "failed", "retried", "released", "unstarted", "crashed", "parked", "parked", "parked")
+        kind = kinds[how % len(kinds)]
         if kind in ("failed", "retried"):
             outcome["error"] = {"type": "ValueError", "message": "boom"}
         if kind == "retried" and self._is_last_attempt(held):
             kind = "failed"
-        if kind in ("retried", "released"):
+        if kind in ("retried", "released", "unstarted"):
             outcome["delay"] = delay
         if kind == "parked":
-            opened = self._operation(held, how // 8)
+            opened = self._operation(held, how // len(kinds))
             outcome["ops"] = [opened]
             waits = [(opened["name"], opened["kind"])] if opened["kind"] != "start" else []
             waits += [(each["name"], each["kind"]) for each in self._pending(held)]
