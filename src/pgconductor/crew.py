@@ -179,6 +179,7 @@ class Crew:
             self._prepare_alone()
         for worker in self.workers:
             worker.fill()
+            self.release(worker.take_surplus())
         if not self.is_idle:
             self._on_busy()
 

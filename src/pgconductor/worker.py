@@ -199,6 +199,17 @@ class Worker:
         self._stuck_at = self._finished_count
         return self.take_buffered() if is_stuck else []
 
+    def take_surplus(self) -> list[tuple[Claimed, int]]:
+        """Return what was fetched for the room in batches, is of other tasks, and more than is fetched ahead of these."""
+        if not self._batch_sizes:
+            return []
+        others = [item for item in self.buffer if item[0].task_id not in self._batch_sizes]
+        surplus = others[self.prefetch_max :]
+        if surplus:
+            tokens = {(claimed.id, token) for claimed, token in surplus}
+            self.buffer = deque(item for item in self.buffer if (item[0].id, item[1]) not in tokens)
+        return surplus
+
     def take_buffered(self) -> list[tuple[Claimed, int]]:
         """Empty the buffer and return what was in it."""
         taken = list(self.buffer)

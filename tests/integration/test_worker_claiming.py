@@ -1,6 +1,7 @@
 """What a worker takes, how much of it, and what it leaves alone."""
 
 import asyncio
+import logging
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator
@@ -117,6 +118,28 @@ async def test_what_batches_of_another_task_can_take_is_no_slot_for_calls_by_nam
         free = {task.name: worker.free(id) for id, task in claimer_of(orchestrator)._crew.tasks.items()}
         assert free == {"twice": 10, "many": 109}
         assert worker.free() == 109
+
+
+async def test_what_was_claimed_for_batches_and_is_of_other_tasks_goes_back_at_once(
+    app: App, db: Db, caplog: pytest.LogCaptureFixture
+) -> None:
+    may_end = asyncio.Event()
+
+    @app.task
+    async def slow(ctx: Context) -> None:
+        await may_end.wait()
+
+    @app.task(batch=Batch(size=100, timeout=60))
+    async def many(ctx: BatchContext, numbers: list[int]) -> None: ...
+
+    await app.invoke_many([slow.bind() for _ in range(50)])
+    with caplog.at_level(logging.DEBUG, "pgconductor.crew"):
+        async with Orchestrator(app, queues={"default": 1}) as orchestrator:
+            await until(lambda: claimer_of(orchestrator).claimed_count > 1)
+            await until(lambda: states(db) == {"running": 1, "ready": 49})
+            assert "nothing finishes" not in caplog.text
+            may_end.set()
+            await until(lambda: states(db) == {"completed": 50})
 
 
 async def test_what_a_hint_names_twice_is_claimed_once(app: App, db: Db, monkeypatch: pytest.MonkeyPatch) -> None:
