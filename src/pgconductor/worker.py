@@ -200,7 +200,7 @@ class Worker:
         return self.take_buffered() if is_stuck else []
 
     def take_surplus(self) -> list[tuple[Claimed, int]]:
-        """Return what was fetched for the room in batches, is of other tasks, and more than is fetched ahead of these."""
+        """Return what was fetched for the room in batches, is of other tasks, and exceeds what is fetched ahead."""
         if not self._batch_sizes:
             return []
         others = [item for item in self.buffer if item[0].task_id not in self._batch_sizes]
