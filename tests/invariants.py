@@ -271,6 +271,11 @@ ALWAYS: Mapping[str, str] = {
               and not exists (select from look k where k.lane_id = b.lane_id and k.is_start = b.is_start
                               and k.keys = b.keys)
         union all
+        select b.execution_id::text from backlog b join lane n on n.id = b.lane_id and n.is_limited
+        where not starts_with(b.keys, keys_begin(array(select t from task_limit t where t.task_id = n.task_id)))
+          and not exists (select from look k where k.lane_id = b.lane_id and k.is_start = b.is_start
+                          and k.keys = b.keys)
+        union all
         select t.execution_id::text from timer t left join execution e on e.id = t.execution_id
         where e.id is null or not isfinite(t.due_at) and not exists (
           select from wait_item i where i.execution_id = e.parent_id and i.name = e.parent_step

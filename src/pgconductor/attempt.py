@@ -13,8 +13,13 @@ Only then is the outcome returned and settled, so that two runs never overlap. A
 and goes on gets `Suspend`, a BaseException, from its next operation; whatever it returns is dropped, with a warning.
 
 **When to park.** At least one wait is open, no step or transaction runs, and the loop has passed without a new
-operation. A handler that runs several tasks gets more passes: an answer that one of them has just been given may be
-several callbacks away from the operation that it leads to, and parking before that would wait for the others only.
+operation. A handler that runs several tasks gets more passes after each: an answer that one of them has just been given
+may be several callbacks away from the operation that it leads to, and parking before that would wait for the others
+only. A mere `checkpoint` does not count: a task that looks again and again for what another waits for would never park.
+
+**What is left behind.** `gather` does not end the others when one of them fails, and a handler may return beside a
+step. Such a run is settled after its steps have ended and are recorded, or the next one would do them once more. Where
+the run is left, cancelled or out of time, before or meanwhile, they are cancelled, and waited for all the same.
 
 **What is under way.** What is being stored goes on when the handler's wait for it is cancelled. It is remembered when
 it is stored, and the run is settled only after that, so that memory and database never differ.
@@ -24,6 +29,7 @@ import asyncio
 import inspect
 import logging
 import random
+import sys
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from concurrent.futures import Future as ThreadFuture
@@ -41,7 +47,7 @@ from pgconductor.claimed import Claimed, Loaded, Missing
 from pgconductor.engine import Engine, Query
 from pgconductor.errors import AttemptTimeout, ConductorError, Crash, Retry, StaleLease, Suspend, is_permanent
 from pgconductor.faults import fault
-from pgconductor.journal import Journal, timed_out_operations
+from pgconductor.journal import Journal
 from pgconductor.logs import current_run
 from pgconductor.memos import Memos
 from pgconductor.stored_error import error_to_json
@@ -58,7 +64,7 @@ PARKED_BYTES_MAX = 16 * 1024 * 1024
 """How much may go with a park; settling others would wait too long for more."""
 
 PASSES_CONCURRENT = 32
-"""How many more passes of the loop a handler gets that runs several tasks, before it is parked."""
+"""How many more passes of the loop a handler that runs several tasks gets after an operation, before it is parked."""
 
 log = logging.getLogger("pgconductor.attempt")
 inside_step: ContextVar[str | None] = ContextVar("inside_step", default=None)
@@ -171,29 +177,10 @@ class Attempt:
     """
 
     __slots__ = (
-        "_busy",
-        "_check_is_due",
-        "_hard",
-        "_is_concurrent",
-        "_leaving",
-        "_main",
-        "_opening",
-        "_quiet",
-        "_refusal",
-        "_storing",
-        "_waits",
-        "cancelled",
-        "claimed",
-        "closed",
-        "exit",
-        "has_returned",
-        "host",
-        "is_in_thread",
-        "journal",
-        "queue",
-        "task",
-        "token",
-    )
+        "_asked_count", "_busy", "_check_is_due", "_hard", "_is_concurrent", "_is_left", "_leaving", "_main",
+        "_opening", "_quiet", "_refusal", "_rest", "_storing", "_waits", "cancelled", "claimed", "closed", "exit",
+        "has_returned", "host", "is_in_thread", "journal", "queue", "task", "token",
+    )  # fmt: skip
 
     def __init__(
         self, claimed: Claimed, token: int, task: Task[..., Any], queue: str, host: Host, memos: Memos | None = None
@@ -210,11 +197,14 @@ class Attempt:
         self.has_returned = False
         self.is_in_thread = False
         self._main: asyncio.Task[Any] | None = None
-        self._busy = 0
+        self._busy: dict[object, asyncio.Task[Any] | None] = {}
+        self._rest: asyncio.Future[None] | None = None
+        self._asked_count = 0
         self._quiet = 0
         self._leaving = False
         self._hard = False
         self._is_concurrent = False
+        self._is_left = False
         self._check_is_due = False
         self._refusal: BaseException | None = None
         self._waits: dict[asyncio.Future[None], str | None] = {}
@@ -253,6 +243,8 @@ class Attempt:
         except BaseException as error:  # noqa: BLE001  (a handler's SystemExit is its failure, not the process')
             outcome = self._failed(error)
         self._close()
+        if self._busy and self._is_working():
+            await self._finish_work()
         if self._storing:
             await asyncio.wait(self._storing)
             if isinstance(outcome, Outcome) and outcome.outcome == "parked":
@@ -267,6 +259,25 @@ class Attempt:
         for future in tuple(self._waits):
             future.cancel()
 
+    async def _finish_work(self) -> None:
+        """Wait for the steps that the handler has left behind; where they are not wanted any more, end them."""
+        self._rest = self.host.loop.create_future()
+        timeout, timer = self.task.config.timeout, None
+        if self._is_left or self.is_over():
+            self._interrupt()
+        else:
+            log.warning("%s has left steps behind that still run: it is settled after them", self.label)
+            if timeout is not None:
+                timer = self.host.loop.call_later(timeout.total_seconds(), self._interrupt)
+        while not self._rest.done():
+            try:
+                await asyncio.wait([self._rest])
+            except asyncio.CancelledError:
+                self._uncancel()
+                self._interrupt()
+        if timer is not None:
+            timer.cancel()
+
     async def _within(self, timeout: timedelta, call: "Callable[[Attempt], Awaitable[Any]]") -> Any:
         limit = asyncio.timeout(timeout.total_seconds())
         try:
@@ -276,6 +287,8 @@ class Attempt:
             if limit.expired():
                 raise AttemptTimeout(self.task.name, timeout) from None
             raise
+        finally:
+            self._is_left = limit.expired()
 
     def _returned(self, value: Any) -> Completion | Outcome | None:
         if self.exit:
@@ -286,20 +299,24 @@ class Attempt:
         result = Raw(returns.store(value, "result")[0])
         if self.journal.memos.operations:
             self._warn_of_unasked()
-        if not self._storing and not self.journal.is_tied:
+        if not self._storing and not self._busy and not self.journal.is_tied:
             return Completion(self.claimed.id, self.token, result, self.claimed.parent_id)
         return Outcome(self.claimed.id, self.token, "completed", result=result)
 
     def _stopped(self, error: asyncio.CancelledError) -> Outcome | None:
-        main = cast("asyncio.Task[Any]", self._main)
-        while main.cancelling():
-            main.uncancel()
+        self._uncancel()
         if self.exit or self.cancelled or self._hard:
             return self.leave(self.exit or "released")
         return self._failed(error)  # the handler's own doing
 
+    def _uncancel(self) -> None:
+        main = cast("asyncio.Task[Any]", self._main)
+        while main.cancelling():
+            main.uncancel()
+
     def leave(self, way: Exit) -> Outcome | None:
         """Return what is to be settled of a run that is left."""
+        self._is_left = True
         if way == "abandoned":
             return None
         if self._refusal is not None:
@@ -330,7 +347,7 @@ class Attempt:
             return Outcome(self.claimed.id, self.token, "failed", error=stored)
         delay = error.after.total_seconds() if isinstance(error, Retry) else config.retry.delay(number, _chance)
         log.warning("%s failed, attempt %d; again in %.3gs", self.label, number, delay, exc_info=error)
-        fresh = [Fresh(name, round_) for name, round_ in sorted(timed_out_operations(error))]
+        fresh = [Fresh(name, round_) for name, round_ in sorted(self.journal.timed_out_by(error))]
         return Outcome(self.claimed.id, self.token, "retried", error=stored, delay=delay, fresh=fresh or None)
 
     def log_ids(self) -> dict[str, Any]:
@@ -394,8 +411,14 @@ class Attempt:
         return self.cancelled or self._hard or self.exit is not None
 
     def _interrupt(self) -> None:
-        if self._main is not None and not self.closed:
-            self._main.cancel()
+        """Cancel the handler; once it has ended, the steps that it has left behind."""
+        if not self.closed:
+            if self._main is not None:
+                self._main.cancel()
+            return
+        for task in tuple(self._busy.values()):
+            if task is not None and task is not self._main:
+                task.cancel()
 
     # ------------------------------------------------------------ for the contexts
 
@@ -448,6 +471,8 @@ class Attempt:
         host = self.host
         if asyncio.current_task(host.loop) is not self._main:
             self._is_concurrent = True
+        elif self.journal.late_tasks and sys.exception() is None:
+            self.journal.late_tasks.clear()  # the handler goes on: what timed out, it has seen
         return self._leaving or host.is_stopping() or (self.claimed.closes_at is not None and self.is_closing())
 
     async def pend(self, name: str | None = None) -> None:
@@ -465,15 +490,21 @@ class Attempt:
             if name is not None and not self.exit and not self.closed and name not in self._waits.values():
                 self.journal.awaits.pop(name, None)
 
-    def begin_work(self) -> None:
-        """Count a step or transaction that keeps the run from being left."""
-        self._busy += 1
+    def begin_work(self, work: object) -> None:
+        """Note a step or transaction and its asyncio task: it keeps the run from being left, and from being settled."""
+        self._busy[work] = asyncio.current_task(self.host.loop)
 
-    def end_work(self) -> None:
-        """Count it off."""
-        self._busy -= 1
-        if self._waits and not self._busy:
+    def end_work(self, work: object) -> None:
+        """Strike it off."""
+        del self._busy[work]
+        if self._rest is not None:
+            if not self._rest.done() and not self._is_working():
+                self._rest.set_result(None)
+        elif self._waits and not self._busy:
             self._look_later()
+
+    def _is_working(self) -> bool:
+        return any(task is not self._main for task in self._busy.values())
 
     async def store(self, stored: Awaitable[T], remember: Callable[[T], None]) -> T:
         """Wait until something is stored; a lost lease ends the run.
@@ -515,6 +546,8 @@ class Attempt:
             self.host.loop.call_soon(self._check)
 
     def _check(self) -> None:
+        if self._is_concurrent and self._asked_count != self.journal.asked_count:
+            self._asked_count, self._quiet = self.journal.asked_count, PASSES_CONCURRENT
         if self._quiet and not self.exit:
             self._quiet -= 1
             self.host.loop.call_soon(self._check)

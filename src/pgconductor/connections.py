@@ -76,25 +76,25 @@ async def send_async(connection: object, statement: str, parameter: str) -> str:
     return _text(await send(connection, statement, parameter))
 
 
-def _psycopg(connection: Any, statement: str, parameter: str) -> Any:
-    with _plain_cursor(connection) as cursor:
-        cursor.execute(statement, (parameter,))
-        return cursor.fetchone()[0]
-
-
-async def _psycopg_async(connection: Any, statement: str, parameter: str) -> Any:
-    async with _plain_cursor(connection) as cursor:
-        await cursor.execute(statement, (parameter,))
-        return (await cursor.fetchone())[0]
-
-
-def _plain_cursor(connection: Any) -> Any:
+def plain_cursor(connection: Any) -> Any:
     """Open a cursor that answers tuples in text and binds on the server, whatever the connection's factories do."""
     import psycopg
     from psycopg.rows import tuple_row
 
     kind: Any = psycopg.AsyncCursor if isinstance(connection, psycopg.AsyncConnection) else psycopg.Cursor
     return kind(connection, row_factory=tuple_row)
+
+
+def _psycopg(connection: Any, statement: str, parameter: str) -> Any:
+    with plain_cursor(connection) as cursor:
+        cursor.execute(statement, (parameter,))
+        return cursor.fetchone()[0]
+
+
+async def _psycopg_async(connection: Any, statement: str, parameter: str) -> Any:
+    async with plain_cursor(connection) as cursor:
+        await cursor.execute(statement, (parameter,))
+        return (await cursor.fetchone())[0]
 
 
 async def _asyncpg(connection: Any, statement: str, parameter: str) -> Any:

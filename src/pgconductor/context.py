@@ -11,12 +11,11 @@ from uuid import UUID
 
 from typing_extensions import ParamSpec, TypeVar
 
-from pgconductor.attempt import Attempt, OutcomeUnknown, accept_transaction, runs_on_loop
+from pgconductor.attempt import Attempt, runs_on_loop
 from pgconductor.checks import check_execution_id
-from pgconductor.claimed import Missing
 from pgconductor.codec import Codec
 from pgconductor.durations import Duration, seconds
-from pgconductor.errors import AttemptTimeout, ConfigurationError, Suspend
+from pgconductor.errors import AttemptTimeout, Suspend
 from pgconductor.faults import fault
 from pgconductor.journal import CANCELLED, PENDING, remember_call
 from pgconductor.model import EventDef, RetryPolicy
@@ -35,9 +34,9 @@ from pgconductor.operations import (
     run_in_own_thread,
 )
 from pgconductor.schedules import schedule_of
-from pgconductor.session import backoff_seconds
 from pgconductor.signature import return_codec_of
 from pgconductor.task import Call, Task, check_task
+from pgconductor.transactions import commit_once
 from pgconductor.triggers import handed_over
 
 if TYPE_CHECKING:
@@ -196,53 +195,7 @@ class Context(RunFacts[D]):
         if memo is not None:
             return cast("T", _recorded(codec, memo))
         with _Working(attempt):
-            return cast("T", await self._until_committed(name, fn, args, kwargs, codec))
-
-    async def _until_committed(
-        self, name: str, fn: Callable[..., Any], args: Any, kwargs: Any, codec: Codec[Any]
-    ) -> Any:
-        """Commit once. When the connection is lost, the commit may have happened: look before trying again."""
-        failure_count = 0
-        while True:
-            try:
-                return await self._transact(name, fn, args, kwargs, codec)
-            except OutcomeUnknown:
-                memo = await self._look_up(name)
-            if memo is not None:
-                self._attempt.journal.memos.add(memo)
-                return _recorded(codec, memo)
-            failure_count += 1
-            await asyncio.sleep(backoff_seconds(failure_count))
-            self._attempt.enter()
-
-    async def _transact(self, name: str, fn: Callable[..., Any], args: Any, kwargs: Any, codec: Codec[Any]) -> Any:
-        attempt = self._attempt
-        async with attempt.host.transaction() as conn:
-            try:
-                async with conn.transaction():  # the outermost block: it begins here, and commits at its end only
-                    if settings := attempt.host.transaction_settings:
-                        await conn.execute(settings.encode())
-                    with Marked(name):
-                        awaited = fn(conn, *args, **kwargs)
-                        if not inspect.isawaitable(awaited):
-                            raise ConfigurationError(f"transaction {name!r}", "is a plain function", "use async def")
-                        raw, copied = codec.store(await awaited, f"transaction {name!r}")
-                    step = attempt.journal.finished(name, "transaction", raw)
-                    query = attempt.host.save_transaction(step)
-                    row = await (await conn.execute(query.statement.encode(), list(query.parameters))).fetchone()
-                    accept_transaction(attempt, row[0] if row else None)
-                    fault("before_transaction_commit")
-            except Exception as error:
-                if conn.closed:  # whatever the function made of it, this is not its failure
-                    raise OutcomeUnknown from error
-                raise
-        fault("after_transaction_commit")
-        attempt.journal.remember(step)
-        return copied
-
-    async def _look_up(self, name: str) -> "Recorded | None":
-        loaded = await self._attempt.host.load(Missing(self._attempt.claimed.id, with_input=False, since=0))
-        return next((step for step in loaded.steps if step.name == name and not step.dropped), None)
+            return cast("T", await commit_once(attempt, name, lambda conn: fn(conn, *args, **kwargs), codec))
 
     # ------------------------------------------------------------ sleeping
 
@@ -583,7 +536,7 @@ def _recorded(codec: Codec[Any], memo: "Recorded") -> Any:
 
 
 class _Working:
-    """Keeps a run from being left meanwhile. Not a generator: that would cost each step three times as much."""
+    """Keeps a run from being parked or settled. Not a generator: that would cost each step three times as much."""
 
     __slots__ = ("_attempt",)
 
@@ -591,7 +544,7 @@ class _Working:
         self._attempt = attempt
 
     def __enter__(self) -> None:
-        self._attempt.begin_work()
+        self._attempt.begin_work(self)
 
     def __exit__(self, *_: object) -> None:
-        self._attempt.end_work()
+        self._attempt.end_work(self)

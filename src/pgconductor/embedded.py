@@ -14,6 +14,10 @@ directory that was there before is changed.
 password is random, made once per home, kept in files of mode 0600, and asked for on the socket too: peer
 authentication would not know the user that root's clients come as.
 
+**Whose is it?** Where others can write, as in /var/tmp, they can put a home with a server of their own before us. So a
+home counts only if it and its `server.json` are this user's and no other can write to it. And what root's server can
+write to, `data/`, is its user's: root follows no link there.
+
 **Is it running?** A pid alone proves nothing: it may be dead, a zombie, or another program by now. A server counts as
 running when the process that `postmaster.pid` names was started on exactly this data directory, and the state file
 tells of that same start. Starting and stopping hold a file lock, so that two processes which need a server at the
@@ -21,6 +25,7 @@ same time get the same one.
 """
 
 import contextlib
+import errno
 import hashlib
 import os
 import secrets
@@ -37,7 +42,7 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self, TextIO
 from urllib.parse import quote
 
 import msgspec
@@ -179,7 +184,9 @@ class EmbeddedServer:
     def state(self) -> ServerState | None:
         """What runs now; None if nothing does, or if what runs is another user's."""
         last = self._recorded()
-        return last if last is not None and (last.pid, last.started_at) == self._postmaster() else None
+        if last is None or (last.pid, last.started_at) != self._postmaster():
+            return None
+        return last if _is_ours(self.home) and _is_ours(Path(last.socket_dir).parent) else None
 
     @property
     def dsn(self) -> str:
@@ -235,18 +242,23 @@ class EmbeddedServer:
 
     def _recorded(self) -> ServerState | None:
         try:
-            return msgspec.json.decode(self._state_file.read_bytes(), type=ServerState)
+            with _open_of(os.geteuid(), self._state_file) as file:
+                return msgspec.json.decode(file.buffer.read(), type=ServerState)
         except (OSError, msgspec.MsgspecError):  # none, another user's, or written by another version
             return None
 
     def _postmaster(self) -> tuple[int, int] | None:
         """Return the pid and the start of the server that runs on our data."""
         try:
-            lines = (self.data_dir / "postmaster.pid").read_text().splitlines()
+            with self._open_pid_file() as file:
+                lines = file.read().splitlines()
             pid, started_at = int(lines[0]), int(lines[2])
         except (OSError, ValueError, IndexError):
             return None
         return (pid, started_at) if binaries.was_started_on(pid, self.data_dir) else None
+
+    def _open_pid_file(self, mode: Literal["r", "r+"] = "r") -> TextIO:
+        return _open_of(self.data_dir.lstat().st_uid, self.data_dir / "postmaster.pid", mode)
 
     @contextlib.contextmanager
     def _locked(self) -> Generator[None]:
@@ -300,12 +312,21 @@ class EmbeddedServer:
         A server that runs without a state file is one whose starter died: stop it. A pid that belongs to another
         program by now would make Postgres refuse; only the pid is replaced, since by the rest of the file Postgres
         recognises sessions of the crashed server that still write.
+
+        Raises:
+            ServerError: What bears the name of that file is none that Postgres wrote. It is left as it is.
         """
         self._end_postmaster()
-        pid_file = self.data_dir / "postmaster.pid"
-        with contextlib.suppress(FileNotFoundError):
-            _, _, rest = pid_file.read_text().partition("\n")
-            pid_file.write_text(f"{_NOBODY_PID}\n{rest}")
+        try:
+            with self._open_pid_file("r+") as file:
+                _, _, rest = file.read().partition("\n")
+                file.seek(0)
+                file.truncate()
+                file.write(f"{_NOBODY_PID}\n{rest}")
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise ServerError(f"the pid file is none of Postgres: {error}", "find out whose; remove it") from error
 
     def _launch(self, bin_dir: Path, account: Account) -> ServerState:
         socket_dir = self._make_socket_dir(account)
@@ -410,7 +431,10 @@ def _home_mode(account: Account) -> int:
 
 
 def _is_ours(directory: Path) -> bool:
-    found = directory.lstat()
+    try:
+        found = directory.lstat()
+    except FileNotFoundError:
+        return False
     return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o022
 
 
@@ -424,6 +448,21 @@ def _make(directory: Path, account: Account) -> None:
         raise ServerError(
             f"{directory} is not a directory that only this user can write to", "remove it or choose another"
         )
+
+
+def _open_of(uid: int, path: Path, mode: Literal["r", "r+"] = "r") -> TextIO:
+    """Open a plain file of that user; never what a link leads to, and no pipe that would keep us waiting.
+
+    Raises:
+        OSError: It is none, or cannot be opened.
+    """
+    access = os.O_RDWR if mode == "r+" else os.O_RDONLY
+    file = os.fdopen(os.open(path, access | os.O_NOFOLLOW | os.O_NONBLOCK), mode)
+    found = os.fstat(file.fileno())
+    if not stat.S_ISREG(found.st_mode) or found.st_uid != uid:
+        file.close()
+        raise PermissionError(errno.EPERM, f"not a plain file of user {uid}", str(path))
+    return file
 
 
 def _write_private(path: Path, text: str) -> None:

@@ -1,7 +1,15 @@
-"""What a run is given by the process around it; see `attempt.Host`."""
+"""What a run is given by the process around it; see `attempt.Host`.
+
+**Connections of transactions.** A function may do to its connection what it likes: set factories and adapters, settings
+and a role, take locks, make temporary tables. The next one must not find it. So what is kept is the session alone. Each
+transaction gets a psycopg connection of its own on one; the connection before leads nowhere from then on. The session
+is sent a reset when it is given back, and the answer is read when it is taken again, so that nobody waits for it unless
+the next transaction follows at once. Through a pooler nothing is reset: the session is the pooler's.
+"""
 
 import asyncio
 import contextlib
+import logging
 import select
 import threading
 from collections.abc import AsyncGenerator, Callable, Generator
@@ -10,15 +18,18 @@ from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 
 import psycopg
-from psycopg.pq import TransactionStatus
+from psycopg import generators
+from psycopg.pq import ExecStatus, TransactionStatus
+from psycopg.pq import PGconn as PGConnection
+from psycopg.pq.abc import PGconn, PGresult
 
-from pgconductor.attempt import OutcomeUnknown
 from pgconductor.claimed import Loaded, Missing
 from pgconductor.isolated import Processes
 from pgconductor.loading import Loader
 from pgconductor.route import FailedOver, Route, Timeline
 from pgconductor.session import Session
 from pgconductor.threads import Threads
+from pgconductor.transactions import NoConnection
 from pgconductor.written import Operation, SavedStep
 
 if TYPE_CHECKING:
@@ -31,7 +42,19 @@ CONNECTIONS_MAX: Final = 8
 _IDLE_SECONDS_MAX: Final = 60.0
 """So long a transaction may stand idle while its function runs; less, the trust, once its step is saved."""
 _TRANSACTION_OPTIONS: Final = "-c idle_in_transaction_session_timeout=60s"
-_TRANSACTION_SETTINGS: Final = "set local idle_in_transaction_session_timeout = '60s'"
+_TRANSACTION_SETTINGS: Final = (
+    "set transaction isolation level read committed, read write; set local idle_in_transaction_session_timeout = '60s'"
+)
+_RESET: Final = (
+    b"close all; reset session authorization; reset role; reset all; deallocate all; unlisten *;"
+    b" select pg_catalog.pg_advisory_unlock_all(); discard temp"
+)
+"""What `discard all` does, but for sequences, and for plans, since the engine's functions would be planned anew.
+`reset` goes back to what the connection was opened with."""
+_SUCCESSES: Final = (ExecStatus.COMMAND_OK, ExecStatus.TUPLES_OK)
+_NOWHERE: Final = PGConnection.connect_start(b"=")  # no address, so nothing is opened
+_NOWHERE.finish()
+log = logging.getLogger("pgconductor.host")
 
 
 class ProcessHost:
@@ -73,8 +96,7 @@ class ProcessHost:
         self._session = session
         self._loader = Loader(session, engine)
         self._threads = threads
-        self._idle: list[psycopg.AsyncConnection[Any]] = []
-        self._idle_sync: list[psycopg.Connection[Any]] = []
+        self._idle: list[PGconn] = []
         self._slots = asyncio.Semaphore(CONNECTIONS_MAX)
         self._slots_sync = threading.BoundedSemaphore(CONNECTIONS_MAX)
 
@@ -108,20 +130,17 @@ class ProcessHost:
 
     @asynccontextmanager
     async def transaction(self) -> AsyncGenerator[psycopg.AsyncConnection[Any]]:
-        """Lend a connection. That the database is away is nobody's failure.
+        """Lend a connection, like new. That the database is away is nobody's failure.
 
         Raises:
-            OutcomeUnknown: There is none to be had. Nothing was done.
+            NoConnection: There is none to be had. Nothing was done.
         """
         async with self._slots:
             connection = await self._take()
             try:
                 yield connection
             finally:
-                if connection.pgconn.transaction_status == TransactionStatus.IDLE:
-                    self._idle.append(connection)
-                else:
-                    await connection.close()
+                self._give_back(connection)
 
     @contextmanager
     def sync_transaction(self) -> Generator[psycopg.Connection[Any]]:
@@ -131,52 +150,82 @@ class ProcessHost:
             try:
                 yield connection
             finally:
-                if connection.pgconn.transaction_status == TransactionStatus.IDLE:
-                    self._idle_sync.append(connection)
-                else:
-                    connection.close()
+                self._give_back(connection)
 
     async def _take(self) -> psycopg.AsyncConnection[Any]:
-        while self._idle:
-            connection = self._idle.pop()
-            if not has_spoken(connection.pgconn.socket):
+        while (session := self._idle_session()) is not None:
+            connection = psycopg.AsyncConnection[Any](session)
+            with _closed_unless_clean(session) as results:
+                results.extend(await connection.wait(generators.execute(session)))
+            if not connection.closed:
+                connection.prepare_threshold = None
                 return connection
-            await connection.close()
         try:
             connection = await self._route.connect(psycopg.AsyncConnection[Any], autocommit=False)
         except (psycopg.OperationalError, FailedOver) as error:
-            raise OutcomeUnknown from error
+            raise NoConnection from error
         connection.prepare_threshold = None
         return connection
 
     def _take_sync(self) -> psycopg.Connection[Any]:
-        with contextlib.suppress(IndexError):  # other threads take some too
-            while True:
-                connection = self._idle_sync.pop()
-                if not has_spoken(connection.pgconn.socket):
-                    return connection
-                connection.close()
+        while (session := self._idle_session()) is not None:
+            connection = psycopg.Connection[Any](session)
+            with _closed_unless_clean(session) as results:
+                results.extend(connection.wait(generators.execute(session)))
+            if not connection.closed:
+                connection.prepare_threshold = None
+                return connection
         try:
             connection = self._route.connect_sync(autocommit=False)
         except (psycopg.OperationalError, FailedOver) as error:
-            raise OutcomeUnknown from error
+            raise NoConnection from error
         connection.prepare_threshold = None
         return connection
+
+    def _idle_session(self) -> PGconn | None:
+        with contextlib.suppress(IndexError):  # threads take some too
+            return self._idle.pop()
+        return None
+
+    def _give_back(self, connection: psycopg.AsyncConnection[Any] | psycopg.Connection[Any]) -> None:
+        """Keep the session if it can be had like new, and cut it off from the connection."""
+        session, connection.pgconn = connection.pgconn, _NOWHERE
+        try:
+            if session.transaction_status == TransactionStatus.IDLE:
+                if not self._route.is_pooled:
+                    session.send_query(_RESET)
+                self._idle.append(session)
+                return
+        except psycopg.Error as error:
+            log.debug("a connection is closed, since it cannot be reset: %s", error)
+        session.finish()
 
     async def close(self) -> None:
         """Close the connections of transactions and let the threads end."""
         self._threads.close()
         await self._loader.close()
         await self.processes.close()
-        for connection in self._idle:
-            await connection.close()
-        for sync_connection in self._idle_sync:
-            sync_connection.close()
+        while (session := self._idle_session()) is not None:
+            session.finish()
 
     @property
     def transaction_settings(self) -> str | None:
         """What a transaction must say at its beginning, because its connection could not at its start."""
         return _TRANSACTION_SETTINGS if self._route.is_pooled else None
+
+
+@contextmanager
+def _closed_unless_clean(session: PGconn) -> Generator[list[PGresult]]:
+    """Take the answers to the reset; close a session that was not reset, or is gone."""
+    results: list[PGresult] = []
+    is_clean = False
+    try:
+        with contextlib.suppress(psycopg.Error):
+            yield results
+            is_clean = all(result.status in _SUCCESSES for result in results) and not has_spoken(session.socket)
+    finally:
+        if not is_clean:
+            session.finish()
 
 
 def has_spoken(descriptor: int) -> bool:

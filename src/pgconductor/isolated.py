@@ -3,8 +3,14 @@
 A child process serves one run at a time. It is sent what was claimed, runs the same `Attempt` as any worker does, over
 a database connection of its own, and sends back the outcome, which is settled with all the others. Both directions
 carry one JSON message a line; nothing is pickled, and the child finds the task by importing the module that defines
-it. A child that dies during a run costs that execution one crash; one whose handler outlives its run is replaced. When
-this process dies, its children see the end of their pipe and exit.
+it. A child that dies during a run costs that execution one crash, unless this process is stopping; one whose handler
+outlives its run is replaced. When this process dies, its children see the end of their pipe and exit.
+
+**A child's first word** is that it serves: its module is imported, its lifespan open. One that cannot come so far says
+why, or just ends. That is no crash, since the handler was not called: the execution goes back for a while, at no cost.
+
+**Signals.** A terminal and an init system send the signals of a stop to children, too. Those leave them to this
+process, which tells each run to leave at its next operation, and ends the children when it ends.
 """
 
 import asyncio
@@ -16,19 +22,22 @@ import sys
 from collections import deque
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import msgspec
-from msgspec import Struct
+from msgspec import Raw, Struct
 
 from pgconductor.attempt import Attempt
 from pgconductor.claimed import Claimed
 from pgconductor.errors import ConductorError, ConfigurationError, EncodeError
 from pgconductor.membership import Timing
+from pgconductor.stored_error import error_from_json, error_to_json
 from pgconductor.written import Completion, Outcome
 
 log = logging.getLogger("pgconductor.isolated")
 LINE_BYTES_MAX = 256 * 1024 * 1024
+START_RETRY_SECONDS: Final = 5.0
+"""How long an execution goes back when its process cannot start."""
 
 
 class Home(Struct):
@@ -58,6 +67,12 @@ class Control(Struct, tag="control"):
     action: Literal["cancel", "release", "abandon"]
 
 
+class Up(Struct):
+    """The first word of a process: it serves. `error`: why it cannot, as errors are stored; it ends."""
+
+    error: str | None = None
+
+
 class Answer(Struct):
     """What became of the run. `spent`: its handler still runs, the process is of no further use."""
 
@@ -70,6 +85,15 @@ class Answer(Struct):
 Message = Start | Control
 _encode = msgspec.json.Encoder().encode
 _answer = msgspec.json.Decoder(Answer)
+_up = msgspec.json.Decoder(Up)
+
+
+class _StartFailed(Exception):
+    """A process has never come to serve. `stored`: why, as errors are stored."""
+
+    def __init__(self, stored: str) -> None:
+        super().__init__(stored)
+        self.stored = stored
 
 
 class _Child:
@@ -81,18 +105,39 @@ class _Child:
         self.process = process
         self.reader = reader
         self.writer = writer
+        self._is_up = False
 
     def send(self, message: Message | Home) -> None:
         self.writer.write(_encode(message) + b"\n")
 
     async def run(self, order: bytes) -> Answer | None:
-        """Have one run done, a `Start` as JSON; None when the process died under it."""
+        """Have one run done, a `Start` as JSON; None when the process died under it.
+
+        Raises:
+            _StartFailed: The process has never come so far.
+        """
         self.writer.write(order + b"\n")
+        if not self._is_up:
+            await self._come_up()
+        line = await self._hear()
+        return _answer.decode(line) if line else None
+
+    async def _come_up(self) -> None:
+        line = await self._hear()
+        if not line:
+            raise _StartFailed(error_to_json(ConductorError("its process ended before it could serve")))
+        error = _up.decode(line).error
+        if error is not None:
+            raise _StartFailed(error)
+        self._is_up = True
+
+    async def _hear(self) -> bytes:
+        """Return the next line; an empty one when the process has ended, be it in the midst of a line."""
         with contextlib.suppress(ConnectionError):
             line = await self.reader.readline()
-            if line:
-                return _answer.decode(line)
-        return None
+            if line.endswith(b"\n"):
+                return line
+        return b""
 
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -203,6 +248,8 @@ class IsolatedAttempt(Attempt):
         answer: Answer | None = None
         try:
             answer = await child.run(order)
+        except _StartFailed as failure:
+            return self._not_started(failure)
         finally:
             self._child = None
             if answer is None or answer.spent:
@@ -232,14 +279,25 @@ class IsolatedAttempt(Attempt):
         if self.exit == "abandoned":
             return None
         if answer is None:
-            return self._crashed()
+            return self.leave(self.exit or "released") if self._was_to_leave else self._crashed()
         if answer.error is not None:
             return self._failed(ConductorError(f"it could not run in a process of its own: {answer.error}"))
         return answer.completion or answer.outcome
 
+    @property
+    def _was_to_leave(self) -> bool:
+        """Whether the run was to be left, so that it costs nothing when its process ends."""
+        return self.exit is not None or self.cancelled or self._leaving
+
+    def _not_started(self, failure: _StartFailed) -> Outcome | None:
+        if self._was_to_leave:
+            return self.leave(self.exit or "released")
+        text = error_from_json(failure.stored).render()
+        log.error("%s: its process could not start; again in %gs\n%s", self.label, START_RETRY_SECONDS, text)
+        stored = Raw(failure.stored.encode())
+        return Outcome(self.claimed.id, self.token, "released", error=stored, delay=START_RETRY_SECONDS)
+
     def _crashed(self) -> Outcome:
-        if self.exit or self.cancelled:
-            return Outcome(self.claimed.id, self.token, "released")
         count = self.claimed.crashes + 1
         log.error("%s: its process died, crash %d of %d", self.label, count, self.task.config.max_crashes)
         return Outcome(self.claimed.id, self.token, "crashed")

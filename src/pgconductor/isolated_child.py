@@ -4,27 +4,35 @@ import asyncio
 import importlib
 import os
 import runpy
+import signal
 import socket
 import sys
 from collections.abc import Mapping
-from typing import Any, cast
+from contextlib import AsyncExitStack
+from typing import Any, Final, cast
 
 import msgspec
 
 from pgconductor.attempt import Attempt
 from pgconductor.conductor import Conductor
 from pgconductor.engine import Engine
-from pgconductor.errors import StaleLease
+from pgconductor.errors import ConductorError, StaleLease
 from pgconductor.host import ProcessHost
-from pgconductor.isolated import LINE_BYTES_MAX, Answer, Control, Home, Message, Start
+from pgconductor.isolated import LINE_BYTES_MAX, Answer, Control, Home, Message, Start, Up
 from pgconductor.membership import Timing
 from pgconductor.operations import has_step_threads
 from pgconductor.session import Session
+from pgconductor.stored_error import error_to_json
 from pgconductor.threads import Threads
 from pgconductor.written import Completion, Operation, SavedStep
 
 SCRIPT = "__pgconductor_child__"
 """The `__name__` of a script that is run for its definitions."""
+_STOP_SIGNALS: Final[dict[signal.Signals, Any]] = {
+    signal.SIGTERM: signal.SIG_DFL,
+    signal.SIGINT: signal.default_int_handler,
+}
+"""What asks a process to stop, and what it does to others."""
 
 
 class _Identity:
@@ -143,15 +151,58 @@ def _load(home: Home) -> Conductor[Any]:
 async def _main(descriptor: int) -> None:
     reader, writer = await asyncio.open_connection(sock=socket.socket(fileno=descriptor), limit=LINE_BYTES_MAX)
     home = msgspec.json.decode(await reader.readline(), type=Home)
-    app = _load(home)
+    async with AsyncExitStack() as stack:
+        try:
+            app = _load(home)
+            deps = await stack.enter_async_context(app.lifespan_context())
+        except BaseException as error:  # noqa: BLE001 (a module that is imported may even exit)
+            await _say_why(writer, error)
+            return
+        writer.write(msgspec.json.encode(Up()) + b"\n")
+        await _serve(home, app, deps, reader, writer)
+
+
+async def _say_why(writer: asyncio.StreamWriter, error: BaseException) -> None:
+    """Tell the parent why nothing can be served here."""
+    failure = ConductorError("its process could not start")
+    failure.__cause__ = error
+    writer.write(msgspec.json.encode(Up(error_to_json(failure))) + b"\n")
+    writer.close()
+    await writer.wait_closed()
+
+
+async def _serve(
+    home: Home, app: Conductor[Any], deps: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+) -> None:
     identity, threads = _Identity(home.timing), Threads(4)
     session = Session(home.dsn, "pgconductor isolated")
     saver = _DirectSaver(session, app.engine, identity)
-    async with app.lifespan_context() as deps:
-        host = ProcessHost(home.dsn, app.engine, cast("Any", identity), cast("Any", saver), session, threads, deps)
-        await _Runner(app, host, identity, threads, reader, writer).serve()
+    host = ProcessHost(home.dsn, app.engine, cast("Any", identity), cast("Any", saver), session, threads, deps)
+    await _Runner(app, host, identity, threads, reader, writer).serve()
+
+
+def _outlive_stops() -> None:
+    """Leave it to the parent when this process ends.
+
+    By handlers: what is ignored instead stays so in the programs that a task starts, which it may want to terminate.
+    """
+    for number in _STOP_SIGNALS:
+        signal.signal(number, _stay)
+    os.register_at_fork(after_in_child=_heed_stops)
+
+
+def _stay(*_: object) -> None:
+    """Do nothing."""
+
+
+def _heed_stops() -> None:
+    """Let a process that a task has forked be stopped again."""
+    for number, usual in _STOP_SIGNALS.items():
+        if signal.getsignal(number) is _stay:
+            signal.signal(number, usual)
 
 
 if __name__ == "__main__":
+    _outlive_stops()
     asyncio.run(_main(int(sys.argv[1])))
     os._exit(0)  # threads of handlers that outlived their run must not keep the process

@@ -11,7 +11,9 @@ journal decides nothing about when to park and touches neither database nor even
 coroutines, threads and processes.
 """
 
+import asyncio
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from typing import Any, Final, NamedTuple, TypeVar, cast
 from uuid import UUID
@@ -50,7 +52,7 @@ from pgconductor.task import Call, check_call, check_calls
 from pgconductor.written import Await, NewExecution, Operation, SavedStep
 
 E = TypeVar("E")
-T = TypeVar("T", bound=ConductorError)
+T = TypeVar("T", bound=Exception)
 
 STEPS_MAX = 10_000
 CHILDREN_MAX = 10_000
@@ -95,6 +97,7 @@ class Journal:
         unsaved: Operations that the database does not know yet.
         unsaved_bytes: About how many bytes they take in a statement.
         awaits: What this run has open, by name.
+        late_tasks: The asyncio tasks in which a timeout was raised that the handler itself may not have seen.
     """
 
     __slots__ = (
@@ -104,6 +107,7 @@ class Journal:
         "_token",
         "_unvisited",
         "awaits",
+        "late_tasks",
         "memos",
         "unsaved",
         "unsaved_bytes",
@@ -114,6 +118,7 @@ class Journal:
         self.unsaved: list[Operation] = []
         self.unsaved_bytes = 0
         self.awaits: dict[str, Await] = {}
+        self.late_tasks: list[asyncio.Task[Any]] = []
         self._claimed = claimed
         self._token = token
         self._names: set[str] = set()
@@ -129,6 +134,11 @@ class Journal:
     def is_replaying(self) -> bool:
         """Whether the run is still where an earlier one has been."""
         return self._unvisited > 0
+
+    @property
+    def asked_count(self) -> int:
+        """A number that grows with what the run asks for, be it answered or not."""
+        return len(self._names) + len(self._calls)
 
     # ------------------------------------------------------------ names
 
@@ -234,7 +244,7 @@ class Journal:
             operation.keep = _is_kept(name, on_timeout)
             self._open(operation)
             return PENDING
-        return self._await(memo) if memo.status == "pending" else child_value(memo, call)
+        return self._await(memo) if memo.status == "pending" else self._child_value(memo, call)
 
     def invoke_all(
         self, name: str, calls: Sequence[Call[Any]], timeout: Duration | None, max_in_flight: int | None
@@ -249,7 +259,7 @@ class Journal:
         if memo.status == "pending":
             return self._await(memo)
         if memo.status == "timed_out":
-            raise _timeout_of(memo, "")
+            raise self._timeout_of(memo, "")
         return _gathered(name, calls, answers)
 
     def start(self, name: str, call: Call[Any], *, detached: bool) -> tuple[str, Operation | None]:
@@ -299,7 +309,7 @@ class Journal:
         if memo.status == "pending":
             return self._await(memo)
         if memo.status == "timed_out":
-            raise _timed_out(memo, WaitTimeout(name, _timeout_in(memo)))
+            raise self._timed_out(name, memo.round, WaitTimeout(name, _timeout_in(memo)))
         return codec_for(event.payload).decode(bytes(memo.value), f"event {event.name!r}")
 
     def result_of(self, step: str, call: Call[Any]) -> tuple[str, object]:
@@ -310,12 +320,40 @@ class Journal:
             return name, self.wait(name, [step], 1, None, is_ours=True)
         if name in self.memos.operations:
             self.begin(name, "wait", is_ours=True)
-        return name, child_value(child, call)
+        return name, self._child_value(child, call)
 
     def late_result(self, name: str, step: str) -> TimeoutError:
         """Return the error of a wait for one child's result that ended without it; uncaught, it is done afresh."""
-        error = TimeoutError(f"child {step!r} did not end within the timeout")
-        error.__dict__[_TIMED_OUT] = _TimedOut(name, self.round_of(name))
+        late = TimeoutError(f"child {step!r} did not end within the timeout")
+        return self._timed_out(name, self.round_of(name), late)
+
+    def timed_out_by(self, error: BaseException) -> set[tuple[str, int]]:
+        """Return (name, round) of the timeouts that end the attempt: those of its error, and those beside it.
+
+        Several may pass at once, under `gather`, which raises the first of them only. Those count that have ended
+        tasks as the first one has: the next attempt would else fail by them before anything is done afresh.
+        """
+        found = timed_out_operations(error)
+        ended = [timed_out_operations(each) for task in self.late_tasks if (each := _error_of(task)) is not None]
+        return found.union(*ended) if any(found & each for each in ended) else found
+
+    def _child_value(self, memo: Recorded, call: Call[Any]) -> Any:
+        """Return what a child returned, or raise what became of it."""
+        if memo.status == "timed_out":
+            raise self._timeout_of(memo, call.task)
+        return _value_of(memo, memo.name, call)
+
+    def _timeout_of(self, memo: Recorded, task: str) -> ChildTimeout:
+        child_id = UUID(memo.child_id) if memo.child_id else NO_ID
+        late = ChildTimeout(_timeout_in(memo), execution_id=child_id, task=task)
+        return self._timed_out(memo.name, memo.round, late)
+
+    def _timed_out(self, name: str, round_: int, error: T) -> T:
+        """Mark an error as the timeout of an operation, which a retry does afresh if it is not caught."""
+        error.__dict__[_TIMED_OUT] = _TimedOut(name, round_)
+        with suppress(RuntimeError):  # in a thread there is no task
+            if (task := asyncio.current_task()) is not None:
+                self.late_tasks.append(task)
         return error
 
     def open_awaits(self) -> list[Await]:
@@ -432,13 +470,6 @@ def _child(id: str, call: Call[Any]) -> NewExecution:
     )
 
 
-def child_value(memo: Recorded, call: Call[Any]) -> Any:
-    """Return what a child returned, or raise what became of it."""
-    if memo.status == "timed_out":
-        raise _timeout_of(memo, call.task)
-    return _value_of(memo, memo.name, call)
-
-
 def _gathered(name: str, calls: Sequence[Call[Any]], answers: Sequence[ChildAnswer]) -> list[Any]:
     values: list[Any] = []
     failures: list[Exception] = []
@@ -466,6 +497,10 @@ def _value_of(answer: Recorded | ChildAnswer, name: str, call: Call[Any]) -> Any
         error_type=stored.type,
         remote_traceback=stored.render(),
     )
+
+
+def _error_of(task: "asyncio.Task[Any]") -> BaseException | None:
+    return task.exception() if task.done() and not task.cancelled() else None
 
 
 def timed_out_operations(error: BaseException) -> set[tuple[str, int]]:
@@ -511,19 +546,8 @@ def _stored_timeout(error: ConductorError, timeout: Duration) -> Raw:
     return Raw(msgspec.json.encode(_TimeoutError(error_type_of(error), str(error), seconds(timeout))))
 
 
-def _timeout_of(memo: Recorded, task: str) -> ChildTimeout:
-    child_id = UUID(memo.child_id) if memo.child_id else NO_ID
-    return _timed_out(memo, ChildTimeout(_timeout_in(memo), execution_id=child_id, task=task))
-
-
 def _timeout_in(memo: Recorded) -> float:
     return msgspec.json.decode(bytes(memo.error), type=_TimeoutError).timeout
-
-
-def _timed_out(memo: Recorded, error: T) -> T:
-    """Mark an error as the timeout of an operation, which a retry does afresh if it is not caught."""
-    error.__dict__[_TIMED_OUT] = _TimedOut(memo.name, memo.round)
-    return error
 
 
 def _is_kept(name: str, on_timeout: str) -> bool:

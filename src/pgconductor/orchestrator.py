@@ -272,8 +272,7 @@ class _Process:
         known = await self._register(tasks)
         self._assemble(known, deps)
         await self._join()
-        await asyncio.gather(self.claimer.warm_up(START_SECONDS), self.settler.warm_up(START_SECONDS))
-        self._begin(listen=listen)
+        await self._begin(listen=listen)
 
     def _open_sessions(self) -> None:
         dsn = self._conductor.dsn
@@ -364,7 +363,7 @@ class _Process:
         self._membership.join(id, asked_at)
         self._host.orchestrator_id = id
 
-    def _begin(self, *, listen: bool) -> None:
+    async def _begin(self, *, listen: bool) -> None:
         self._is_begun = True
         self._stack.push_async_callback(self._notifier.close)
         self._stack.push_async_callback(self._retire)
@@ -375,6 +374,7 @@ class _Process:
         if listen:
             self._listener.start()
             self._stack.push_async_callback(self._listener.stop)
+        await asyncio.gather(self.claimer.warm_up(START_SECONDS), self.settler.warm_up(START_SECONDS))
         self._watch_fence()
         self._stack.callback(self._unwatch_fence)
         self._stack.push_async_callback(self._scheduler.stop)

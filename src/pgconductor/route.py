@@ -7,7 +7,9 @@ names at the start is of its own making, and that of the session which answers t
 that keeps sessions this is stricter than need be, and right.
 
 What the engine's functions need of a session is read committed, and leave to write. A direct connection asks for it by
-start-up options. Through a pooler each call says so itself: it travels as begin, call and commit, in one message.
+start-up options. Through a pooler each call says so itself: it travels as begin, call and commit, in one message. So a
+role or a database whose default is to read only may work here, and `read-write`, which libpq would refuse it for,
+is sent as `primary`.
 
 **Failover.** A standby that was promoted continues on another timeline of the database, and an asynchronous one may
 lack the last commits, which the processes have been told of. So those who keep such things in memory give a `Timeline`:
@@ -197,7 +199,7 @@ def table_of(cursor: psycopg.AsyncCursor[Any] | psycopg.Cursor[Any]) -> Table:
 
 
 def connection_string(dsn: str, name: str, *, with_options: bool = True, options: str = "") -> str:
-    """Complete a DSN: application name, timeouts, isolation; what the user gave stays.
+    """Complete a DSN: application name, timeouts, isolation; what the user gave stays, as far as it matters here.
 
     Args:
         dsn: The user's.
@@ -212,6 +214,8 @@ def connection_string(dsn: str, name: str, *, with_options: bool = True, options
     settings = {**_DEFAULTS, "application_name": name, **given}
     if with_options:
         settings["options"] = " ".join(filter(None, (given.get("options"), _OPTIONS, options)))
+    if settings["target_session_attrs"] == "read-write":  # of the session's default, which no transaction here keeps to
+        settings["target_session_attrs"] = "primary"
     return make_conninfo("", **settings)
 
 
@@ -230,7 +234,7 @@ def refuses_options(error: psycopg.Error) -> bool:
 
 def finds_standbys_only(error: psycopg.Error) -> bool:
     """Tell whether a connection failed because no server of the address takes writes."""
-    return "session is read-only" in str(error) or "hot standby" in str(error)
+    return "server is in hot standby" in str(error)
 
 
 async def _timeline_of(connection: psycopg.AsyncConnection[Any]) -> str | None:

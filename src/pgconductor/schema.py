@@ -34,7 +34,6 @@ import hashlib
 import importlib.metadata
 import importlib.resources
 import random
-import re
 import time
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
@@ -48,6 +47,7 @@ from psycopg.rows import tuple_row
 
 from pgconductor.errors import ConfigurationError, ServerError
 from pgconductor.route import STANDBY, STANDBY_REMEDY, connection_string, finds_standbys_only
+from pgconductor.versions import is_newer
 
 DEFAULT_SCHEMA = "pgconductor"
 IDENTIFIER_BYTES_MAX = 63  # Postgres cuts longer names
@@ -62,7 +62,7 @@ select set_config('statement_timeout', '0', true), set_config('lock_timeout', ca
   epoch from cast(current_setting('deadlock_timeout') as interval)) * 500))::int as text), true)"""
 _LOCK_SECONDS_MAX = 60  # how long a step is tried again
 _STOP_POLL_SECONDS = 0.1
-_LOCK_KEY = 1002  # beside those of the functions: 0 to 63 trees, 1000 and 1001 timers and sweep
+_LOCK_KEY = 1002  # no function takes it: a step may be long. Theirs: 0 to 63 trees, 1000 and on the rest
 _RESERVED = ("public", "information_schema", "$user")
 
 _BOOTSTRAP = """\
@@ -230,7 +230,7 @@ def sql(schema: str = DEFAULT_SCHEMA, since: int = 0) -> str:
     check_schema_name(schema)
     steps = [step for step in pending(None) if not (step.record and 0 < step.record.version <= since)]
     parts = [
-        "begin;",
+        "begin read write;",
         f"create schema if not exists {_quoted(schema)};",
         f"set local search_path to {_path(schema)};",
         _BECOME_OWNER.rstrip(),
@@ -258,7 +258,7 @@ def pending(records: Records | None) -> list[Step]:
     steps = first + [step for step in _migrations() if cast("Record", step.record).version not in records]
     applied, functions = records.get(_FUNCTIONS), _functions()
     ours = cast("Record", functions.record)
-    if applied is None or (applied.checksum != ours.checksum and not _is_newer(applied.release)):
+    if applied is None or (applied.checksum != ours.checksum and not is_newer(applied.release, _release())):
         steps.append(functions)
     return steps
 
@@ -305,9 +305,7 @@ def check_server(conn: Connection) -> None:
 def _apply_next(conn: Connection, schema: str) -> list[str]:
     """Do the first missing step in one transaction. Returns its title; nothing if another installer was faster."""
     with conn.transaction():
-        _execute(conn, "set transaction isolation level read committed")
-        _row(conn, _LIMITS)
-        _enter(conn, schema)
+        _enter_to_write(conn, schema)
         _row(conn, "select pg_advisory_xact_lock(hashtext(%s), %s)", schema, _LOCK_KEY)
         records = _recorded(conn, schema)
         steps = pending(records)
@@ -373,8 +371,7 @@ def _told_live(conn: Connection, schema: str) -> str:
 def _ask_to_stop(conn: Connection, schema: str, *, please: bool = True) -> None:
     """Ask workers of other releases to stop, or take the request back; a hint makes them look at once."""
     with conn.transaction():
-        _row(conn, _LIMITS)
-        _enter(conn, schema)
+        _enter_to_write(conn, schema)
         asked = _row(conn, _ASK if please else _TAKE_BACK, _release())[0]
         if asked and please:
             _row(conn, "select pg_notify(%s, left(%s, 7900))", schema, f"told {asked}")
@@ -512,14 +509,6 @@ def _release() -> str:
     return importlib.metadata.version("pgconductor")
 
 
-def _is_newer(release: str) -> bool:
-    return _numbers(release) > _numbers(_release())
-
-
-def _numbers(release: str) -> list[int]:
-    return [int(number) for number in re.findall(r"\d+", release)]
-
-
 # ---------------------------------------------------------------- talking to the server
 
 
@@ -539,7 +528,7 @@ def _session(target: str | Connection, schema: str) -> Generator[Connection]:
 
 
 def _connect(dsn: str) -> Connection:
-    """Connect to that server of the address which takes writes. Each transaction says what it needs."""
+    """Connect to the primary of the address. Each transaction says what it needs, leave to write included."""
     try:
         return psycopg.connect(connection_string(dsn, "pgconductor migrate", with_options=False), autocommit=True)
     except psycopg.OperationalError as error:
@@ -560,6 +549,13 @@ def _with_remedy(conn: Connection, schema: str) -> Generator[None]:
             f"it ({message})",
             "run `pgconductor migrate` as a role that owns the schema; `pgconductor roles --sql` lets others in",
         ) from error
+
+
+def _enter_to_write(conn: Connection, schema: str) -> None:
+    """Begin a transaction that may write, whatever the role's defaults are, and waits long for no lock; then enter."""
+    _execute(conn, "set transaction isolation level read committed, read write")
+    _row(conn, _LIMITS)
+    _enter(conn, schema)
 
 
 def _enter(conn: Connection, schema: str) -> None:

@@ -7,10 +7,12 @@ committed together.
 
 import asyncio
 import copy
+import logging
 import random
 import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from concurrent.futures import Future
 from contextvars import copy_context
 from datetime import datetime
 from typing import Any, Concatenate, Final, Literal, TypeVar, cast
@@ -19,10 +21,8 @@ from uuid import UUID
 from typing_extensions import ParamSpec
 from typing_extensions import TypeVar as DefaultTypeVar
 
-from pgconductor.attempt import Attempt, OutcomeUnknown, accept_transaction
+from pgconductor.attempt import Attempt
 from pgconductor.checks import check_execution_id
-from pgconductor.claimed import Missing, Recorded
-from pgconductor.codec import Codec
 from pgconductor.durations import Duration, seconds
 from pgconductor.engine import Engine, Query
 from pgconductor.errors import AttemptTimeout, ConductorError, Suspend
@@ -45,9 +45,9 @@ from pgconductor.operations import (
     run_in_own_thread,
 )
 from pgconductor.schedules import schedule_of
-from pgconductor.session import backoff_seconds
 from pgconductor.signature import return_codec_of
 from pgconductor.task import Call, Task, check_task
+from pgconductor.transactions import commit_once_sync
 from pgconductor.written import Operation, SavedStep
 
 P = ParamSpec("P")
@@ -56,6 +56,7 @@ T = TypeVar("T")
 E = TypeVar("E")
 D = DefaultTypeVar("D", default=None)
 
+log = logging.getLogger("pgconductor.attempt")
 LOOK_SECONDS: Final = 0.2
 """How often a pause between two tries of a step looks whether the run is to be left."""
 _chance = random.Random()  # noqa: S311
@@ -151,45 +152,9 @@ class SyncContext(RunFacts[D]):
         check_step_function(fn, f"transaction {name!r}", is_plain=True)
         codec = return_codec_of(fn)
         memo = self._attempt.journal.begin(name, "transaction")
-        failure_count = 0
-        while memo is None:
-            if failure_count:
-                time.sleep(backoff_seconds(failure_count))
-                self._attempt.enter()
-            try:
-                return cast("T", self._transact(name, fn, args, kwargs, codec))
-            except OutcomeUnknown:
-                failure_count += 1
-                memo = self._look_up(name)
-        self._attempt.journal.memos.add(memo)
-        return cast("T", codec.decode(bytes(memo.value), f"transaction {name!r}"))
-
-    def _transact(self, name: str, fn: Callable[..., Any], args: Any, kwargs: Any, codec: Codec[Any]) -> Any:
-        attempt = self._attempt
-        with attempt.host.sync_transaction() as conn:
-            try:
-                with conn.transaction():  # the outermost block: it begins here, and commits at its end only
-                    if settings := attempt.host.transaction_settings:
-                        conn.execute(settings.encode())
-                    with Marked(name):
-                        raw, copied = codec.store(fn(conn, *args, **kwargs), f"transaction {name!r}")
-                    step = attempt.journal.finished(name, "transaction", raw)
-                    query = attempt.host.save_transaction(step)
-                    row = conn.execute(query.statement.encode(), list(query.parameters)).fetchone()
-                    accept_transaction(attempt, row[0] if row else None)
-                    fault("before_transaction_commit")
-            except Exception as error:
-                if conn.closed:  # whatever the function made of it, this is not its failure
-                    raise OutcomeUnknown from error
-                raise
-        fault("after_transaction_commit")
-        attempt.journal.remember(step)
-        return copied
-
-    def _look_up(self, name: str) -> Recorded | None:
-        missing = Missing(self._attempt.claimed.id, with_input=False, since=0)
-        loaded = self._on_loop(self._attempt.host.load(missing))
-        return next((step for step in loaded.steps if step.name == name and not step.dropped), None)
+        if memo is not None:
+            return cast("T", codec.decode(bytes(memo.value), f"transaction {name!r}"))
+        return cast("T", commit_once_sync(self._attempt, name, lambda conn: fn(conn, *args, **kwargs), codec))
 
     # ------------------------------------------------------------ sleeping
 
@@ -377,4 +342,16 @@ def call_in_thread(fn: Callable[..., Any], attempt: Attempt, args: Any, kwargs: 
 
     attempt.is_in_thread = True
     context = copy_context()
-    return asyncio.wrap_future(attempt.host.submit_thread(lambda: context.run(call_plainly, handle)))
+    running = attempt.host.submit_thread(lambda: context.run(call_plainly, handle))
+    waiting = asyncio.wrap_future(running)
+    waiting.add_done_callback(lambda _: _warn_if_left_behind(attempt, running))
+    return waiting
+
+
+def _warn_if_left_behind(attempt: Attempt, running: Future[Any]) -> None:
+    if running.running():
+        log.warning(
+            "%s: its handler goes on in its thread although the run is over; until it returns, the process has one "
+            "thread more",
+            attempt.label,
+        )

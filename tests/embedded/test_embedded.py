@@ -6,7 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -257,7 +257,73 @@ def test_project_that_cannot_hold_the_data_has_them_elsewhere(project: Path) -> 
     assert embedded._choose_home(project).parent == Path("/var/tmp")
 
 
+# ---------------------------------------------------------------- other users
+
+
+@pytest.fixture
+def planted(project: Path) -> Iterator[EmbeddedServer]:
+    """A server that runs where the project's would; afterwards it is the project's again, to be stopped."""
+    server = EmbeddedServer(embedded._homes(project)[1])
+    server.start()
+    yield server
+    server.home.chmod(0o711)
+    if os.geteuid() == 0:
+        give_away(server.home, server.home / "server.json", uid=0)
+
+
+def give_away(*paths: Path, uid: int = 65534) -> None:
+    for path in paths:
+        os.chown(path, uid, uid)
+
+
+@as_root
+@pytest.mark.parametrize("name", [".", "server.json"])
+def test_server_whose_files_are_another_users_is_not_used(planted: EmbeddedServer, name: str) -> None:
+    assert embedded.running() is not None
+    give_away(planted.home / name)
+    assert embedded.running() is None
+
+
+def test_server_in_a_home_that_others_can_write_to_is_not_used(planted: EmbeddedServer) -> None:
+    planted.home.chmod(0o777)
+    assert embedded.running() is None
+
+
+@as_root
+def test_project_whose_home_another_user_took_gets_an_error_and_not_their_server(planted: EmbeddedServer) -> None:
+    give_away(planted.home, planted.home / "server.json")
+    with pytest.raises(ServerError, match="only this user can write"):
+        embedded.resolve_dsn()
+
+
+@as_root
+def test_server_whose_socket_lies_in_another_users_directory_is_not_used() -> None:
+    home = embedded._temporary_home()
+    with EmbeddedServer(home / ("long" * 30)) as server:
+        apart = Path(running_state(server).socket_dir).parent
+        assert apart != server.home
+        give_away(apart)
+        assert server.state is None
+    shutil.rmtree(apart)
+    shutil.rmtree(home)
+
+
 # ---------------------------------------------------------------- root
+
+
+@as_root
+@pytest.mark.parametrize("link", [Path.symlink_to, Path.hardlink_to])
+def test_root_writes_through_no_link_that_the_servers_user_made(
+    server: EmbeddedServer, link: Callable[[Path, Path], None]
+) -> None:
+    server.kill()
+    victim, pid_file = server.home / "victim", server.data_dir / "postmaster.pid"
+    victim.write_text("one\ntwo\n")
+    pid_file.unlink()
+    link(pid_file, victim)
+    with pytest.raises(ServerError, match="pid file is none of Postgres"):
+        server.start()
+    assert victim.read_text() == "one\ntwo\n"
 
 
 @as_root
@@ -302,8 +368,12 @@ def test_ordinary_user_runs_the_server_as_itself() -> None:
     done = nobody.run(interpreter_for(nobody), "-c", code, home / "work" / "server")
     assert done.returncode == 0, done.stderr
     server = EmbeddedServer(home / "work" / "server")
-    assert Path(f"/proc/{running_state(server).pid}").stat().st_uid == 65534
+    found = server._postmaster()
+    assert found is not None
+    assert Path(f"/proc/{found[0]}").stat().st_uid == 65534
+    assert server.state is None  # of another user's
     server.stop()
+    assert server._postmaster() is None
     shutil.rmtree(home)
 
 

@@ -71,6 +71,18 @@ def test_an_event_before_the_execution_is_not_seen(db: Db) -> None:
     assert state(db, id) == "waiting"
 
 
+def test_an_event_that_was_restored_from_a_server_with_more_transactions_is_not_new(db: Db) -> None:
+    emit(db)
+    db.execute("update event set xact = (pg_current_xact_id()::text::bigint + 1000000)::text::xid8")
+    deliver(db)
+    id = waiting(db)
+    rest(db)
+    assert state(db, id) == "waiting"
+    emit(db, {"order_id": 8})
+    rest(db)
+    assert answer(db, id) == {"order_id": 8}
+
+
 def test_a_rolled_back_event_never_was(db: Db, other: Db) -> None:
     id = waiting(db)
     other.execute("begin")

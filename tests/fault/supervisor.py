@@ -79,8 +79,8 @@ class Worker:
         self.process.wait()
 
     async def up(self) -> "Worker":
-        """Wait until the database knows it."""
-        await until(self._is_known)
+        """Wait until the database knows it and it has started to the end."""
+        await until(lambda: self._is_known() and self.was_up)
         return self
 
     async def ended(self) -> int:

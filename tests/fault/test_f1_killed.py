@@ -46,7 +46,7 @@ async def test_f1_01_killed_before_the_claim_nothing_is_claimed(world: World) ->
 @pytest.mark.covers("F2")
 async def test_f1_02_killed_after_the_claim_before_its_reply_is_read_costs_one_crash(world: World) -> None:
     run = await program.invoke([step("a")])
-    claimed = world.proxy.arm("hold", "claim")
+    claimed = world.proxy.arm("hold", "claim", 2)  # the first one opens the connection
     worker = world.worker(through=True)
     await claimed.fired.wait()
     assert world.facts(run.id) == ("running", 1, 0)

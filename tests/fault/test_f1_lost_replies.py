@@ -24,7 +24,7 @@ UNHARMED = ("completed", 1, 0)
 @pytest.mark.covers("F3", "F45", "P5")
 async def test_f1_03_a_claim_whose_reply_was_swallowed_goes_back_at_no_cost(world: World) -> None:
     run = await program.invoke([step("a")])
-    swallowed = world.proxy.arm("swallow", "claim")
+    swallowed = world.proxy.arm("swallow", "claim", 2)  # the first one opens the connection
     world.worker(through=True)
     await run.result(30)
     assert swallowed.fired.is_set()
@@ -78,7 +78,7 @@ async def test_f1_10_a_transaction_whose_connection_breaks_is_done_again_in_plac
 @pytest.mark.covers("F12", "F45", "P6")
 async def test_f1_12_a_settle_whose_reply_was_swallowed_is_settled_once(world: World) -> None:
     run = await program.invoke([step("a")])
-    swallowed = world.proxy.arm("swallow", "settle")
+    swallowed = world.proxy.arm("swallow", "settle", 2)
     worker = world.worker(through=True)
     await run.result(30)
     assert swallowed.fired.is_set()
@@ -92,7 +92,7 @@ async def test_f1_12_a_settle_whose_reply_was_swallowed_is_settled_once(world: W
 @BOTH
 async def test_f1_13_a_park_whose_reply_was_swallowed_makes_one_child(world: World, task: Programs) -> None:
     run = await task.invoke([child("c", step("x")), step("a")])
-    swallowed = world.proxy.arm("swallow", "settle")
+    swallowed = world.proxy.arm("swallow", "settle", 2)
     world.worker(through=True)
     await run.result(30)
     assert swallowed.fired.is_set()
@@ -103,7 +103,7 @@ async def test_f1_13_a_park_whose_reply_was_swallowed_makes_one_child(world: Wor
 
 async def test_f1_14_a_child_s_end_whose_reply_was_swallowed_wakes_the_parent_once(world: World) -> None:
     run = await program.invoke([child("c", step("x")), step("a")])
-    swallowed = world.proxy.arm("swallow", "settle", nth=2)
+    swallowed = world.proxy.arm("swallow", "settle", 3)
     world.worker(through=True)
     await run.result(30)
     assert swallowed.fired.is_set()
@@ -114,7 +114,7 @@ async def test_f1_14_a_child_s_end_whose_reply_was_swallowed_wakes_the_parent_on
 
 async def test_f1_15_a_sleep_whose_registration_s_reply_was_swallowed_is_slept_once(world: World) -> None:
     run = await program.invoke([sleep("nap", 0.5), step("a")])
-    swallowed = world.proxy.arm("swallow", "settle")
+    swallowed = world.proxy.arm("swallow", "settle", 2)
     world.worker(through=True)
     await run.result(30)
     assert swallowed.fired.is_set()

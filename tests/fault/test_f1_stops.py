@@ -1,16 +1,64 @@
 """F1, 16 to 20, and 64: many at once, in the middle of a batch, while stopping, and handlers that end their process."""
 
 import asyncio
+import os
 import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
 from pgconductor import ExecutionFailed
+from pgconductor.engine import Engine
 from tests.fault.programs import LIMIT, app, child, gate, leave, limited_program, program, sleep, step, transaction
-from tests.fault.supervisor import World
+from tests.fault.supervisor import ROOT, World
+from tests.integration import isolated_app
 from tests.waiting import until
 
 UNHARMED = ("completed", 1, 0)
+StartGroup = Callable[[], "subprocess.Popen[bytes]"]
+
+
+@pytest.fixture
+async def gates(world: World, tmp_path: Path) -> AsyncIterator[Path]:
+    """The directory of the gates, while the app whose handlers have processes of their own leads to the world."""
+    directory = tmp_path / "gates"
+    directory.mkdir()
+    with isolated_app.app.bound_to(world.dsn, Engine("pgconductor")):
+        yield directory
+        await isolated_app.app.close()
+
+
+@pytest.fixture
+def start_group(world: World) -> Iterator[StartGroup]:
+    """`start_group()` starts a worker of that app, whose processes are a group, as they are in a terminal."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start() -> "subprocess.Popen[bytes]":
+        command = [sys.executable, "-m", "tests.integration.isolated_app"]
+        environment = os.environ | {"PGCONDUCTOR_URL": world.dsn}
+        started.append(subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True))
+        return started[-1]
+
+    yield start
+    for process in started:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def told(gates: Path) -> list[int]:
+    """Return the processes that have come to the gate."""
+    return [int(path.stem) for path in gates.glob("*.pid")]
+
+
+async def ended(process: "subprocess.Popen[bytes]") -> int:
+    """Wait until a process has ended; return its exit code."""
+    await until(lambda: process.poll() is not None)
+    return process.returncode
 
 
 @pytest.mark.covers("F16", "P7")
@@ -43,6 +91,38 @@ async def test_f1_16_killed_during_its_graceful_stop_costs_one_crash(world: Worl
     world.worker()
     await run.result(30)
     assert world.facts(run.id) == ("completed", 1, 1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+async def test_f1_16_a_stop_that_reaches_the_processes_of_handlers_too_leaves_their_runs_the_grace_time(
+    world: World, gates: Path, start_group: StartGroup, number: signal.Signals
+) -> None:
+    run = await isolated_app.gated.invoke(str(gates))
+    worker = start_group()
+    await until(lambda: bool(told(gates)))
+    os.killpg(worker.pid, number)
+    await until(lambda: bool(world.rows("select 1 from workers where stopping_at is not null")))
+    (gates / "open").touch()
+    assert await ended(worker) == 0
+    assert world.facts(run.id) == UNHARMED
+    assert told(gates) == [await run.result(10)]
+
+
+async def test_f1_16_a_handler_whose_process_is_killed_during_the_stop_goes_back_at_no_cost(
+    world: World, gates: Path, start_group: StartGroup
+) -> None:
+    run = await isolated_app.gated.invoke(str(gates))
+    worker = start_group()
+    await until(lambda: bool(told(gates)))
+    worker.send_signal(signal.SIGTERM)
+    await until(lambda: bool(world.rows("select 1 from workers where stopping_at is not null")))
+    os.kill(told(gates)[0], signal.SIGKILL)
+    assert await ended(worker) == 0
+    assert world.facts(run.id) == ("ready", 1, 0)
+    (gates / "open").touch()
+    start_group()
+    await run.result(30)
+    assert world.facts(run.id) == UNHARMED
 
 
 @pytest.mark.covers("F18")

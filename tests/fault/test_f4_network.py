@@ -113,6 +113,8 @@ async def test_f4_49_no_lease_is_lost_where_connecting_takes_longer_than_from_be
         dsn = make_conninfo(world.proxied_dsn, host=hosts, port=ports, connect_timeout=2)
         worker = await world.worker(dsn=dsn, timing=SLOWER).up()
         await until(lambda: bool(world.rows(beating)))
+        up_at = world.one("select clock_timestamp()")
+        await until(lambda: bool(world.rows("select 1 from orchestrator where beat_at > %s", up_at)))
         old_id, old_pid = worker.boot_id, world.rows(beating)[0]["pid"]
         world.rows("select pg_terminate_backend(%s)", old_pid)
         await until(lambda: [row["pid"] for row in world.rows(beating)] not in ([], [old_pid]))

@@ -1,9 +1,12 @@
 """Rate limits: how many executions of a task, or of each value of its payload, start within a period."""
 
-from datetime import datetime
+from datetime import datetime, timedelta
+from functools import partial
 
 from tests.flow.support import concurrency, limited, rate
 from tests.sql.support import (
+    WORKER,
+    Background,
     Db,
     at,
     blank,
@@ -16,7 +19,9 @@ from tests.sql.support import (
     invoke,
     register,
     retry,
+    session,
     settle,
+    wait_until_blocked,
 )
 
 
@@ -128,3 +133,76 @@ def test_without_waiting_work_no_gate_is_due(db: Db) -> None:
     assert next_due(db, 0) is None
     call(db, "sweep", "20 seconds", datetime.fromisoformat("2040-01-01T00:02:00Z"))
     assert count(db, "rate_use") == 0
+
+
+def test_a_claim_and_a_sweep_that_both_open_a_gate_do_not_wait_for_each_other(database: str, db: Db) -> None:
+    limited(db, rate(1, 60))
+    enqueue_many(db, *blank(3))
+    claim_one(db)
+    call(db, "beat", WORKER, False, at(60))
+    with session(database) as keeper, session(database) as sweeper, session(database) as claimer:
+        keeper.execute("begin")
+        keeper.execute("select lock_limits(array(select id from task))")
+        sweep = Background(partial(call, sweeper, "sweep", "20 seconds", at(60)))
+        wait_until_blocked(db, sweeper)
+        claimed = Background(partial(claim, claimer, now=60, token=2, fire=True))
+        wait_until_blocked(db, claimer)
+        keeper.execute("commit")
+        assert "gave_up" not in sweep.result()
+        assert len(claimed.result()) == 1
+
+
+# ---------------------------------------------------------------- an operator's rate
+
+
+def period(db: Db) -> float:
+    found = db.execute("select extract(epoch from period) as seconds from task_limit").fetchone()
+    assert found is not None
+    return float(found["seconds"])
+
+
+def operate(db: Db, limit: int | None, seconds: float | None = None) -> None:
+    wanted = None if seconds is None else timedelta(seconds=seconds)
+    assert call(db, "set_limit", "work", limit, "rate", None, wanted)
+
+
+def test_an_operators_period_holds_when_the_task_is_registered_again(db: Db) -> None:
+    limited(db, rate(2, 60))
+    operate(db, 1, 30)
+    limited(db, rate(2, 60))
+    assert period(db) == 30
+    limited(db, rate(3, 90))
+    enqueue_many(db, *blank(4))
+
+    assert period(db) == 30
+    assert len(claim(db)) == 1
+    assert len(claim(db, now=30, token=2, fire=True)) == 1
+
+
+def test_a_limit_that_is_given_back_has_the_codes_max_and_period(db: Db) -> None:
+    limited(db, rate(2, 60))
+    operate(db, 1, 30)
+    limited(db, rate(2, 90))
+    operate(db, None)
+    enqueue_many(db, *blank(4))
+
+    assert period(db) == 90
+    assert len(claim(db)) == 2
+    assert claim(db, now=89, token=2, fire=True) == []
+    assert len(claim(db, now=90, token=3, fire=True)) == 2
+
+
+def test_an_operators_max_leaves_the_codes_period(db: Db) -> None:
+    limited(db, rate(2, 60))
+    operate(db, 1)
+    limited(db, rate(2, 90))
+
+    assert period(db) == 90
+
+
+def test_an_operators_next_max_leaves_the_operators_period(db: Db) -> None:
+    limited(db, rate(2, 60))
+    operate(db, 1, 30)
+    operate(db, 3)
+
+    assert period(db) == 30

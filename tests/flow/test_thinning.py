@@ -8,6 +8,7 @@ import pytest
 from tests.flow.support import concurrency, limited
 from tests.sql.support import (
     Db,
+    at,
     blank,
     call,
     cancel,
@@ -199,3 +200,25 @@ def test_ended_periods_are_swept(db: Db) -> None:
     call(db, "sweep", "20 seconds", "2040-01-01 00:00:11Z")
 
     assert count(db, "throttle") == 0
+
+
+def test_a_call_that_is_throttled_in_an_open_transaction_holds_no_sweep_up(database: str, db: Db) -> None:
+    enqueue_many(db, {"throttle": 10}, {"throttle": 10, "task": "other"})
+    with session(database) as user, user.transaction():
+        enqueue(user, throttle=10, now=5)
+        answer = call(db, "sweep", "20 seconds", at(11))
+        assert "gave_up" not in answer
+        assert count(db, "throttle") == 1
+    call(db, "sweep", "20 seconds", at(11))
+
+    assert count(db, "throttle") == 0
+
+
+def test_a_period_that_an_open_transaction_begins_anew_outlives_the_sweep(database: str, db: Db) -> None:
+    enqueue(db, throttle=10)
+    with session(database) as user, user.transaction():
+        again = enqueue(user, throttle=10, now=10)
+        assert "gave_up" not in call(db, "sweep", "20 seconds", at(11))
+    call(db, "sweep", "20 seconds", at(12))
+
+    assert enqueue(db, throttle=10, now=13) == again

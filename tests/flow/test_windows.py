@@ -3,7 +3,9 @@
 from datetime import datetime
 from typing import Any
 
+import psycopg
 import pytest
+from psycopg.rows import DictRow, dict_row
 
 from tests.flow.support import concurrency, limited
 from tests.sql.support import (
@@ -158,6 +160,33 @@ def test_what_was_claimed_and_came_back_unstarted_expires(db: Db) -> None:
     assert (state(db, late), count(db, "expiry")) == ("ready", 1)
     call(db, "fire_timers", at(120))
     assert (state(db, late), count(db, "expiry")) == ("failed", 0)
+
+
+def test_a_replacement_that_is_not_committed_yet_is_not_waited_for_and_does_not_expire(db: Db, database: str) -> None:
+    register(db, "work", expires=60)
+    replaced, other = enqueue(db, dedupe_key="k"), enqueue(db)
+    with psycopg.Connection[DictRow].connect(database, row_factory=dict_row) as caller:
+        caller.execute("set search_path to pgconductor")
+        enqueue(caller, dedupe_key="k", replace=True, delay=100)
+        db.execute("set lock_timeout = '5s'")
+        call(db, "fire_timers", at(60))
+        assert [state(db, id) for id in (replaced, other)] == ["ready", "failed"]
+    call(db, "fire_timers", at(61))
+    assert state(db, replaced) == "scheduled"
+    call(db, "fire_timers", at(161))
+    assert state(db, replaced) == "failed"
+
+
+def test_what_timers_ended_waits_for_the_disk_and_other_claims_do_not(db: Db) -> None:
+    register(db, "work", expires=60)
+    enqueue(db)
+    found: list[str] = []
+    for now in (30, 60):
+        with db.transaction():
+            claim(db, 0, now=now, fire=True)
+            (row,) = db.execute("select current_setting('synchronous_commit') as value").fetchall()
+            found.append(row["value"])
+    assert found == ["off", "on"]
 
 
 def test_what_goes_on_when_it_should_have_started_is_not_looked_at_for_ever(db: Db) -> None:

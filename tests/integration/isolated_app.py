@@ -1,11 +1,40 @@
-"""Tasks that run in processes of their own; imported by the tests and by those processes."""
+"""Tasks that run in processes of their own; imported by the tests and by those processes.
 
+`python -m tests.integration.isolated_app` is a worker for them.
+"""
+
+import asyncio
+import multiprocessing
 import os
+import signal
+import subprocess
 import time
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
 
-from pgconductor import Conductor, Context, SyncContext
+from pgconductor import Conductor, Context, Orchestrator, SyncContext
+from pgconductor.membership import Timing
 
-app = Conductor(os.environ.get("PGCONDUCTOR_URL"), name="isolated")
+BROKEN = "PGCONDUCTOR_TEST_BROKEN"
+"""How processes that start now cannot come to serve: they `raise` or `exit`."""
+TIMING = Timing(beat=0.2, expiry=2.0, sweep=0.2)
+
+
+@asynccontextmanager
+async def lifespan() -> AsyncGenerator[None]:
+    """Need something that is not always there."""
+    match os.environ.get(BROKEN):
+        case "raise":
+            raise ConnectionError("what the lifespan needs is not there")
+        case "exit":
+            os._exit(3)
+        case _:
+            yield
+
+
+app = Conductor(os.environ.get("PGCONDUCTOR_URL"), name="isolated", lifespan=lifespan)
 
 
 @app.task(executor="process")
@@ -39,3 +68,46 @@ def endless(ctx: SyncContext) -> None:
 @app.task(executor="process")
 def length_of(ctx: SyncContext, text: str) -> int:
     return len(text)
+
+
+@app.task(executor="process", max_attempts=1)
+def gated(ctx: SyncContext, directory: str) -> int:
+    """Say in the directory which process runs this, and stay until somebody opens the gate there."""
+    Path(directory, f"{os.getpid()}.pid").touch()
+    while not Path(directory, "open").exists():
+        time.sleep(0.01)
+    return os.getpid()
+
+
+@app.task(executor="process", max_attempts=1)
+def master(ctx: SyncContext) -> list[int | None]:
+    """Terminate a program and a copy of the process; return how they ended."""
+    program = subprocess.Popen(["sleep", "1000"])
+    program.terminate()
+    forking = multiprocessing.get_context("fork")
+    ours, theirs = forking.Pipe()
+    copy = forking.Process(target=stand_by, args=[theirs])
+    copy.start()
+    ours.recv()
+    copy.terminate()
+    copy.join()
+    return [program.wait(), copy.exitcode]
+
+
+def stand_by(ready: Connection) -> None:
+    ready.send(True)
+    while True:
+        signal.pause()
+
+
+async def work() -> None:
+    """Run until a signal stops it."""
+    orchestrator = Orchestrator(app, _timing=TIMING)
+    await orchestrator.start()
+    await orchestrator.stopped
+
+
+if __name__ == "__main__":
+    from tests.integration import isolated_app  # so that its tasks are those of the module
+
+    asyncio.run(isolated_app.work())

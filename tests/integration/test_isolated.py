@@ -1,6 +1,7 @@
 """`executor="process"`: handlers in processes of their own."""
 
 import os
+import signal
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from pgconductor import Conductor, ExecutionFailed, Orchestrator, isolated
 from tests.integration import isolated_app
+from tests.waiting import until_row
 
 
 @pytest.fixture
@@ -61,3 +63,27 @@ async def test_a_handler_that_outlives_its_timeout_is_replaced_with_its_process(
         await (await isolated_app.endless.invoke()).result(30)
     assert caught.value.error_type == "pgconductor.errors.AttemptTimeout"
     assert await (await isolated_app.on_its_loop.invoke(1)).result(30) == 2
+
+
+@pytest.mark.parametrize(("how", "why"), [("raise", "what the lifespan needs is not there"), ("exit", "ended before")])
+async def test_a_process_that_cannot_start_costs_nothing_and_the_reason_is_kept(
+    working: Conductor[None],
+    db: psycopg.Connection[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    how: str,
+    why: str,
+) -> None:
+    monkeypatch.setattr(isolated, "START_RETRY_SECONDS", 0.01)
+    monkeypatch.setenv(isolated_app.BROKEN, how)
+    run = await isolated_app.on_its_loop.invoke(4)
+    await until_row(db, "select from executions where error is not null")
+    row = db.execute("select crashes, attempt, finished_at, error::text from executions").fetchone()
+    assert row is not None
+    assert why in row.pop("error")
+    assert row == {"crashes": 0, "attempt": 1, "finished_at": None}
+    monkeypatch.delenv(isolated_app.BROKEN)
+    assert await run.result(30) == 8
+
+
+async def test_what_a_handler_starts_can_be_terminated(working: Conductor[None]) -> None:
+    assert await (await isolated_app.master.invoke()).result(30) == [-signal.SIGTERM, -signal.SIGTERM]

@@ -22,6 +22,7 @@ from pgconductor import (
     StepMismatch,
     SyncContext,
 )
+from pgconductor.threads import Threads
 from tests.integration.conftest import Working
 from tests.waiting import until
 
@@ -263,6 +264,49 @@ async def test_plain_handlers_run_side_by_side(app: App, working: Working) -> No
     async with working(concurrency=4):
         runs = await app.invoke_many([work.bind() for _ in range(4)])
         assert all([await run.result(20) for run in runs])
+
+
+async def test_a_handler_that_hangs_beyond_its_timeout_keeps_no_place_of_others(
+    app: App, working: Working, caplog: pytest.LogCaptureFixture
+) -> None:
+    go_on = threading.Event()
+
+    @app.task(timeout=0.1, max_attempts=1)
+    def hung(ctx: SyncContext) -> None:
+        go_on.wait()
+
+    @app.task
+    def work(ctx: SyncContext) -> str:
+        return "done"
+
+    async with working(concurrency=2):
+        lost = [await hung.invoke() for _ in range(5)]
+        for run in lost:
+            with pytest.raises(ExecutionFailed, match="timeout"):
+                await run.result(20)
+        assert await (await work.invoke()).result(20) == "done"
+        go_on.set()
+    warned = [each.getMessage() for each in caplog.records if "goes on in its thread" in each.getMessage()]
+    assert all(any(str(run.id) in line for line in warned) for run in lost)
+
+
+async def test_a_thread_that_was_given_up_ends_when_it_returns_and_takes_no_queued_work_along() -> None:
+    threads, go_on, has_begun = Threads(1, "given-up"), threading.Event(), threading.Event()
+
+    def hang() -> None:
+        has_begun.set()
+        go_on.wait()
+
+    hung = threads.submit(hang)
+    await until(has_begun.is_set)
+    queued = threads.submit(lambda: "done")
+    assert not hung.cancel()
+    assert queued.result(20) == "done"
+    go_on.set()
+    await until(lambda: sum(each.name.startswith("given-up") for each in threading.enumerate()) == 1)
+    assert not threads.is_busy
+    assert threads.submit(lambda: "again").result(20) == "again"
+    threads.close()
 
 
 async def test_a_stop_releases_a_plain_handler_at_its_next_operation(app: App, db: Db, working: Working) -> None:

@@ -5,6 +5,7 @@ import logging
 
 import psycopg
 import pytest
+from psycopg.conninfo import make_conninfo
 
 from pgconductor import Conductor, Context, Orchestrator, schema
 from pgconductor.errors import ServerError
@@ -50,6 +51,19 @@ def test_it_goes_on_when_the_last_one_has_stopped(database: str, db: Db, breakin
     db.execute(OLD.encode())
     migrating = Background(lambda: schema.migrate(database))
     while asked(db) != [True]:
+        pass
+    db.execute("select retire(id) from orchestrator")
+    assert migrating.result() == [breaking.title]
+
+
+def test_it_asks_and_goes_on_where_the_roles_default_is_to_read_only(
+    database: str, db: Db, breaking: schema.Step
+) -> None:
+    db.execute(OLD.encode())
+    migrating = Background(
+        lambda: schema.migrate(make_conninfo(database, options="-c default_transaction_read_only=on"))
+    )
+    while migrating.is_alive() and asked(db) != [True]:
         pass
     db.execute("select retire(id) from orchestrator")
     assert migrating.result() == [breaking.title]

@@ -234,6 +234,21 @@ def test_a_cursor_passes_over_what_is_kept_for_other_lengths_ten_times_as_fast(d
     assert count(db, "execution") == 25
 
 
+def test_a_cursor_begins_anew_each_day_whatever_comes_to_its_end_meanwhile(db: Db) -> None:
+    keep(db)
+    completed(db, number=1)
+    assert prune(db, 8 * DAY) == 1
+    late = enqueue(db, id=id_at(-300 * DAY), now=8 * DAY)
+    complete(db, claim_one(db, now=8 * DAY), now=8 * DAY)
+    removed = 0
+    for number in range(20):
+        day = 15.5 + number / 2
+        completed(db, now=(day - 7.1) * DAY, number=100 + number)
+        removed += prune(db, day * DAY)
+    assert exists(db, late) == [False]
+    assert removed == 21
+
+
 def test_what_was_made_by_a_clock_far_behind_is_found_a_day_later(db: Db) -> None:
     keep(db)
     completed(db, number=1)

@@ -11,6 +11,7 @@ import msgspec
 import psycopg
 import pytest
 
+from pgconductor import schema
 from pgconductor.schedules import DueSchedule, FiredSchedule, plan
 from tests.sql.support import START, Db, Json, array, at, call, claim, enqueue, register, session
 
@@ -354,3 +355,12 @@ def test_registering_at_the_same_time_does_not_collide(db: Db, database: str) ->
     for each in threads:
         each.join()
     assert db.execute("select from schedules").rowcount == 20
+
+
+def test_a_process_that_registers_and_an_installer_do_not_wait_for_each_other(database: str, db: Db) -> None:
+    db.execute("begin")
+    declare(db, {})
+    with session(database) as installer:
+        free = "select pg_try_advisory_lock(hashtext('pgconductor'), %s) as free"
+        assert installer.execute(free, (schema._LOCK_KEY,)).fetchone() == {"free": True}
+    db.execute("commit")

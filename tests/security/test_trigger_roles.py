@@ -105,3 +105,26 @@ def test_a_worker_cannot_have_the_owner_run_an_expression_of_its_own(town: Town,
 
     assert seen(town) == []
     assert [change["new"] for change in changes(db)] == [{"id": 1}]
+
+
+_FUNCTION_FOR_A_COLUMN: Final = """
+    create temp table shape (to_json text);
+    create type pg_temp.mine as enum ('a');
+    create function pg_temp.take(pg_temp.mine) returns json language plpgsql as
+      $$ begin insert into public.seen values (current_user); return '{}'; end $$;
+    create cast (pg_temp.mine as json) with function pg_temp.take(pg_temp.mine);
+    create temp table bait (value pg_temp.mine);
+    select pgconductor.write_row_trigger(
+      row('evil', 'd', (select id from pgconductor.task where name = 'sync'), 'bait', 'insert', '{to_json}',
+          null, false, null, 'x', now())::pgconductor.row_trigger, 'shape'::regclass);
+    create trigger evil after insert on bait for each row execute function pgconductor.note_row_change('evil');
+    insert into bait values ('a')"""
+
+
+def test_a_name_that_is_no_column_calls_no_function_with_the_owners_rights(town: Town, db: Db) -> None:
+    with town.session("worker") as conn:
+        conn.execute(_FUNCTION_FOR_A_COLUMN)
+
+    assert seen(town) == []
+    (error,) = db.execute("select sqlstate, message from trigger_error").fetchall()
+    assert (error["sqlstate"], "does not belong to" in error["message"]) == ("42703", True)

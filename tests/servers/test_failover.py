@@ -145,8 +145,9 @@ def standby() -> Generator[str]:
 
 
 @pytest.mark.covers("F33")
-async def test_a_read_only_standby_is_named_as_such(standby: str) -> None:
-    async with Conductor(standby) as conductor:
+@pytest.mark.parametrize("attrs", [None, "read-write"])
+async def test_a_read_only_standby_is_named_as_such(standby: str, attrs: str | None) -> None:
+    async with Conductor(make_conninfo(standby, target_session_attrs=attrs)) as conductor:
 
         @conductor.task
         async def work(ctx: Context) -> None: ...

@@ -130,6 +130,26 @@ async def test_calls_read_committed_whatever_the_sessions_default(app: Conductor
     assert {await run.state() for run in runs} == {"completed"}
 
 
+@pytest.mark.parametrize("attrs", [None, "read-write"])
+async def test_it_installs_and_works_where_the_sessions_default_is_to_read_only(
+    pooler: Pooler, server: str, attrs: str | None
+) -> None:
+    name = f"pgconductor_empty_{uuid4().hex[:16]}"
+    with psycopg.connect(server, autocommit=True) as admin:
+        admin.execute(f'create database "{name}"'.encode())
+        admin.execute(f'alter database "{name}" set default_transaction_read_only = on'.encode())
+        async with Conductor(make_conninfo(pooler.address(name), target_session_attrs=attrs)) as app:
+
+            @app.task
+            async def double(ctx: Context, number: int) -> int:
+                return await ctx.step("double", lambda: 2 * number)
+
+            await app.migrate()
+            async with Orchestrator(app, _timing=TIMING):
+                assert await (await double.invoke(7)).result(60) == 14
+        admin.execute(f'drop database "{name}" with (force)'.encode())
+
+
 async def test_a_plain_handler_has_its_transaction_too(app: Conductor, db: Db) -> None:
     db.execute("create table public.effect (number int)")
 

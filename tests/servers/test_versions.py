@@ -9,7 +9,7 @@ from uuid import uuid4
 
 import psycopg
 import pytest
-from psycopg.conninfo import make_conninfo
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from pgconductor import Conductor, Context, Orchestrator, schema
 from pgconductor.embedded import EmbeddedServer
@@ -91,3 +91,18 @@ async def test_an_owner_without_any_other_right_installs_and_works(server: str) 
             with psycopg.connect(dsn, autocommit=True) as conn:
                 assert conn.execute("select extname from pg_extension").fetchall() == [("plpgsql",)]
         admin.execute(f"drop role {role}".encode())
+
+
+@pytest.mark.covers("F42")
+@pytest.mark.parametrize("attrs", [None, "read-write", "primary", "any"])
+async def test_a_database_that_is_read_only_by_default_works(server: str, attrs: str | None) -> None:
+    with made(server, "") as dsn:
+        name = conninfo_to_dict(dsn)["dbname"]
+        with psycopg.connect(server, autocommit=True) as admin:
+            admin.execute(f'alter database "{name}" set default_transaction_read_only = on'.encode())
+        assert await work_through(make_conninfo(dsn, target_session_attrs=attrs)) == ["drow", "ba", "UTF8"]
+
+
+def test_a_primary_is_not_called_a_standby_where_a_standby_was_asked_for(server: str) -> None:
+    with pytest.raises(psycopg.OperationalError, match="not in hot standby mode"):
+        schema.migrate(make_conninfo(server, target_session_attrs="standby"))

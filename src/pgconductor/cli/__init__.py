@@ -10,6 +10,7 @@ import click
 import psycopg
 
 from pgconductor.cli.database import db, migrate
+from pgconductor.cli.dev import dev
 from pgconductor.cli.doctor import doctor
 from pgconductor.cli.events import events
 from pgconductor.cli.gen import gen
@@ -18,7 +19,7 @@ from pgconductor.cli.queues import queues
 from pgconductor.cli.roles import roles
 from pgconductor.cli.runs import runs
 from pgconductor.cli.schedules import schedules
-from pgconductor.cli.serve import dev, worker
+from pgconductor.cli.serve import worker
 from pgconductor.cli.session import SCHEMA, Settings
 from pgconductor.cli.status import status
 from pgconductor.cli.tasks import tasks
@@ -36,7 +37,7 @@ class _Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except (ConductorError, psycopg.Error, TimeoutError, OSError) as error:
+        except (ConductorError, psycopg.Error, OSError, UnicodeEncodeError) as error:
             message = safe(redacted(str(error).strip()))
             click.echo(f"{click.style('error:', fg='red', bold=True)} {message}", err=True)
             ctx.exit(1)

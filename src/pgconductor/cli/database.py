@@ -9,7 +9,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from pgconductor import embedded, schema
 from pgconductor.cli.session import Settings, json_option, pass_settings, print_json
-from pgconductor.cli.text import console, redacted_dsn
+from pgconductor.cli.text import SECRETS, console, line, marked, redacted_dsn, safe
 
 
 @click.command()
@@ -40,10 +40,9 @@ def migrate(settings: Settings, mode: str | None, since: int, wait_seconds: floa
         return
     out = console()
     for step in steps:
-        out.print(f"[green]{'·' if mode == 'plan' else '✓'}[/] ", end="")
-        out.print(step, markup=False)
+        out.print(marked("·" if mode == "plan" else "✓", "green", step))
     if not steps:
-        out.print(f"[green]✓[/] schema {settings.schema} is up to date")
+        out.print(marked("✓", "green", f"schema {line(settings.schema)} is up to date"))
 
 
 @click.group()
@@ -59,7 +58,8 @@ def start(as_json: bool) -> None:
     if as_json:
         print_json({"pid": state.pid, "port": state.port, "data": state.data_dir, "dsn": redacted_dsn(state.dsn)})
         return
-    console().print(f"[green]●[/] Postgres runs on port {state.port}, data in {state.data_dir}", soft_wrap=True)
+    where = f"Postgres runs on port {state.port}, data in {safe(state.data_dir)}"
+    console().print(marked("●", "green", where), soft_wrap=True)
 
 
 @db.command()
@@ -90,5 +90,10 @@ def psql(settings: Settings, arguments: tuple[str, ...]) -> None:
         raise click.ClickException("psql is not installed; see `pgconductor db url` for other programs")
     given = conninfo_to_dict(settings.dsn)
     password = given.pop("password", None)  # not on the command line, where every user of the machine sees it
+    if secrets := sorted(SECRETS & given.keys()):
+        raise click.ClickException(
+            f"every user of the machine would see {', '.join(secrets)} on psql's command line; "
+            "write the address into a service file (~/.pg_service.conf), and give service=NAME"
+        )
     environment = os.environ | ({"PGPASSWORD": str(password)} if password else {})
     os.execve(program, [Path(program).name, make_conninfo("", **given), *arguments], environment)  # noqa: S606

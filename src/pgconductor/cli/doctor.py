@@ -6,6 +6,7 @@ from typing import Any, Final, Literal, NamedTuple
 
 import click
 import psycopg
+from psycopg.conninfo import make_conninfo
 from rich.text import Text
 
 from pgconductor import schema
@@ -14,8 +15,9 @@ from pgconductor.cli.status import stranded_reason
 from pgconductor.cli.text import console, elapsed, line, redacted, redacted_dsn, safe
 from pgconductor.client import LoopClient
 from pgconductor.engine import Engine
-from pgconductor.errors import ConductorError
+from pgconductor.errors import ConductorError, ServerError
 from pgconductor.notify import Listener
+from pgconductor.route import STANDBY, STANDBY_REMEDY
 
 VERSION_LOWEST: Final = 15
 VERSION_HIGHEST: Final = 18
@@ -23,6 +25,8 @@ CONNECTIONS_LEFT_MIN: Final = 10
 HINT_SECONDS_MAX: Final = 3.0
 SNAPSHOT_SECONDS_MAX: Final = 900
 SNAPSHOT_TRANSACTIONS_MAX: Final = 1_000_000
+FAULTS: Final = (ConductorError, psycopg.Error, OSError)
+"""How a question to the server ends that could not be answered; a time that ran out is an OSError."""
 POOLER_REMEDY: Final = "work starts within the poll interval of a second; connect workers directly to be faster"
 
 
@@ -51,17 +55,45 @@ def doctor(settings: Settings, as_json: bool) -> None:
 
 def _examine(settings: Settings) -> list[Check]:
     try:
-        dsn = settings.dsn
-        facts = settings.ask(lambda client, engine: client.run(engine.server_facts()))
-    except (ConductorError, psycopg.Error) as error:
-        return [Check("connection", "failure", line(redacted(str(error))), "check the address and that Postgres runs")]
-    checks = [Check("connection", "ok", redacted_dsn(dsn)), *_judge_server(facts)]
-    planned = schema.plan(dsn, settings.schema)
+        facts = _server_facts(settings)
+    except FAULTS as error:
+        return [_failed("connection", error, "check the address and that Postgres runs")]
+    checks = [Check("connection", "ok", redacted_dsn(settings.dsn)), *_judge_server(facts), _judge_schema(settings)]
+    if checks[-1].verdict == "failure":
+        return checks
+    try:
+        return [*checks, *settings.ask(_examine_engine)]
+    except FAULTS as error:
+        return [*checks, _failed("engine", error)]
+
+
+def _server_facts(settings: Settings) -> dict[str, Any]:
+    """Ask the server about itself; a standby too, which no other command talks to."""
+    try:
+        return settings.ask(lambda client, engine: client.run(engine.server_facts()))
+    except ServerError as error:
+        if error.reason != STANDBY:
+            raise
+    anywhere = Settings(make_conninfo(settings.dsn, target_session_attrs="any"), settings.schema)
+    return anywhere.ask(lambda client, engine: client.run(engine.server_facts()))
+
+
+def _judge_schema(settings: Settings) -> Check:
+    try:
+        planned = schema.plan(settings.dsn, settings.schema)
+    except FAULTS as error:
+        return _failed("schema", error)
     if planned:
         missing = f"{len(planned)} steps are missing in schema {settings.schema}"
-        return [*checks, Check("schema", "failure", missing, "run `pgconductor migrate`")]
-    checks.append(Check("schema", "ok", f"{settings.schema} is up to date"))
-    return [*checks, *settings.ask(_examine_engine)]
+        return Check("schema", "failure", missing, "run `pgconductor migrate`")
+    return Check("schema", "ok", f"{settings.schema} is up to date")
+
+
+def _failed(name: str, error: Exception, remedy: str = "") -> Check:
+    """Make a finding of what could not be examined."""
+    if isinstance(error, ServerError):
+        return Check(name, "failure", line(redacted(error.reason)), line(redacted(error.remedy or remedy)))
+    return Check(name, "failure", line(redacted(str(error))), remedy)
 
 
 def _judge_server(facts: dict[str, Any]) -> Iterator[Check]:
@@ -77,7 +109,7 @@ def _judge_server(facts: dict[str, Any]) -> Iterator[Check]:
     else:
         yield Check("encoding", "failure", facts["encoding"], "create the database with encoding UTF8")
     if facts["in_recovery"]:
-        yield Check("role", "failure", "the server is a read-only standby", "connect to the primary")
+        yield Check("role", "failure", STANDBY, STANDBY_REMEDY)
     yield from _judge_durability(facts)
     left = facts["connections_max"] - facts["connections"]
     found = f"{left} of {facts['connections_max']} connections are free"

@@ -15,7 +15,7 @@ from pgconductor.cli.text import ago, console, line
 def _payload(_: click.Context, __: click.Parameter, text: str) -> object:
     try:
         return msgspec.json.decode(text)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeError) as error:
         raise click.BadParameter(f"not JSON: {error}") from error
 
 
@@ -74,7 +74,7 @@ def emit(settings: Settings, name: str, payload: object, as_json: bool) -> None:
     if as_json:
         print_json({"id": str(id), "event": name})
     else:
-        console().print(f"{line(name)} emitted: {id}", markup=False)
+        console().print(f"{line(name)} emitted: {id}")
 
 
 def _shown(payload: object) -> str:

@@ -1,11 +1,12 @@
 """`pgconductor invoke`: start an execution from the shell."""
 
+from datetime import timedelta
 from typing import Any
 
 import click
 import msgspec
 
-from pgconductor.cli.session import Settings, json_option, pass_settings, print_json
+from pgconductor.cli.session import Settings, duration, json_option, pass_settings, print_json
 from pgconductor.cli.text import console, safe, state
 from pgconductor.conductor import Conductor
 from pgconductor.errors import ExecutionCancelled, ExecutionFailed
@@ -15,7 +16,7 @@ from pgconductor.options import Options
 def _payload(_: click.Context, __: click.Parameter, text: str) -> dict[str, Any]:
     try:
         return msgspec.json.decode(text, type=dict[str, Any])
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeError) as error:
         raise click.BadParameter(f"not a JSON object: {error}") from error
 
 
@@ -23,10 +24,10 @@ def _payload(_: click.Context, __: click.Parameter, text: str) -> dict[str, Any]
 @click.argument("task")
 @click.argument("payload", default="{}", callback=_payload, metavar="[JSON]")
 @click.option("--wait", is_flag=True, help="Wait for the end and print the result.")
-@click.option("--timeout", help="How long to wait, such as 30s.")
+@click.option("--timeout", type=duration, help="How long to wait, such as 30s.")
 @click.option("--queue", help="Another queue than the task's.")
 @click.option("--priority", type=int, help="Higher runs first.")
-@click.option("--delay", help="Start later, such as 5m.")
+@click.option("--delay", type=duration, help="Start later, such as 5m.")
 @click.option("--dedupe-key", help="Calls with one key get one execution.")
 @json_option
 @pass_settings
@@ -36,7 +37,7 @@ def invoke(
     task: str,
     payload: dict[str, Any],
     wait: bool,
-    timeout: str | None,
+    timeout: timedelta | None,
     as_json: bool,
     **given: Any,
 ) -> None:
@@ -55,7 +56,7 @@ def invoke(
 
 
 async def _invoke(
-    app: Conductor, task: str, payload: dict[str, Any], options: Options, *, wait: bool, timeout: str | None
+    app: Conductor, task: str, payload: dict[str, Any], options: Options, *, wait: bool, timeout: timedelta | None
 ) -> tuple[dict[str, Any], bool]:
     call = app.define_task(task, dict, object).bind(payload)
     run = await app.invoke(call, **options)
@@ -78,6 +79,6 @@ def _print(report: dict[str, Any]) -> None:
         print_json(report["result"])
     if "error" in report:
         error = report["error"]
-        out.print(safe(error["traceback"] or f"{error['type']}: {error['message']}"), markup=False, soft_wrap=True)
+        out.print(safe(error["traceback"] or f"{error['type']}: {error['message']}"), soft_wrap=True)
     if report.get("reason"):
-        out.print(safe(report["reason"]), markup=False)
+        out.print(safe(report["reason"]))

@@ -66,4 +66,4 @@ def _done(queue: str, what: str, *, is_known: bool, as_json: bool) -> None:
         print_json({"queue": queue, what: True})
     else:
         note = "" if is_known else "; nothing has used a queue of this name yet"
-        console().print(f"{line(queue)} {what}{note}", markup=False)
+        console().print(f"{line(queue)} {what}{note}")

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from pgconductor.cli.run_page import print_run
 from pgconductor.cli.session import Settings, json_option, pass_settings, print_json
-from pgconductor.cli.text import ago, console, line, span, state
+from pgconductor.cli.text import ago, console, line, marked, span, state
 from pgconductor.errors import ExecutionNotFound
 from pgconductor.model import State
 
@@ -99,7 +99,7 @@ def why(settings: Settings, execution: UUID, as_json: bool) -> None:
     for reason in found["reasons"]:
         out.print(Text(f"  {line(reason['text'])}"), soft_wrap=True)
         for holder in reason.get("holders") or ():
-            out.print(Text(f"    held by {holder}", style="dim"), soft_wrap=True)
+            out.print(Text(f"    held by {line(holder)}", style="dim"), soft_wrap=True)
     return None
 
 
@@ -126,7 +126,7 @@ def _report(execution: UUID, done: bool, what: str, *, as_json: bool) -> None:
     if as_json:
         print_json({"id": str(execution), what: done})
     elif done:
-        console().print(f"[green]✓[/] {what} {execution}", soft_wrap=True)
+        console().print(marked("✓", "green", f"{what} {execution}"), soft_wrap=True)
     else:
         click.echo(f"{execution} was not {what}: it has ended otherwise, or is not known", err=True)
     if not done:

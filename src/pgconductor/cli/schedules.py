@@ -79,7 +79,7 @@ def fire(settings: Settings, task: str, name: str | None, as_json: bool) -> None
     if as_json:
         print_json({"task": task, "ids": ids})
     else:
-        console().print("\n".join(ids), markup=False)
+        console().print("\n".join(ids))
 
 
 def _set_paused(settings: Settings, task: str, name: str | None, *, paused: bool, as_json: bool) -> None:
@@ -91,7 +91,7 @@ def _set_paused(settings: Settings, task: str, name: str | None, *, paused: bool
     if as_json:
         print_json({"task": task, what: count})
     else:
-        console().print(f"{count} of the schedules of {line(task)} {what}", markup=False)
+        console().print(f"{count} of the schedules of {line(task)} {what}")
 
 
 def _state(paused_at: str | None, error: str | None) -> Text:

@@ -1,14 +1,10 @@
-"""`pgconductor worker` and `pgconductor dev`: run the executions of an application."""
+"""`pgconductor worker`: run the executions of an application."""
 
 import asyncio
 import contextlib
 import importlib
 import logging
-import os
-import signal
-import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from types import ModuleType
@@ -16,19 +12,18 @@ from typing import Any, cast
 
 import click
 from rich.logging import RichHandler
+from rich.text import Text
 
-from pgconductor import embedded
 from pgconductor.cli.devote import devote_process
 from pgconductor.cli.loop import run
 from pgconductor.cli.session import SCHEMA, Settings, pass_settings
-from pgconductor.cli.text import console, line, redacted_dsn
+from pgconductor.cli.text import console, line, marked, redacted_dsn
 from pgconductor.conductor import Conductor
 from pgconductor.logs import JsonFormatter
 from pgconductor.orchestrator import Orchestrator
 from pgconductor.route import is_absent
 
 log = logging.getLogger("pgconductor.worker")
-STOP_SECONDS_MAX = 40
 SERVER_SECONDS_MAX = 60
 SERVER_PAUSE_SECONDS = 0.5
 
@@ -50,24 +45,6 @@ def worker(
     _log(log_level, log_format)
     app = load(application, settings)
     run(_work(app, parse_queues(queues, concurrency), concurrency))
-
-
-@click.command()
-@click.argument("application", metavar="MODULE:APP")
-@click.option("--reload/--no-reload", default=True, show_default=True, help="Start again when a Python file changes.")
-@click.option("--concurrency", default=10, show_default=True, type=click.IntRange(1, 10_000), help="Of each queue.")
-@pass_settings
-def dev(settings: Settings, application: str, reload: bool, concurrency: int) -> None:
-    """Develop: start Postgres, install the engine, run a worker, and start it again when the code changes."""
-    out = console()
-    dsn = settings.dsn
-    out.print(f"[green]●[/] Postgres  {redacted_dsn(dsn)}", soft_wrap=True)
-    command = [sys.executable, "-m", "pgconductor", "worker", application, "--concurrency", str(concurrency)]
-    environment = os.environ | {"PGCONDUCTOR_URL": dsn}
-    if reload:
-        _run_with_reload(command, environment)
-    else:
-        raise SystemExit(subprocess.call(command, env=environment))
 
 
 def load(application: str, settings: Settings) -> Conductor[Any]:
@@ -118,14 +95,12 @@ def parse_queues(given: tuple[str, ...], concurrency: int) -> dict[str, int] | N
 async def _work(app: Conductor[Any], queues: dict[str, int] | None, concurrency: int) -> None:
     orchestrator = Orchestrator(app, queues=queues, concurrency=concurrency)
     await _wait_for_server(app.dsn)
-    await orchestrator.start()
-    devote_process()
-    with contextlib.suppress(BrokenPipeError, SystemExit):  # rich exits where nobody reads: work goes on all the same
-        _greet(app, orchestrator, queues or {task.queue: concurrency for task in app.tasks.values()})
-    try:
+    async with app, orchestrator:
+        devote_process()
+        # whoever cannot be greeted (the disk is full, or nobody reads, where rich exits) is worked for all the same
+        with contextlib.suppress(OSError, UnicodeError, SystemExit):
+            _greet(app, orchestrator, queues or {task.queue: concurrency for task in app.tasks.values()})
         await orchestrator.stopped
-    finally:
-        await app.close()
 
 
 async def _wait_for_server(dsn: str) -> None:
@@ -141,10 +116,12 @@ async def _wait_for_server(dsn: str) -> None:
 
 def _greet(app: Conductor[Any], orchestrator: Orchestrator, queues: dict[str, int]) -> None:
     out = console()
-    out.print(f"[green]●[/] worker {orchestrator.id} on {line(redacted_dsn(app.dsn))}", soft_wrap=True)
+    where = f"worker {orchestrator.id} on {line(redacted_dsn(app.dsn))}"
+    out.print(marked("●", "green", where), soft_wrap=True)
     for name, number in sorted(queues.items()):
         tasks = ", ".join(sorted(task.name for task in app.tasks.values() if task.queue == name))
-        out.print(f"  {line(name)} ({number} at once)  [dim]{line(tasks, 200)}[/]", soft_wrap=True)
+        shown = Text.assemble(f"  {line(name)} ({number} at once)  ", (line(tasks, 200), "dim"))
+        out.print(shown, soft_wrap=True)
 
 
 def _log(level: str, form: str) -> None:
@@ -156,39 +133,3 @@ def _log(level: str, form: str) -> None:
     if form == "json":
         handler.setFormatter(JsonFormatter())
     logging.basicConfig(level=number, handlers=[handler], format="%(levelname)s %(name)s: %(message)s")
-
-
-def _run_with_reload(command: list[str], environment: dict[str, str]) -> None:
-    try:
-        from watchfiles import PythonFilter, watch
-    except ImportError as error:
-        raise click.ClickException('install "pgconductor[dev]" for reloading, or give --no-reload') from error
-    out = console()
-    ending = threading.Event()
-    signal.signal(signal.SIGTERM, lambda _number, _frame: ending.set())
-    process = _start(command, environment)
-    try:
-        for changes in watch(
-            embedded.project_root(), watch_filter=PythonFilter(), raise_interrupt=False, stop_event=ending
-        ):
-            names = ", ".join(sorted({Path(path).name for _, path in changes}))
-            out.print(f"[yellow]↻[/] {line(names, 100)} changed, starting again")
-            _stop(process)
-            process = _start(command, environment)
-    finally:
-        _stop(process)
-
-
-def _start(command: list[str], environment: dict[str, str]) -> "subprocess.Popen[bytes]":
-    """Run a worker in a session of its own, so that Ctrl-C reaches it through us alone."""
-    return subprocess.Popen(command, env=environment, start_new_session=True)
-
-
-def _stop(process: "subprocess.Popen[bytes]") -> None:
-    if process.poll() is None:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(STOP_SECONDS_MAX)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()

@@ -1,10 +1,11 @@
-"""What the commands share: where the database is, one client a command, and JSON on request."""
+"""What the commands share: where the database is, one client a command, durations, and JSON on request."""
 
 import asyncio
 import json
 import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Final, TypeVar
 
 import click
@@ -13,6 +14,7 @@ import msgspec
 from pgconductor import embedded
 from pgconductor.client import LoopClient
 from pgconductor.conductor import Conductor
+from pgconductor.durations import parse_duration
 from pgconductor.engine import Engine
 
 T = TypeVar("T")
@@ -64,6 +66,28 @@ class Settings:
 
     async def _migrate(self) -> bool:
         return False
+
+
+def duration(text: str) -> timedelta:
+    """Read a length of time, such as `30s`.
+
+    Raises:
+        click.BadParameter: It is none.
+    """
+    return _duration(text, positive=False)
+
+
+def duration_above_zero(text: str) -> timedelta:
+    """Do as `duration`, and refuse zero."""
+    return _duration(text, positive=True)
+
+
+def _duration(text: str, *, positive: bool) -> timedelta:
+    try:
+        return parse_duration(text, positive=positive)
+    except ValueError as error:
+        reason, _, _ = str(error).removeprefix("duration: ").partition("; ")
+        raise click.BadParameter(f"{reason}; write it as 250ms, 30s, 15m, 1h30m or 2d") from error
 
 
 pass_settings = click.make_pass_decorator(Settings)

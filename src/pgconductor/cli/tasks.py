@@ -1,14 +1,14 @@
 """`pgconductor tasks`: what the database knows of each task, and changing limits while everything runs."""
 
+from datetime import timedelta
 from typing import Any
 
 import click
 from rich import box
 from rich.table import Table
 
-from pgconductor.cli.session import Settings, json_option, pass_settings, print_json
+from pgconductor.cli.session import Settings, duration_above_zero, json_option, pass_settings, print_json
 from pgconductor.cli.text import console, line
-from pgconductor.durations import parse_duration
 
 
 @click.group()
@@ -41,12 +41,20 @@ def list_(settings: Settings, as_json: bool) -> None:
 @click.argument("task")
 @click.argument("limit", type=click.IntRange(min=0), required=False)
 @click.option("--key", metavar="PATH", help="The limit of each value of this payload path, such as tenant.id.")
-@click.option("--per", metavar="DURATION", help="A rate: how many start within this time, such as 1m.")
+@click.option(
+    "--per", type=duration_above_zero, metavar="DURATION", help="A rate: how many start within this time, such as 1m."
+)
 @click.option("--reset", is_flag=True, help="Give the limit back to the code.")
 @json_option
 @pass_settings
 def limit(
-    settings: Settings, task: str, limit: int | None, key: str | None, per: str | None, reset: bool, as_json: bool
+    settings: Settings,
+    task: str,
+    limit: int | None,
+    key: str | None,
+    per: timedelta | None,
+    reset: bool,
+    as_json: bool,
 ) -> None:
     """Set a limit of a task on all workers, at once; it beats the one in the code until it is reset.
 
@@ -54,7 +62,7 @@ def limit(
     """
     if (limit is None) != reset:
         raise click.UsageError("give a limit, or --reset")
-    seconds = None if per is None else parse_duration(per).total_seconds()
+    seconds = None if per is None else per.total_seconds()
     kind = "concurrency" if per is None else "rate"
     done = settings.ask(lambda client, engine: client.run(engine.set_limit(task, limit, kind, key, seconds)))
     if not done:
@@ -63,7 +71,7 @@ def limit(
         print_json({"task": task, "kind": kind, "key": key, "limit": limit})
     else:
         what = "is the code's again" if reset else f"is {limit}"
-        console().print(f"the {kind} limit of {line(task)} {what}", markup=False)
+        console().print(f"the {kind} limit of {line(task)} {what}")
 
 
 def _held_by(task: dict[str, Any]) -> list[str]:

@@ -5,6 +5,7 @@ from datetime import UTC, datetime
 from typing import Final
 
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg.pq import Conninfo
 from rich.console import Console
 from rich.text import Text
 
@@ -17,16 +18,31 @@ MARKS: Final = {
     "cancelled": "⊘", "timed_out": "✗", "pending": "◌",
 }  # fmt: skip
 WIDTH_OF_FILES: Final = 140
-_PASSWORD: Final = re.compile(
-    r"(://[^:/@\s]*:)\S*(@)|(\b(?:ssl|pg)?password\s*=\s*)('(?:[^'\\]|\\.)*'|\S+)", re.IGNORECASE
+SECRETS: Final = frozenset(
+    {option.keyword.decode() for option in Conninfo.get_defaults() if option.dispchar == b"*"}
+    | {"password", "sslpassword", "oauth_client_secret", "scram_client_key", "scram_server_key"}
+)
+"""The parts of an address that are nobody's to see: those that libpq marks so, and those that it leaves unmarked."""
+_PLACE: Final = ("service", "user", "password", "host", "hostaddr", "port", "dbname")
+_SECRET: Final = re.compile(
+    rf"(://[^:/@\s]*:)\S*(@)|(\b(?:pgpassword|{'|'.join(sorted(SECRETS))})\s*=\s*)('(?:[^'\\]|\\.)*'|\S+)",
+    re.IGNORECASE,
 )
 _UNITS: Final = ((86_400, "d"), (3_600, "h"), (60, "m"))
 
 
 def console() -> Console:
-    """Return what prints to the standard output as it stands now; into a file or pipe, on wide lines."""
-    out = Console(highlight=False, soft_wrap=False)
-    return out if out.is_terminal else Console(highlight=False, soft_wrap=False, width=WIDTH_OF_FILES)
+    """Return what prints to the standard output as it stands now; into a file or pipe, on wide lines.
+
+    It reads neither `[bold]` nor `:smile:` in a text: names and values come from elsewhere, and are shown as they are.
+    """
+    out = Console(markup=False, emoji=False, highlight=False)
+    return out if out.is_terminal else Console(markup=False, emoji=False, highlight=False, width=WIDTH_OF_FILES)
+
+
+def marked(mark: str, style: str, text: str) -> Text:
+    """Write a line that opens with a coloured mark."""
+    return Text.assemble((mark, style), f" {text}")
 
 
 def safe(text: object, length_max: int = 0) -> str:
@@ -53,14 +69,15 @@ def _escaped(char: str) -> str:
 
 
 def redacted(text: str) -> str:
-    """Take passwords out of text that may quote an address."""
-    return _PASSWORD.sub(lambda m: f"{m[1]}***{m[2]}" if m[1] else f"{m[3]}***", text)
+    """Take passwords and other secrets out of text that may quote an address."""
+    return _SECRET.sub(lambda m: f"{m[1]}***{m[2]}" if m[1] else f"{m[3]}***", text)
 
 
 def redacted_dsn(dsn: str) -> str:
-    """Write an address without its password."""
-    given = {key: str(value) for key, value in conninfo_to_dict(dsn).items() if value is not None}
-    return make_conninfo("", **{key: "***" if "password" in key else value for key, value in given.items()})
+    """Write where an address leads, as whom, and that it has a password; nothing else of it."""
+    given = conninfo_to_dict(dsn)
+    shown = {key: str(given[key]) for key in _PLACE if given.get(key) is not None}
+    return make_conninfo("", **(shown | {"password": "***"} if "password" in shown else shown))
 
 
 def state(name: str) -> Text:

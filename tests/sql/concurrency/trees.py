@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 from uuid import UUID, uuid4
 
-from tests.flow.support import concurrency
+from tests.flow.support import concurrency, rate
 from tests.sql.support import (
     Db,
     Json,
@@ -16,6 +16,7 @@ from tests.sql.support import (
     claim_one,
     complete,
     enqueue,
+    enqueue_many,
     fail,
     finish,
     op,
@@ -116,6 +117,9 @@ def grow_garden(db: Db) -> dict[str, str]:
     tree["keyed"] = enqueue(db, "work", dedupe_key="k", delay=50)
     tree["narrow"], _ = enqueue(db, "narrow"), enqueue(db, "narrow")
     claim(db, worker=OTHER, tasks=["narrow"], token=6)
+    register(db, "rated", worker=OTHER, now=25, limits=[rate(1, 20)])
+    enqueue_many(db, *[{"task": "rated"}] * 3)
+    claim(db, worker=OTHER, tasks=["rated"], token=7)
     return tree
 
 
@@ -129,6 +133,12 @@ def emit(db: Db, now: float) -> object:
     """Emit what is waited for."""
     event: Json = {"id": str(uuid4()), "name": "paid", "payload": {}}
     return call(db, "emit_events", [event], False, at(now))
+
+
+def lose_for_good(db: Db, id: str, lose: Act) -> object:
+    """Settle the last crash that its task allows."""
+    db.execute("update execution set crashes = 4 where id = %s", (id,))
+    return lose(db)
 
 
 def acts_in(tree: dict[str, str]) -> dict[str, Act]:
@@ -157,10 +167,17 @@ def acts_in(tree: dict[str, str]) -> dict[str, Act]:
         "retry a child": settled("retried", delay=5, error={"type": "E", "message": "again"}),
         "release a child": settled("released"),
         "lose a child": settled("crashed"),
+        "lose a child for good": lambda db: lose_for_good(db, tree["running"], settled("crashed")),
         "settle a limited one": lambda db: finish(db, tree["narrow"], token=6, worker=OTHER, now=30),
         "beat": called("beat", OTHER, False, at(30)),
         "register": lambda db: register(db, "work", "child", "lost", worker=OTHER, now=30, max_attempts=9),
         "raise a limit": called("set_limit", "narrow", 2, "concurrency", None),
+        "add a limit": called("set_limit", "narrow", 2, "concurrency", "user"),
+        "register a limit": lambda db: register(
+            db, "narrow", "rated", worker=OTHER, now=30, limits=[concurrency(2), rate(5, 20)]
+        ),
+        "enqueue a limited one": lambda db: enqueue(db, "narrow", now=30),
+        "enqueue in another queue": lambda db: enqueue(db, "rated", now=30, queue="fresh"),
         "pause": called("pause_queue", "default", at(30)),
         "prune": called("prune", 100, 10_001, at(3_000_000)),
     }
@@ -181,7 +198,11 @@ def drive_to_the_end(db: Db) -> list[str]:
         call(db, "beat", LAST, False, at(now))
         call(db, "sweep", "20 seconds", at(now))
         emit(db, now)
-        claimed = [each["id"] for each in claim(db, 50, token, worker=LAST, now=now, fire=True)]
+        claimed = [
+            each["id"]
+            for queue in ("default", "fresh")
+            for each in claim(db, 50, token, worker=LAST, now=now, queue=queue, fire=True)
+        ]
         settle(db, *({"id": id, "token": token, "outcome": "completed"} for id in claimed), worker=LAST, now=now)
         left = [str(each["id"]) for each in db.execute("select id from execution where outcome is null").fetchall()]
         if not left:

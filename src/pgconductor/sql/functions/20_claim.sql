@@ -266,9 +266,9 @@ begin
   if not found then
     return null;
   end if;
-  perform set_config('synchronous_commit', 'off', true);
-  if p_fire then
-    perform fire_timers(p_now);
+  -- what timers have ended or answered is seen by others, so it waits for the disk
+  if not p_fire or fire_timers(p_now) = 0 then
+    perform set_config('synchronous_commit', 'off', true);
   end if;
 
   if exists (select from look) then

@@ -93,7 +93,7 @@ declare
   v_ids uuid[];
 begin
   v_ending := array(
-    select h.id from unnest(p_held) h where h.outcome in ('completed', 'failed') and (
+    select h.id from unnest(p_held) h where h.outcome in ('completed', 'failed', 'crashed') and (
       select true from step s where s.execution_id = h.id and s.status = 'pending'
         and num_nonnulls(s.child_id, s.child_ids) > 0 limit 1));
   select array_agg(coalesce(e.root_id, e.id)) filter (where h.outcome = 'parked' and h.id in (select unnest(p_opening))),

@@ -9,8 +9,12 @@
 -- A claim looks at a limited lane only if a row in look says why, so that a full task costs the others nothing. Whoever
 -- brings work or gives a permit back writes such a row and waits for nobody, not even in a user's long transaction.
 --
+-- So what such a transaction brings knows the limits as they were. Its keys say which limits they are for, and its look
+-- comes with them: a claim that meets others than the task's makes them anew. Its new lane is put right by the sweep.
+--
 -- Locks: one advisory lock a limited task, taken in the order of task ids by claim, the sweep and whoever changes
--- limits, as the last of their locks. backlog_key is written under it alone. Whoever holds it waits for no row.
+-- limits, as the last of their locks. backlog_key is written under it alone, and so is whether a lane that others can see
+-- is limited. Whoever holds it waits for no row of work.
 
 -- Enters work into ready; that of limited lanes into the backlog. Returns the lanes.
 -- p_late: it is ready later than it was made, and its order number is old.
@@ -38,6 +42,13 @@ return case when p_path is null then ''
     then md5(p_payload #>> string_to_array(p_path, '.'))
   else coalesce(p_payload #>> string_to_array(p_path, '.'), '') end;
 
+-- How the keys of work begin that are for these limits, and no others.
+create or replace function keys_begin(p_limits task_limit[]) returns text
+language plpgsql immutable parallel safe set search_path from current as $$
+begin
+  return '["' || array_to_string(array(select id from unnest(p_limits) order by id), ' ') || '"';
+end $$;
+
 -- Puts ready work into the backlog. Work that comes back (a place before all fresh ones) is no start.
 create or replace function hold_back(p_rows ready[]) returns void
 language plpgsql volatile set search_path from current as $$
@@ -48,7 +59,8 @@ begin
            r.cached_open
     from unnest(p_rows) r join execution e on e.id = r.execution_id
     cross join lateral (
-      select coalesce(json_agg(limit_key(t.key_path, e.payload) order by t.id), '[]')::text as keys
+      select to_json(array[coalesce(string_agg(t.id::text, ' ' order by t.id), '')]
+                     || array_agg(limit_key(t.key_path, e.payload) order by t.id))::text as keys
       from lane l join task_limit t on t.task_id = l.task_id where l.id = r.lane_id) k
     returning lane_id, is_start, keys
   )
@@ -61,7 +73,7 @@ language plpgsql volatile set search_path from current as $$
 declare
   v_lanes int[];
 begin
-  if not exists (select from permit) then
+  if pg_relation_size('permit'::regclass) = 0 then  -- see watchers_of
     return '{}'::int[];
   end if;
   with given as (delete from permit where execution_id = any(p_ids) returning limit_id, key),
@@ -115,20 +127,57 @@ begin
     if (p_limits[v_place].key_path is not null) = p_keyed
        and (p_is_start or p_limits[v_place].kind = 'concurrency') then
       v_left := least(v_left, limit_left(
-        p_limits[v_place], case when p_keyed then p_keys::json ->> (v_place - 1) else '' end, p_now));
+        p_limits[v_place], case when p_keyed then p_keys::json ->> v_place else '' end, p_now));
     end if;
   end loop;
   return v_left;
+end $$;
+
+-- Makes the keys of work anew that these looks name and that are not for the limits of its task. What somebody else is
+-- moving keeps its own, and a look. Returns the looks for the new ones. The caller holds the tasks' locks.
+create or replace function fit_keys(p_looks look[]) returns look[]
+language plpgsql volatile set search_path from current as $$
+declare
+  v_fitting look[];
+begin
+  with held as materialized (
+    select b.execution_id
+    from (select distinct lane_id, is_start, keys from unnest(p_looks)) k
+    join backlog b on b.lane_id = k.lane_id and b.is_start = k.is_start and b.keys = k.keys
+    for update of b skip locked
+  ), fitted as (
+    update backlog b set keys = k.keys
+    from held h join execution e on e.id = h.execution_id
+    cross join lateral (
+      select to_json(array[coalesce(string_agg(t.id::text, ' ' order by t.id), '')]
+                     || array_agg(limit_key(t.key_path, e.payload) order by t.id))::text as keys
+      from lane l join task_limit t on t.task_id = l.task_id where l.id = e.lane_id) k
+    where b.execution_id = h.execution_id
+    returning b.lane_id, b.is_start, b.keys
+  )
+  select array_agg(row(f.lane_id, f.is_start, f.keys, null, null)::look) into v_fitting
+  from (select distinct lane_id, is_start, keys from fitted) f;
+  insert into look (lane_id, is_start, keys)
+  select distinct b.lane_id, b.is_start, b.keys
+  from unnest(p_looks) k join backlog b on b.lane_id = k.lane_id and b.is_start = k.is_start and b.keys = k.keys;
+  return v_fitting;
 end $$;
 
 -- Takes notice of why a lane is to be looked at: keys with new work get a turn, and those whose limit has room again.
 create or replace function take_looks(p_lane int, p_limits task_limit[]) returns void
 language plpgsql volatile set search_path from current as $$
 declare
+  v_begin text := keys_begin(p_limits);
   v_looks look[];
+  v_strange look[];
 begin
   with taken as (delete from look where lane_id = p_lane returning *)
-  select array_agg(row(t.*)::look) into v_looks from taken t;
+  select array_agg(row(t.*)::look) filter (where starts_with(t.keys, v_begin) is not false),
+         array_agg(row(t.*)::look) filter (where not starts_with(t.keys, v_begin))
+  into v_looks, v_strange from taken t;
+  if v_strange is not null then
+    v_looks := v_looks || fit_keys(v_strange);
+  end if;
   insert into backlog_key as k (lane_id, is_start, keys, turn)
   select p_lane, l.is_start, l.keys, b.ord
   from (select distinct is_start, keys from unnest(v_looks) where keys is not null) l
@@ -138,9 +187,10 @@ begin
   on conflict (lane_id, is_start, keys) do update set is_full = false where k.is_full;
   update backlog_key k set is_full = false
   from unnest(v_looks) l
-  join unnest(p_limits) with ordinality as t(id, task_id, kind, key_path, declared_max, operator_max, period, place)
+  join unnest(p_limits) with ordinality as t(id, task_id, kind, key_path, declared_max, operator_max, declared_period,
+                                             operator_period, period, place)
     on t.id = l.limit_id and t.key_path is not null
-  where k.lane_id = p_lane and k.is_full and k.keys::json ->> (t.place - 1)::int = l.key;
+  where k.lane_id = p_lane and k.is_full and k.keys::json ->> t.place::int = l.key;
 end $$;
 
 -- The next keys of a lane to have a turn, those of resumed work first. The full ones that it meets stand aside.
@@ -213,12 +263,12 @@ begin
         order by b.priority desc, b.ord
         limit least(k.room, ceil(p_limit::numeric / cardinality(p_keys))) for update skip locked) b
     ), counted as (
-      select c.execution_id, t.place as limit_place, c.keys::json ->> (t.place - 1)::int as key,
-             row_number() over (partition by t.place, c.keys::json ->> (t.place - 1)::int
+      select c.execution_id, t.place as limit_place, c.keys::json ->> t.place::int as key,
+             row_number() over (partition by t.place, c.keys::json ->> t.place::int
                                 order by c.place, c.is_start, c.turn) as nth
       from candidate c
       cross join unnest(p_limits) with ordinality
-        as t(id, task_id, kind, key_path, declared_max, operator_max, period, place)
+        as t(id, task_id, kind, key_path, declared_max, operator_max, declared_period, operator_period, period, place)
       where c.is_start or t.kind = 'concurrency'
     ), room as materialized (
       select limit_place, key, limit_left(p_limits[limit_place], key, p_now) as room
@@ -243,13 +293,13 @@ begin
   with taken as (delete from backlog where execution_id = any(v_ids) returning *)
   select array_agg(row(t.*)::backlog) into v_taken from taken t;
   insert into permit (execution_id, limit_id, key)
-  select b.execution_id, t.id, b.keys::json ->> (t.place - 1)::int
+  select b.execution_id, t.id, b.keys::json ->> t.place::int
   from unnest(v_taken) b cross join (
     select id, kind, row_number() over (order by id) as place from task_limit
     where task_id = (select task_id from lane where id = p_lane)) t
   where t.kind = 'concurrency';
   insert into rate_use (limit_id, key, used_at, execution_id)
-  select t.id, b.keys::json ->> (t.place - 1)::int, p_now, b.execution_id
+  select t.id, b.keys::json ->> t.place::int, p_now, b.execution_id
   from unnest(v_taken) b cross join (
     select id, kind, row_number() over (order by id) as place from task_limit
     where task_id = (select task_id from lane where id = p_lane)) t
@@ -280,7 +330,8 @@ begin
       where l.task_id = t.task_id));
 end $$;
 
--- Forgets starts that no longer count and has their lanes looked at. Returns the lanes.
+-- Forgets starts that no longer count and has their lanes looked at; passes over those that somebody else is forgetting.
+-- Returns the lanes.
 create or replace function open_gates(p_now timestamptz) returns int[]
 language plpgsql volatile set search_path from current as $$
 declare
@@ -290,8 +341,10 @@ begin
     return '{}'::int[];
   end if;
   with gone as (
-    delete from rate_use u using task_limit t
-    where t.kind = 'rate' and u.limit_id = t.id and u.used_at <= p_now - t.period returning u.limit_id, u.key
+    delete from rate_use where ctid = any(array(
+      select u.ctid from task_limit t join rate_use u on u.limit_id = t.id and u.used_at <= p_now - t.period
+      where t.kind = 'rate' for update of u skip locked))
+    returning limit_id, key
   ), looks as (
     insert into look (lane_id, limit_id, key)
     select l.id, g.limit_id, g.key
@@ -303,20 +356,29 @@ begin
   return coalesce(v_lanes, '{}');
 end $$;
 
--- Looks at all limits afresh: permits without a lease go; work that slipped past a change of limits is put right.
--- Returns the lanes that may admit more.
+-- Looks at all limits afresh: permits without a lease go; lanes and work that slipped past a change of limits are put
+-- right. Waits for no call that is throttled in an open transaction. Returns the lanes that may admit more.
 create or replace function sweep_limits(p_now timestamptz) returns int[]
 language plpgsql volatile set search_path from current as $$
 declare
   v_tasks int[];
 begin
-  delete from throttle where until <= p_now;
-  if not exists (select from task_limit) and not exists (select from backlog) then
+  delete from throttle where (task_id, key) in (
+    select task_id, key from throttle where until <= p_now for update skip locked);
+  if not exists (select from task_limit) and not exists (select from backlog)
+     and not exists (select from lane where is_limited) and not exists (select from look) then
     return '{}'::int[];
   end if;
   v_tasks := array(select distinct task_id from lane where is_limited
-                   or exists (select from backlog b where b.lane_id = lane.id));
+                   or exists (select from task_limit t where t.task_id = lane.task_id)
+                   or exists (select from backlog b where b.lane_id = lane.id)
+                   or exists (select from look k where k.lane_id = lane.id));
   perform lock_limits(v_tasks);
+  -- a lane that was made while the limits changed
+  update lane set is_limited = not is_limited, limits_changed_at = clock_timestamp() where id in (
+    select l.id from lane l
+    where l.task_id = any(v_tasks) and l.is_limited <> exists (select from task_limit t where t.task_id = l.task_id)
+    for no key update skip locked);
   perform align(v_tasks);
   return open_gates(p_now) || release_permits(array(
     select distinct p.execution_id from permit p
@@ -346,8 +408,11 @@ begin
   select array_agg(row(m.lane_id, m.priority, m.ord, m.execution_id, m.cached_by, m.cached_seq, m.cached_open)::ready)
   into v_moved from moved m;
   perform put_ready(v_moved);
+  delete from look where lane_id = any(v_free);
   -- What runs already counts. Only a claim that was under way when the limits changed can have taken it without.
-  if not exists (select from task where id = any(p_tasks) and limits_changed_at > clock_timestamp() - interval '1 minute') then
+  v_limited := array(select id from lane where id = any(v_limited)
+                     and limits_changed_at > clock_timestamp() - interval '1 minute');
+  if cardinality(v_limited) = 0 then
     return;
   end if;
   insert into permit (execution_id, limit_id, key)
@@ -359,29 +424,37 @@ begin
   on conflict do nothing;
 end $$;
 
--- Brings everything of a task in line with its limits as they are now.
+-- Brings everything of a task in line with its limits as they are now. What others commit meanwhile must be seen.
 create or replace function apply_limits(p_task int) returns void
 language plpgsql volatile set search_path from current as $$
 declare
-  v_limited boolean;
+  v_lanes int[];
+  v_begin text;
 begin
+  if current_setting('transaction_isolation') in ('repeatable read', 'serializable') then
+    raise exception 'limits are changed in a transaction at read committed, not %',
+      current_setting('transaction_isolation') using errcode = 'PC003';
+  end if;
   perform lock_limits(array[p_task]);
-  v_limited := exists (select from task_limit where task_id = p_task);
-  update lane set is_limited = v_limited where task_id = p_task and is_limited <> v_limited;
-  update task set limits_changed_at = clock_timestamp() where id = p_task;
+  with changed as (
+    update lane l
+    set is_limited = exists (select from task_limit t where t.task_id = l.task_id),
+        limits_changed_at = clock_timestamp()
+    where task_id = p_task returning id
+  )
+  select array_agg(id) into v_lanes from changed;
   delete from permit p where not exists (select from task_limit t where t.id = p.limit_id);
   delete from rate_use u where not exists (select from task_limit t where t.id = u.limit_id);
   perform align(array[p_task]);
   -- the keys of what waits are those of the limits as they are now
-  update backlog b set keys = k.keys
-  from execution e, lane l, lateral (
-    select coalesce(json_agg(limit_key(t.key_path, e.payload) order by t.id), '[]')::text as keys
-    from task_limit t where t.task_id = p_task) k
-  where l.task_id = p_task and b.lane_id = l.id and e.id = b.execution_id and b.keys <> k.keys;
-  delete from backlog_key where lane_id in (select id from lane where task_id = p_task);
+  v_begin := keys_begin(array(select t from task_limit t where t.task_id = p_task));
+  perform fit_keys(array(
+    select row(s.lane_id, s.is_start, s.keys, null, null)::look
+    from (select distinct lane_id, is_start, keys from backlog
+          where lane_id = any(v_lanes) and not starts_with(keys, v_begin)) s));
+  delete from backlog_key where lane_id = any(v_lanes);
   insert into look (lane_id, is_start, keys)
-  select distinct b.lane_id, b.is_start, b.keys from backlog b join lane l on l.id = b.lane_id
-  where l.task_id = p_task;
+  select distinct lane_id, is_start, keys from backlog where lane_id = any(v_lanes);
 end $$;
 
 -- Writes what code says of its tasks' flow. p_tasks: [{name, expires? (seconds), window_start?, window_end?,
@@ -408,7 +481,7 @@ declare
   v_more int[];
 begin
   with changed as (
-    insert into task_limit as t (task_id, kind, key_path, declared_max, period)
+    insert into task_limit as t (task_id, kind, key_path, declared_max, declared_period)
     select k.id, d.kind, d.key_path, d.max, make_interval(secs => d.seconds)
     from json_to_recordset(p_tasks) as n(name text, limits json)
     join task k on k.name = n.name
@@ -416,8 +489,8 @@ begin
     where json_typeof(n.limits) = 'array'
     order by 1, 2, 3
     on conflict (task_id, kind, key_path) do update
-    set declared_max = excluded.declared_max, period = excluded.period
-    where (t.declared_max, t.period) is distinct from (excluded.declared_max, excluded.period)
+    set declared_max = excluded.declared_max, declared_period = excluded.declared_period
+    where (t.declared_max, t.declared_period) is distinct from (excluded.declared_max, excluded.declared_period)
     returning task_id
   )
   select array_agg(distinct task_id) into v_changed from changed;
@@ -440,7 +513,8 @@ begin
 end $$;
 
 -- Changes a limit while everything runs; null gives it back to the code. Zero stops the task's starts.
--- Returns false for an unknown task, or for null where there is no such limit.
+-- Returns false for an unknown task, or for null where there is no such limit. Errors: PC003 for what no limit can be,
+-- and above read committed.
 create or replace function set_limit(
   p_task text, p_max int, p_kind text default 'concurrency', p_key_path text default null,
   p_period interval default null
@@ -454,7 +528,7 @@ begin
     return false;
   end if;
   if p_max is null then
-    update task_limit set operator_max = null
+    update task_limit set operator_max = null, operator_period = null
     where task_id = v_task and kind = p_kind and key_path is not distinct from p_key_path and declared_max is not null;
     v_found := found;
     delete from task_limit
@@ -463,13 +537,15 @@ begin
   elsif p_max < 0 then
     raise exception 'a limit is at least 0, not %', p_max using errcode = 'PC003';
   else
-    update task_limit set operator_max = p_max, period = coalesce(p_period, period)
+    update task_limit set operator_max = p_max, operator_period = coalesce(p_period, operator_period)
     where task_id = v_task and kind = p_kind and key_path is not distinct from p_key_path;
     if not found and p_kind = 'rate' and p_period is null then
       raise exception 'task % has no such rate limit: say its period', p_task using errcode = 'PC003';
     elsif not found then
-      insert into task_limit (task_id, kind, key_path, operator_max, period)
-      values (v_task, p_kind, p_key_path, p_max, p_period);
+      insert into task_limit as t (task_id, kind, key_path, operator_max, operator_period)
+      values (v_task, p_kind, p_key_path, p_max, p_period)
+      on conflict (task_id, kind, key_path) do update
+      set operator_max = excluded.operator_max, operator_period = coalesce(excluded.operator_period, t.operator_period);
     end if;
   end if;
   perform apply_limits(v_task);

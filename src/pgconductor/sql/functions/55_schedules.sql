@@ -3,8 +3,8 @@
 -- Called by every process: its claim is told of schedules that are due (due_schedules), it computes the ticks, and says
 -- so (fire_schedules). Whoever says so first wins: the revision of the schedule rises with every change, an answer to
 -- an earlier one changes nothing, and the key of the tick holds should all else fail.
--- States: an execution none -> ready. Locks: a deployment's schedules by an advisory lock while it registers; schedule
--- rows by id, otherwise. Errors: PC003 a schedule that cannot be stored.
+-- States: an execution none -> ready. Locks: an advisory lock of all that register (key 1008); schedule rows by id,
+-- otherwise. Errors: PC003 a schedule that cannot be stored.
 
 -- The schedules that are to be looked at now: [{id, revision, expr, zone, catch_up, decided_at, now}]; null for none.
 create or replace function due_schedules(p_now timestamptz, p_limit int default 100) returns json
@@ -138,7 +138,7 @@ language plpgsql volatile set search_path from current set enable_seqscan = off 
 declare
   v_now timestamptz := instant(p_now);
 begin
-  perform pg_advisory_xact_lock(hashtext(current_schema()), 1002);
+  perform pg_advisory_xact_lock(hashtext(current_schema()), 1008);
   perform from schedule where deployment = p_deployment order by id for update;
   with gone as (
     delete from schedule s using task k

@@ -236,12 +236,13 @@ language sql stable set search_path from current as $$
 $$;
 
 -- The first event that answers a wait and that its first look could not see. Few events are that young, so the index
--- on names, which leads to all of them, is kept out of it.
+-- on names, which leads to all of them, is kept out of it. What came with a restore from a server that had counted its
+-- transactions further is not young: no snapshot of this one can have missed it.
 create or replace function event_unseen(p_wait event_wait) returns event
 language sql stable set search_path from current as $$
   select e from event e
   where e.xact >= pg_snapshot_xmin(p_wait.snapshot) and not pg_visible_in_snapshot(e.xact, p_wait.snapshot)
-    and e.name || '' = p_wait.event
+    and e.xact < pg_snapshot_xmax(pg_current_snapshot()) and e.name || '' = p_wait.event
     and case when p_wait.probe = any(e.probes) then coalesce(e.payload::jsonb @> p_wait.predicate, true) end
     and not exists (select from step s where s.execution_id = p_wait.execution_id and s.event_id = e.id)
   order by e.ord limit 1
@@ -254,7 +255,8 @@ language sql stable set search_path from current as $$
   select w from it cross join event_wait w join execution e on e.id = w.execution_id
   where w.event = p_event.name and w.probe = any(p_event.probes) and e.outcome is null
     and coalesce(it.payload @> w.predicate, true)
-    and (p_event.ord > w.since or not pg_visible_in_snapshot(p_event.xact, w.snapshot))
+    and (p_event.ord > w.since or not pg_visible_in_snapshot(p_event.xact, w.snapshot)
+                                  and p_event.xact < pg_snapshot_xmax(pg_current_snapshot()))
     and not exists (select from step s where s.execution_id = w.execution_id and s.event_id = p_event.id)
 $$;
 
@@ -318,7 +320,8 @@ language sql volatile set search_path from current as $$
       or p.event_id is null and not exists (
         select from event_wait w join event e on e.xact >= pg_snapshot_xmin(w.snapshot)
         where w.execution_id = p.execution_id and w.name = p.name and w.round = p.round
-          and e.name || '' = w.event and not pg_visible_in_snapshot(e.xact, w.snapshot)))
+          and e.name || '' = w.event and not pg_visible_in_snapshot(e.xact, w.snapshot)
+          and e.xact < pg_snapshot_xmax(pg_current_snapshot())))
 $$;
 
 -- Gives one event to the first wait of each execution that it answers. is_done: nobody is left.

@@ -106,6 +106,20 @@ language sql volatile set search_path from current as $$
     format('%s bytes of JSON, at most 1048576 are allowed; hand on fewer columns', p_size))
 $$;
 
+-- Refuses a table that lacks a column of the trigger: row.name of a name that is no column calls the function of that name,
+-- with the owner's rights, on whatever the row holds.
+create or replace function check_columns(p_trigger row_trigger, p_relation oid) returns void
+language plpgsql stable set search_path from current as $$
+begin
+  if exists (select from unnest(p_trigger.columns) as c(name) where not exists (
+    select from pg_attribute a
+    where a.attrelid = p_relation and a.attname = c.name::name and a.attnum > 0 and not a.attisdropped))
+  then
+    raise exception 'trigger % does not belong to %: a column that it hands on is not there', p_trigger.name,
+      p_relation::regclass using errcode = '42703';
+  end if;
+end $$;
+
 -- For each row: what has a condition, updates, and tables whose rows also come in other ways (partitions).
 -- An update without a condition of its own counts if a column that is handed on has changed.
 create or replace function note_row_change() returns trigger
@@ -124,6 +138,7 @@ begin
   if not found then
     return null;
   end if;
+  perform check_columns(v_trigger, tg_relid);
   if tg_op <> 'INSERT' then
     execute 'select ' || v_trigger.expression into v_old using old;
   end if;
@@ -161,6 +176,7 @@ begin
   if not found then
     return null;
   end if;
+  perform check_columns(v_trigger, tg_relid);
   for v_data, v_size_max in execute format(
     'select array_agg(data order by place) filter (where size <= 1048576) as data, max(size) as size_max from ('
     '  select data, size, row_number() over () as place,'

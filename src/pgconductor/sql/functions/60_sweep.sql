@@ -86,11 +86,16 @@ create or replace function expire_unstarted(p_now timestamptz, p_limit int) retu
 language plpgsql volatile set search_path from current as $$
 declare
   v_due uuid[] := array(select execution_id from expiry where due_at <= p_now order by due_at limit p_limit);
+  v_locked uuid[];
   v_unstarted uuid[];
   v_late uuid[];
 begin
-  perform lock_executions(v_due || array(select parent_id from execution where id = any(v_due)
-                                         and parent_id is not null));
+  -- a call that replaces one holds it until its transaction ends, and may have moved its expiry
+  v_locked := lock_free(v_due || array(select parent_id from execution where id = any(v_due) and parent_id is not null));
+  v_due := array(
+    select x.execution_id from expiry x join execution e on e.id = x.execution_id
+    where x.execution_id = any(v_due) and x.due_at <= p_now
+      and e.id = any(v_locked) and (e.parent_id is null or e.parent_id = any(v_locked)));
   v_unstarted := array(select id from execution where id = any(v_due) and outcome is null and started_at is null);
   v_late := take_out(v_unstarted) || array(select execution_id from timer where execution_id = any(v_unstarted));
   delete from timer where execution_id = any(v_late);
@@ -269,20 +274,23 @@ begin
   if not hold_alive(p_orchestrator) then
     return null;
   end if;
-  return json_build_object('queues', queues_of(give_back(held_by(array[p_orchestrator], p_known), instant(p_now))));
+  return json_build_object('queues', queues_of(give_back(p_orchestrator, p_known, instant(p_now))));
 end $$;
 
--- Makes leased executions ready without counting anything against them; a cancelled one ends.
-create or replace function give_back(p_ids uuid[], p_now timestamptz) returns int[]
+-- Makes what a process holds ready without counting anything against it; what is cancelled ends. p_known: as for held_by.
+-- While it waits for locks another process may claim what this one held: only leases that are this one's still go.
+create or replace function give_back(p_orchestrator uuid, p_known bigint[], p_now timestamptz) returns int[]
 language plpgsql volatile set search_path from current as $$
 declare
+  v_ids uuid[] := held_by(array[p_orchestrator], p_known);
   v_held uuid[];
   v_flagged uuid[];
   v_effects effects := row('{}'::int[], '{}'::text[]);
 begin
-  perform lock_executions(p_ids || array(select parent_id from execution where id = any(p_ids)
+  perform lock_executions(v_ids || array(select parent_id from execution where id = any(v_ids)
                                          and parent_id is not null));
-  v_held := array(select execution_id from lease where execution_id = any(p_ids));
+  v_held := array(select execution_id from lease where execution_id = any(v_ids)
+                  and orchestrator_id = p_orchestrator and token <> all(p_known));
   v_flagged := array(select id from execution where id = any(v_held) and cancel_requested_at is not null);
   if cardinality(v_flagged) > 0 then
     v_effects := finish(cancelled(v_flagged), p_now);
@@ -303,7 +311,7 @@ begin
   if not found then
     return json_build_object('queues', '[]'::json);
   end if;
-  v_lanes := give_back(held_by(array[p_orchestrator]), instant(p_now));
+  v_lanes := give_back(p_orchestrator, '{}', instant(p_now));
   delete from signal where orchestrator_id = p_orchestrator;
   delete from orchestrator where id = p_orchestrator;
   return json_build_object('queues', queues_of(v_lanes));

@@ -8,7 +8,7 @@ declare
   v_ids uuid[];
 begin
   if p_state in ('ready', 'running', 'waiting', 'scheduled') then
-    select array_agg(id) into v_ids from (
+    select coalesce(array_agg(id), '{}') into v_ids from (
       select execution_id as id from ready where p_state = 'ready'
       union all select execution_id from backlog where p_state = 'ready'
       union all select execution_id from lease where p_state = 'running'

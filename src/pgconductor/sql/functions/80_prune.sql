@@ -235,10 +235,10 @@ begin
     v_last := coalesce(v_some.last, v_last);
     exit when cardinality(p_roots) > 0 or not p_more;
   end loop;
-  if v_last > v_first then
-    update prune_cursor set after_id = v_last where keep = p_keep;
-  elsif v_began_at <= p_now - interval '1 day' then
+  if v_began_at <= p_now - interval '1 day' and not p_more then
     update prune_cursor set after_id = first_id('epoch'), began_at = p_now where keep = p_keep;
+  elsif v_last > v_first then
+    update prune_cursor set after_id = v_last where keep = p_keep;
   end if;
 end $$;
 

@@ -5,11 +5,12 @@ alter table task
   add column window_end time,
   add column window_zone text check (octet_length(window_zone) <= 100)
     constraint window_is_whole check (num_nulls(window_start, window_end, window_zone) in (0, 3)),
-  add column expires_in interval,
-  add column limits_changed_at timestamptz;
+  add column expires_in interval;
 
 -- A limited lane's ready work stands in the backlog; every other lane never hears of limits.
-alter table lane add column is_limited boolean not null default false;
+alter table lane
+  add column is_limited boolean not null default false,
+  add column limits_changed_at timestamptz;
 
 -- How much of a task may run (concurrency) or start within a period (rate): for the task, or for each value of a
 -- payload path. What an operator sets beats what code declares.
@@ -20,7 +21,9 @@ create table task_limit (
   key_path text check (octet_length(key_path) between 1 and 200),
   declared_max int check (declared_max > 0),
   operator_max int check (operator_max >= 0),
-  period interval check (period > interval '0'),
+  declared_period interval check (declared_period > interval '0'),
+  operator_period interval check (operator_period > interval '0'),
+  period interval generated always as (coalesce(operator_period, declared_period)) stored,
   unique nulls not distinct (task_id, kind, key_path),
   check ((kind = 'rate') = (period is not null)),
   check (num_nonnulls(declared_max, operator_max) > 0)
@@ -45,7 +48,8 @@ create table rate_use (
 );
 create index rate_use_at on rate_use (limit_id, used_at);
 
--- The ready work of limited lanes. keys: the values of the task's limits, as a JSON array in text.
+-- The ready work of limited lanes. keys: a JSON array in text of the ids of the limits that it was made for, and of its
+-- value for each of them: ["3 7","","acme"]
 create table backlog (
   execution_id uuid primary key,
   lane_id int not null,
