@@ -127,4 +127,4 @@ def test_a_name_that_is_no_column_calls_no_function_with_the_owners_rights(town:
 
     assert seen(town) == []
     (error,) = db.execute("select sqlstate, message from trigger_error").fetchall()
-    assert (error["sqlstate"], "does not belong to" in error["message"]) == ("42703", True)
+    assert (error["sqlstate"], "hands it on" in error["message"]) == ("42703", True)

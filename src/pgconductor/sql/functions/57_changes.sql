@@ -110,13 +110,15 @@ $$;
 -- with the owner's rights, on whatever the row holds.
 create or replace function check_columns(p_trigger row_trigger, p_relation oid) returns void
 language plpgsql stable set search_path from current as $$
+declare
+  v_column text := (
+    select c.name from unnest(p_trigger.columns) as c(name) where not exists (
+      select from pg_attribute a
+      where a.attrelid = p_relation and a.attname = c.name::name and a.attnum > 0 and not a.attisdropped) limit 1);
 begin
-  if exists (select from unnest(p_trigger.columns) as c(name) where not exists (
-    select from pg_attribute a
-    where a.attrelid = p_relation and a.attname = c.name::name and a.attnum > 0 and not a.attisdropped))
-  then
-    raise exception 'trigger % does not belong to %: a column that it hands on is not there', p_trigger.name,
-      p_relation::regclass using errcode = '42703';
+  if v_column is not null then
+    raise exception 'column "%" does not exist in %, and trigger % hands it on', v_column, p_relation::regclass, p_trigger.name
+      using errcode = '42703';
   end if;
 end $$;
 
