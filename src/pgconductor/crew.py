@@ -201,10 +201,10 @@ class Crew:
         """Make the part of a claimed execution in a batch."""
         return BatchMember(claimed, token, task, queue, self._host)
 
-    def release(self, items: Iterable[tuple[Claimed, int]]) -> None:
-        """Give back what was claimed and has not started."""
+    def release(self, items: Iterable[tuple[Claimed, int]], delay: float | None = None) -> None:
+        """Give back what was claimed and has not started; for so many seconds."""
         for claimed, token in items:
-            self.settle(Outcome(claimed.id, token, "unstarted"))
+            self.settle(Outcome(claimed.id, token, "unstarted", delay=delay))
 
     def release_stuck(self) -> None:
         """Give back what has been buffered too long; called now and then."""
@@ -283,8 +283,7 @@ class Crew:
             self._on_slot_free(worker)
 
     def _release_alone(self, delay: float) -> None:
-        for _, claimed, token in self._waiting_alone():
-            self.settle(Outcome(claimed.id, token, "unstarted", delay=delay))
+        self.release(((claimed, token) for _, claimed, token in self._waiting_alone()), delay)
         self._alone.clear()
         self._chosen = None
 

@@ -287,7 +287,7 @@ class IsolatedAttempt(Attempt):
     @property
     def _was_to_leave(self) -> bool:
         """Whether the run was to be left, so that it costs nothing when its process ends."""
-        return self.exit is not None or self.cancelled or self._leaving
+        return self.is_over() or self._leaving
 
     def _not_started(self, failure: _StartFailed) -> Outcome | None:
         if self._was_to_leave:

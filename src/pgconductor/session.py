@@ -70,6 +70,11 @@ def backoff_seconds(failure_count: int) -> float:
     return ceiling * (0.5 + random.random() / 2)  # noqa: S311 (spreads load; guards nothing)
 
 
+def level_of(failure_count: int) -> int:
+    """Return how loud so many failures in a row are: the first, the tenth and every hundredth are warnings."""
+    return logging.WARNING if failure_count in (1, 10) or failure_count % 100 == 0 else logging.DEBUG
+
+
 class _Judge:
     """Decides what a failed try means."""
 
@@ -89,7 +94,7 @@ class _Judge:
             raise error
         self.failure_count += 1
         pause = backoff_seconds(self.failure_count)
-        level = logging.WARNING if self.failure_count in (1, 10) or self.failure_count % 100 == 0 else logging.DEBUG
+        level = level_of(self.failure_count)
         log.log(level, "%s: try %d failed, again in %.2f s: %s", self.name, self.failure_count, pause, error)
         return pause
 
@@ -100,7 +105,7 @@ class _Judge:
 
 
 @contextlib.asynccontextmanager
-async def _given_up_after(connection: psycopg.AsyncConnection[Any], seconds: float | None) -> AsyncGenerator[None]:
+async def _given_up_after(connection: psycopg.AsyncConnection[Any], seconds: float) -> AsyncGenerator[None]:
     """Raise `TimeoutError` where no answer comes in time, and close the connection first.
 
     For one that is still open, psycopg would ask the server to cancel the query, and wait for that up to ten seconds.
@@ -112,12 +117,11 @@ async def _given_up_after(connection: psycopg.AsyncConnection[Any], seconds: flo
             connection.pgconn.finish()
             limit.reschedule(loop.time())
 
-        timer = None if seconds is None else loop.call_later(seconds, give_up)
+        timer = loop.call_later(seconds, give_up)
         try:
             yield
         finally:
-            if timer is not None:
-                timer.cancel()
+            timer.cancel()
 
 
 class Session:
@@ -175,8 +179,7 @@ class Session:
             try:
                 connection = self._connection or await self._connect()
                 is_connecting = False
-                async with _given_up_after(connection, answer_timeout):
-                    answer = await ask(connection, query, is_pooled=self.route.is_pooled)
+                answer = await self._ask(connection, query, answer_timeout)
             except psycopg.Error as error:
                 await self._recover(error, is_connecting, query.harmless)
             except FailedOver as error:
@@ -188,6 +191,12 @@ class Session:
                 if self._judge.failure_count:
                     self._judge.succeeded()
                 return query.read(answer)
+
+    async def _ask(self, connection: psycopg.AsyncConnection[Any], query: "Query[T]", timeout: float | None) -> Any:
+        if timeout is None:
+            return await ask(connection, query, is_pooled=self.route.is_pooled)
+        async with _given_up_after(connection, timeout):
+            return await ask(connection, query, is_pooled=self.route.is_pooled)
 
     async def _recover(self, error: psycopg.Error, is_connecting: bool, is_harmless: bool) -> None:
         if self._closed:

@@ -22,7 +22,7 @@ from pgconductor.errors import ConfigurationError
 from pgconductor.faults import fault
 from pgconductor.operations import Marked
 from pgconductor.route import table_of
-from pgconductor.session import backoff_seconds
+from pgconductor.session import backoff_seconds, level_of
 from pgconductor.written import SavedStep
 
 LOST_MAX: Final = 5
@@ -50,8 +50,7 @@ class _Tries:
     def _absent(self, error: NoConnection) -> float:
         self._absent_count += 1
         count = self._absent_count
-        level = logging.WARNING if count in (1, 10) or count % 100 == 0 else logging.DEBUG
-        log.log(level, "%s has no connection, try %d: %s", self._label, count, error.__cause__)
+        log.log(level_of(count), "%s has no connection, try %d: %s", self._label, count, error.__cause__)
         return backoff_seconds(count)
 
     def _lost(self, error: OutcomeUnknown) -> float:
