@@ -10,6 +10,7 @@ from uuid import UUID
 import pytest
 
 from pgconductor import hints
+from pgconductor.transactions import LOST_MAX
 from tests.fault.programs import Program, app, child, children, gate, program, sleep, step, transaction
 from tests.fault.supervisor import SLOWER, World
 from tests.waiting import until
@@ -54,8 +55,13 @@ async def test_f3_31_sessions_terminated_at_random_under_load_lose_nothing(world
         await worker.up()
     runs = await app.invoke_many([program.bind(WORK) for _ in range(60)])
     count = 0
+    names = [*SESSIONS, *["transaction"] * (LOST_MAX - 2)]  # so often, and no more: a transaction that loses more fails
     while unfinished(world):
-        count += world.terminate(f"pgconductor {choose.choice(SESSIONS)}")
+        name = choose.choice(names)
+        ended = world.terminate(f"pgconductor {name}")
+        count += ended
+        if ended and name == "transaction":
+            names.remove(name)
         await asyncio.sleep(0.01)  # not to synchronise: a pace of terminations that leaves the workers some time
     assert count >= 10
     await asyncio.gather(*(run.result(60) for run in runs))
