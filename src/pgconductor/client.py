@@ -121,6 +121,7 @@ class LoopClient:
         """Let what is on its way arrive, then close the connections. May be used again."""
         while self._tasks:
             await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._hints.flush()
         await self.results.close()
         await self.pool.close()
 

@@ -8,8 +8,9 @@ costs a worker's poll.
 """
 
 import asyncio
+import time
 from collections.abc import Callable, Coroutine, Generator, Iterable, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any, Final
 
 from pgconductor.engine import Carried, Engine
@@ -35,14 +36,16 @@ class Hints:
         self._engine = engine
         self._pool = pool
         self._spawn = spawn
-        self._time = asyncio.get_running_loop().time
+        self._loop = asyncio.get_running_loop()
+        self._time = time.monotonic  # event loops may count in whole milliseconds
         self._queues: set[int] = set()
         self._watchers: set[str] = set()
         self._is_for_all = False
-        self._has_sender = False
         self._is_on_its_way = False
         self._quiet_until = 0.0
-        self._carrier: asyncio.Event | None = None
+        self._look_at: asyncio.TimerHandle | None = None  # whether to send
+        self._is_carried = False
+        self._carried_until = 0.0
         self._covered: set[int] = set()
         self._call_seconds = 0.0
         self._called_at = -SILENCE_SECONDS
@@ -72,21 +75,22 @@ class Hints:
         awake.
         """
         began_at = self._time()
-        carrier = asyncio.Event() if self._may_carry(began_at) else None
-        if carrier is not None:
-            self._carrier, self._covered = carrier, set(self._queues)
+        carries = self._may_carry(began_at)
+        if carries:
+            self._is_carried, self._covered = True, set(self._queues)
+            self._carried_until = began_at + CARRIER_SECONDS_MAX
         try:
             is_first = may_name and not self._has_any and began_at - self._called_at >= SILENCE_SECONDS
-            if carrier is not None and is_first:
+            if carries and is_first:
                 yield "named"
             else:
-                yield None if carrier is None else "queue"
+                yield "queue" if carries else None
                 if may_name:
                     self._call_seconds = self._time() - began_at  # of a call that waits for the disk
         finally:
-            if carrier is not None:
-                carrier.set()
-                self._carrier = None
+            if carries:
+                self._is_carried, self._carried_until = False, 0.0
+                self._unplan()
             self._go()
 
     def call_ended(self) -> None:
@@ -101,46 +105,42 @@ class Hints:
         self._queues.difference_update(self._covered.intersection(queues))
         if not self._has_any:
             self._quiet_until = self._time() + PAUSE_SECONDS
-            self._start_sender()
+
+    async def flush(self) -> None:
+        """Send what is gathered, without its pause."""
+        self._unplan()
+        if self._has_any and not self._is_on_its_way:
+            await self._send()
 
     def _may_carry(self, now: float) -> bool:
-        if self._carrier is not None or self._is_on_its_way:
-            return False
-        return not self._has_sender or now + self._call_seconds >= self._quiet_until
+        return not (self._is_carried or self._is_on_its_way) and now + self._call_seconds >= self._quiet_until
 
     @property
     def _has_any(self) -> bool:
         return bool(self._queues or self._watchers or self._is_for_all)
 
     def _go(self) -> None:
-        if self._has_any:
-            self._start_sender()
+        if self._has_any and self._look_at is None:
+            self._look()
 
-    def _start_sender(self) -> None:
-        if not self._has_sender:
-            self._has_sender = True
+    def _look(self) -> None:
+        """Send what is gathered; where a pause, or a call that may name all of it, is to end first, look again then."""
+        self._look_at = None
+        if not self._has_any or self._is_on_its_way:
+            return
+        left = max(self._quiet_until, self._carried_until) - self._time()
+        if left > 0:
+            self._look_at = self._loop.call_later(max(left, 0.001), self._look)
+        else:
+            self._is_on_its_way = True
             self._spawn(self._send())
 
+    def _unplan(self) -> None:
+        if self._look_at is not None:
+            self._look_at.cancel()
+            self._look_at = None
+
     async def _send(self) -> None:
-        """Send what is gathered, and keep the pauses, until a pause has ended with nothing gathered."""
-        try:
-            await self._pause()
-            while self._has_any:
-                await self._carried()
-                if self._quiet_until <= self._time():
-                    await self._send_now()
-                await self._pause()
-        finally:
-            self._has_sender = False
-
-    async def _carried(self) -> None:
-        """Wait for the call that brings a hint along, for it may name all that there is to name; not for long."""
-        if self._carrier is not None:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(CARRIER_SECONDS_MAX):
-                    await self._carrier.wait()
-
-    async def _send_now(self) -> None:
         self._is_on_its_way = True
         try:
             for hint in self._take():
@@ -150,10 +150,7 @@ class Hints:
         finally:
             self._is_on_its_way = False
             self._quiet_until = self._time() + PAUSE_SECONDS
-
-    async def _pause(self) -> None:
-        while (left := self._quiet_until - self._time()) > 0:  # noqa: ASYNC110 (a call may make it longer)
-            await asyncio.sleep(max(left, 0.001))  # loops count in milliseconds
+            self._go()
 
     def _take(self) -> list[str]:
         queues, self._queues = self._queues, set()

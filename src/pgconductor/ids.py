@@ -15,6 +15,8 @@ from threading import Lock
 from typing import Final
 
 _FRACTIONS: Final = [f"{fraction:03x}" for fraction in range(4096)]
+_VARIANT: Final = 0b10 << 62
+_RANDOM: Final = (1 << 62) - 1
 _VARIANTS: Final = bytes(0x80 | byte & 0x3F for byte in range(256))  # two bits say the variant, six stay random
 
 
@@ -37,6 +39,13 @@ class IdMaker:
             for fraction, start in zip(fractions, starts, strict=False)
         ]
 
+    def make_one(self) -> str:
+        """Do as `make` for a single id, which most calls need, in a third of the time."""
+        millisecond, fraction = divmod(self._reserve(1), 4096)
+        noise = int.from_bytes(os.urandom(8), "big") & _RANDOM | _VARIANT
+        digits = f"{millisecond:012x}7{fraction:03x}{noise:016x}"
+        return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
+
     def _reserve(self, number: int) -> int:
         """Take the next so many instants, counted in 1/4096 of a millisecond."""
         now = time.time_ns() * 4096 // 1_000_000
@@ -57,10 +66,8 @@ def _instants(first: int, number: int) -> Iterator[tuple[str, list[str]]]:
         number -= len(fractions)
 
 
-new_ids = IdMaker().make
+_maker: Final = IdMaker()
+new_ids = _maker.make
 """Return so many new ids of this process, in rising order, as canonical text."""
-
-
-def new_id() -> str:
-    """Return one new id as text."""
-    return new_ids(1)[0]
+new_id = _maker.make_one
+"""Return one new id as canonical text."""

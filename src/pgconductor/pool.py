@@ -14,12 +14,12 @@ from contextlib import contextmanager
 from typing import Any, Final, TypeVar
 
 import psycopg
-from psycopg.pq import TransactionStatus
 
 from pgconductor.engine import Query
 from pgconductor.errors import ConductorError, ServerError
-from pgconductor.route import STANDBY, STANDBY_REMEDY, Route, ask, finds_standbys_only
+from pgconductor.route import STANDBY, STANDBY_REMEDY, Route, finds_standbys_only
 from pgconductor.session import backoff_seconds, is_lost, is_rolled_back, translate
+from pgconductor.wire import Wire
 
 T = TypeVar("T")
 
@@ -61,7 +61,7 @@ class Pool:
         self.address = address
         self._schema = schema
         self._name = name
-        self._idle: list[Connection] = []
+        self._idle: list[Wire] = []
         self._slots = asyncio.Semaphore(SIZE_MAX)
         self._route: Route | None = None
         self._was_reached = False
@@ -101,58 +101,52 @@ class Pool:
     async def close(self) -> None:
         """Close the idle connections, and those in use when they are free. The pool may be used again."""
         self._closed_count += 1
-        idle, self._idle = self._idle, []
-        for connection in idle:
-            await connection.close()
+        self.abandon()
 
     def abandon(self) -> None:
         """Drop the idle connections without a word, as is needed when their event loop is gone."""
         idle, self._idle = self._idle, []
-        for connection in idle:
-            connection.pgconn.finish()
+        for wire in idle:
+            wire.close()
 
     @property
     def is_pooled(self) -> bool:
         """Whether a pooler was found between here and the server."""
         return self._route is not None and self._route.is_pooled
 
-    async def _connect(self) -> Connection:
+    async def _connect(self) -> Wire:
         dsn = await self.address()
         if self._route is None or self._route.dsn != dsn:
             self._route = Route(dsn, self._name)
         connection = await self._route.connect(Connection)
         self._was_reached = True
-        return connection
+        return Wire(connection, is_pooled=self._route.is_pooled)
 
     async def _try(self, query: Query[T]) -> T:
         async with self._slots:
             closed_count = self._closed_count
-            connection = await self._take()
+            wire = await self._take()
+            self.query_count += 1
             try:
-                answer = await self._ask(connection, query)
+                answer = await wire.ask(query)
             finally:
-                is_idle = connection.pgconn.transaction_status == TransactionStatus.IDLE
-                if is_idle and closed_count == self._closed_count:
-                    self._idle.append(connection)
+                if wire.is_idle and closed_count == self._closed_count:
+                    self._idle.append(wire)
                 else:
-                    connection.pgconn.finish()  # it broke, its user was cancelled, or the pool was closed meanwhile
+                    wire.close()  # it broke, its user was cancelled, or the pool was closed meanwhile
         return query.read(answer)
 
-    async def _take(self) -> Connection:
+    async def _take(self) -> Wire:
         while self._idle:
-            connection = self._idle.pop()
-            if not connection.closed:
-                return connection
+            wire = self._idle.pop()
+            if not wire.is_closed:
+                return wire
         try:
             return await self._connect()
         except (psycopg.Error, OSError) as error:
             raise _Unreachable(
                 _first_line(error), isinstance(error, psycopg.Error) and is_rolled_back(error)
             ) from error
-
-    async def _ask(self, connection: Connection, query: Query[T]) -> Any:
-        self.query_count += 1
-        return await ask(connection, query, is_pooled=self.is_pooled)
 
     def _judge_unreachable(self, error: _Unreachable, *, is_late: bool) -> None:
         """Return if the query is to be tried again; raise what the caller is to see otherwise."""

@@ -16,17 +16,14 @@ lack the last commits, which the processes have been told of. So those who keep 
 the first connection that finds another one tells it, and is not used.
 """
 
-import contextlib
 from collections.abc import Callable
-from typing import Any, Final, TypeVar, cast
+from typing import Any, Final, TypeVar
 
 import psycopg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
-from psycopg.pq import PGconn, Ping, TransactionStatus
-from psycopg.pq.abc import PGresult
+from psycopg.pq import PGconn, Ping
 
 from pgconductor.errors import ConductorError
-from pgconductor.queries import Query, Table
 
 Kind = TypeVar("Kind", bound=psycopg.AsyncConnection[Any])
 
@@ -46,7 +43,6 @@ STANDBY_REMEDY: Final = "connect to the primary, or name all servers in the addr
 _REFUSALS: Final = ("unsupported startup parameter", "command-line options")  # PgBouncer; RDS Proxy
 _WHO: Final = b"select pg_backend_pid(), current_setting('default_transaction_isolation')"
 _TIMELINE: Final = b"select left(pg_walfile_name(pg_current_wal_lsn()), 8)"
-_BEGIN: Final = "begin isolation level read committed read write"
 
 
 class FailedOver(ConductorError):
@@ -101,7 +97,7 @@ class Route:
         self._takes_options = True
 
     async def connect(self, kind: type[Kind], *, autocommit: bool = True) -> Kind:
-        """Open a connection on which `ask` works.
+        """Open a connection for calls, which go over a `Wire`, or for whatever else.
 
         Raises:
             psycopg.Error: It could not be opened. Nothing is left open.
@@ -168,34 +164,6 @@ class Route:
         self.is_pooled = pid != connection.info.backend_pid or isolation != "read committed"
         if not self.is_pooled:
             connection.prepare_threshold = 0
-
-
-async def ask(connection: psycopg.AsyncConnection[Any], query: Query[Any], *, is_pooled: bool) -> Any:
-    """Send a call as one message, and return its answer, unread. An error leaves no transaction open."""
-    statement, parameters = query.statement.encode(), query.parameters
-    if not is_pooled:
-        cursor = await connection.execute(statement, parameters)
-    else:
-        try:
-            async with connection.pipeline():
-                await connection.execute(_BEGIN)
-                cursor = await connection.execute(statement, parameters)
-                await connection.execute("commit")
-        except psycopg.Error:
-            if connection.pgconn.transaction_status == TransactionStatus.INERROR:
-                with contextlib.suppress(psycopg.Error):  # broken, then; the error under way says more
-                    await connection.execute("rollback")
-            raise
-    if query.is_table:
-        return table_of(cursor)
-    row = await cursor.fetchone()
-    return row[0] if row else None
-
-
-def table_of(cursor: psycopg.AsyncCursor[Any] | psycopg.Cursor[Any]) -> Table:
-    """Return all rows of an answer as they came."""
-    result = cast("PGresult", cursor.pgresult)
-    return [[result.get_value(row, column) for column in range(result.nfields)] for row in range(result.ntuples)]
 
 
 def connection_string(dsn: str, name: str, *, with_options: bool = True, options: str = "") -> str:

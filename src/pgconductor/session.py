@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import psycopg
 
 from pgconductor.errors import ConductorError, engine_error
-from pgconductor.route import FailedOver, Route, Timeline, ask
+from pgconductor.route import FailedOver, Route, Timeline
+from pgconductor.wire import Wire
 
 if TYPE_CHECKING:
     from pgconductor.engine import Query
@@ -105,17 +106,17 @@ class _Judge:
 
 
 @contextlib.asynccontextmanager
-async def _given_up_after(connection: psycopg.AsyncConnection[Any], seconds: float) -> AsyncGenerator[None]:
+async def _given_up_after(wire: Wire, seconds: float) -> AsyncGenerator[None]:
     """Raise `TimeoutError` where no answer comes in time, and close the connection first.
 
-    For one that is still open, psycopg would ask the server to cancel the query, and wait for that up to ten seconds.
+    On one that is still open, the server would be asked to end the call, which may take ten seconds more.
     """
     loop = asyncio.get_running_loop()
     async with asyncio.timeout(None) as limit:
 
         def give_up() -> None:
-            connection.pgconn.finish()
-            limit.reschedule(loop.time())
+            limit.reschedule(loop.time())  # first, so that it is no connection that was lost
+            wire.close()
 
         timer = loop.call_later(seconds, give_up)
         try:
@@ -136,7 +137,7 @@ class Session:
     def __init__(self, dsn: str, name: str = "pgconductor", timeline: Timeline | None = None) -> None:
         self.name = name
         self.route = Route(dsn, name, timeline=timeline)
-        self._connection: psycopg.AsyncConnection[Any] | None = None
+        self._wire: Wire | None = None
         self._lock = asyncio.Lock()
         self._judge = _Judge(name)
         self._closed = False
@@ -171,58 +172,61 @@ class Session:
     async def close(self) -> None:
         """Close the connection; calls under way fail with `ConnectionLost`."""
         self._closed = True
-        await self._drop()
+        self._drop()
 
     async def _run(self, query: "Query[T]", answer_timeout: float | None) -> T:
         while True:
             is_connecting = True
             try:
-                connection = self._connection or await self._connect()
+                wire = await self._open_wire()
                 is_connecting = False
-                answer = await self._ask(connection, query, answer_timeout)
+                answer = await self._ask(wire, query, answer_timeout)
             except psycopg.Error as error:
                 await self._recover(error, is_connecting, query.harmless)
             except FailedOver as error:
                 raise ConnectionLost(str(error)) from error
             except BaseException:
-                await self._drop()  # cancelled in the middle: the connection may still be at work
+                self._drop()  # cancelled in the middle: the connection may still be at work
                 raise
             else:
                 if self._judge.failure_count:
                     self._judge.succeeded()
                 return query.read(answer)
 
-    async def _ask(self, connection: psycopg.AsyncConnection[Any], query: "Query[T]", timeout: float | None) -> Any:
+    async def _ask(self, wire: Wire, query: "Query[T]", timeout: float | None) -> Any:
         if timeout is None:
-            return await ask(connection, query, is_pooled=self.route.is_pooled)
-        async with _given_up_after(connection, timeout):
-            return await ask(connection, query, is_pooled=self.route.is_pooled)
+            return await wire.ask(query)
+        async with _given_up_after(wire, timeout):
+            return await wire.ask(query)
 
     async def _recover(self, error: psycopg.Error, is_connecting: bool, is_harmless: bool) -> None:
         if self._closed:
             raise ConnectionLost(f"{self.name} was closed") from error
         if is_lost(error) or error.sqlstate == "25006":
-            await self._drop()
+            self._drop()
         await asyncio.sleep(self._judge.after(error, is_connecting=is_connecting, is_harmless=is_harmless))
         if self._closed:
             raise ConnectionLost(f"{self.name} was closed") from error
 
-    async def _connect(self) -> psycopg.AsyncConnection[Any]:
+    async def _open_wire(self) -> Wire:
+        """Return the connection; another one, if the server has closed it since the last call."""
+        if self._wire is not None and not self._wire.is_closed:
+            return self._wire
         self._check_open()
-        connection = self._connection = await self.route.connect(psycopg.AsyncConnection)
+        connection = await self.route.connect(psycopg.AsyncConnection)
+        self._wire = Wire(connection, is_pooled=self.route.is_pooled)
         try:
             self._check_open()
         except ConnectionLost:
-            await self._drop()
+            self._drop()
             raise
-        return connection
+        return self._wire
 
     def _check_open(self) -> None:
         if self._closed:
             raise ConnectionLost(f"{self.name} is closed")
 
-    async def _drop(self) -> None:
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            with contextlib.suppress(Exception):
-                await connection.close()
+    def _drop(self) -> None:
+        wire, self._wire = self._wire, None
+        if wire is not None:
+            wire.close()

@@ -21,8 +21,8 @@ from pgconductor.connections import plain_cursor
 from pgconductor.errors import ConfigurationError
 from pgconductor.faults import fault
 from pgconductor.operations import Marked
-from pgconductor.route import table_of
 from pgconductor.session import backoff_seconds, level_of
+from pgconductor.wire import table_of
 from pgconductor.written import SavedStep
 
 LOST_MAX: Final = 5
@@ -169,7 +169,7 @@ def _save_sync(attempt: Attempt, conn: Any, step: SavedStep) -> None:
 
 def _answer(cursor: Any) -> str | None:
     """Read the answer as it came, past the loaders that the function may have registered."""
-    rows = table_of(cursor)
+    rows = table_of(cursor.pgresult)
     return bytes(rows[0][0]).decode() if rows and rows[0][0] is not None else None
 
 

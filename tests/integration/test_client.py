@@ -21,7 +21,7 @@ from pgconductor.errors import (
     NotInvocable,
     ServerError,
 )
-from pgconductor.pool import Connection, Pool
+from pgconductor.wire import Wire
 from pgconductor.written import NewExecution
 from tests.integration.conftest import client_of
 from tests.sql.support import Db
@@ -285,15 +285,15 @@ class _Cutter:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, cuts: int) -> None:
         self.cuts = cuts
-        self._ask = Pool._ask
-        monkeypatch.setattr(Pool, "_ask", self._cutting())
+        self._ask = Wire.ask
+        monkeypatch.setattr(Wire, "ask", self._cutting())
 
-    def _cutting(self) -> Callable[[Pool, Connection, Any], Awaitable[Any]]:
-        async def ask(pool: Pool, connection: Connection, query: Any) -> Any:
-            answer = await self._ask(pool, connection, query)
+    def _cutting(self) -> Callable[[Wire, Any], Awaitable[Any]]:
+        async def ask(wire: Wire, query: Any) -> Any:
+            answer = await self._ask(wire, query)
             if self.cuts and "enqueue" in query.statement:
                 self.cuts -= 1
-                connection.pgconn.finish()
+                wire.close()
                 raise psycopg.OperationalError("server closed the connection unexpectedly")
             return answer
 
@@ -357,18 +357,18 @@ async def test_a_repetition_that_is_refused_does_not_hide_that_the_first_try_may
     app: Conductor, db: Db, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task = app.create_task(add)
-    ask, count = Pool._ask, 0
+    ask, count = Wire.ask, 0
 
-    async def lose_and_refuse(pool: Pool, connection: Connection, query: Any) -> Any:
+    async def lose_and_refuse(wire: Wire, query: Any) -> Any:
         nonlocal count
         count += 1
         if count > 1:
             raise psycopg.errors.DiskFull("no space left on device")
-        await ask(pool, connection, query)
-        connection.pgconn.finish()
+        await ask(wire, query)
+        wire.close()
         raise psycopg.OperationalError("server closed the connection unexpectedly")
 
-    monkeypatch.setattr(Pool, "_ask", lose_and_refuse)
+    monkeypatch.setattr(Wire, "ask", lose_and_refuse)
     with pytest.raises(ServerError, match=r"whether the call was carried out is unknown .*no space left"):
         await task.invoke(1)
     assert len(executions(db)) == 1

@@ -17,6 +17,7 @@ from pgconductor.batcher import Batcher
 from pgconductor.claimed import Recorded
 from pgconductor.crew import KeptMemos
 from pgconductor.memos import Memos
+from pgconductor.queries import Query, as_is
 from pgconductor.route import Route
 from pgconductor.session import ConnectionLost, Session
 from pgconductor.threads import Threads
@@ -152,9 +153,9 @@ async def test_a_session_reads_committed_with_start_up_options_and_without(
         query = app.engine.register_queues(["a", "b"])
         queues = await session.run(query)
         assert sorted(queue.name for queue in queues or ()) == ["a", "b"]
-        assert session._connection is not None
-        cursor = await session._connection.execute("select current_setting('transaction_isolation')")
-        assert with_options is (await cursor.fetchone() == ("read committed",))
+        assert session._wire is not None
+        isolation = await session._wire.ask(Query("select current_setting('transaction_isolation')", (), as_is))
+        assert with_options is (isolation == "read committed")
         await session.close()
 
 
@@ -180,7 +181,7 @@ async def test_a_connection_without_an_answer_in_time_is_closed_and_nothing_more
     async def cancel(connection: object, *, timeout: float) -> None:
         cancels.append(connection)
 
-    monkeypatch.setattr(psycopg.AsyncConnection, "_try_cancel", cancel)
+    monkeypatch.setattr(psycopg.AsyncConnection, "cancel_safe", cancel)
     async with Conductor(database) as app:
         session = Session(database, "silent")
         query = app.engine.register_queues(["a"])

@@ -168,9 +168,9 @@ async def test_an_error_of_the_engine_leaves_the_connection_usable(dsn: str) -> 
     for _ in range(3):
         with pytest.raises(psycopg.errors.CheckViolation):
             await session.run(engine.register_queues(["x" * 300]))
-        connection = session._connection
+        wire = session._wire
         assert await session.run(engine.register_queues(["a"]))
-        assert session._connection is connection
+        assert session._wire is wire
         assert session.route.is_pooled
     await session.close()
 

@@ -1,15 +1,18 @@
 """What a test asks of the database: which executions and steps there are, and which have failed."""
 
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from uuid import UUID
 
 import psycopg
 
 from pgconductor.engine import Ended, Engine, quote
-from pgconductor.route import table_of
 from pgconductor.run import error_of
 from pgconductor.task import Call
+from pgconductor.wire import table_of
+
+if TYPE_CHECKING:
+    from psycopg.pq.abc import PGresult
 
 SHOWN_MAX = 20
 
@@ -103,7 +106,8 @@ class Records:
 
     def _ended(self, ids: list[str]) -> list[Ended]:
         query = self._engine.watch_results(ids, None)
-        return query.read(table_of(self._connect().execute(query.statement.encode(), list(query.parameters))))
+        cursor = self._connect().execute(query.statement.encode(), list(query.parameters))
+        return query.read(table_of(cast("PGresult", cursor.pgresult)))
 
     def _rows(self, query: str, *values: object) -> list[tuple[Any, ...]]:
         schema = quote(self._engine.schema)
