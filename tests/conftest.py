@@ -86,8 +86,7 @@ def database(databases: Databases) -> Iterator[str]:
     name = databases.take()
     try:
         yield databases.address(name)
-        with psycopg.connect(databases.address(name), autocommit=True) as conn:
-            invariants.check_invariants(conn)
+        invariants.check_invariants(databases.keeper(name))
     finally:
         databases.give_back(name)
 

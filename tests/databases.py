@@ -2,6 +2,9 @@
 
 What a test leaves behind is removed: rows, sequences, sessions, and all of schema public. Then the database is compared
 with what it was when it was new; where a test has changed more than that, it is dropped and another one made.
+
+Each has a session that looks after it and stays from test to test: a new one would read the catalog anew, which takes
+as long as all that it does.
 """
 
 from dataclasses import dataclass
@@ -86,6 +89,7 @@ class Databases:
         self._server = server
         self._template = template
         self._idle: list[str] = []
+        self._keepers: dict[str, psycopg.Connection[Any]] = {}
         self._fresh: _Fresh | None = None
 
     def take(self) -> str:
@@ -95,8 +99,7 @@ class Databases:
     def give_back(self, name: str) -> None:
         """Clean a database for the next test, or drop it."""
         try:
-            with psycopg.connect(self.address(name), autocommit=True) as conn:
-                is_clean = self._clean(conn)
+            is_clean = self._clean(self.keeper(name))
         except psycopg.Error:
             is_clean = False
         if is_clean:
@@ -108,6 +111,14 @@ class Databases:
         """Return where a database is."""
         return make_conninfo(self._server, dbname=name)
 
+    def keeper(self, name: str) -> psycopg.Connection[Any]:
+        """Return the session that looks after a database; a test may have ended the one before."""
+        try:
+            self._keepers[name].execute("select 1")
+        except (KeyError, psycopg.OperationalError):
+            self._keepers[name] = psycopg.connect(self.address(name), autocommit=True)
+        return self._keepers[name]
+
     def close(self) -> None:
         """Drop what is left."""
         for name in self._idle:
@@ -118,11 +129,12 @@ class Databases:
         with psycopg.connect(self._server, autocommit=True) as admin:
             admin.execute(f'create database "{name}" template "{self._template}"'.encode())
         if self._fresh is None:
-            with psycopg.connect(self.address(name), autocommit=True) as conn:
-                self._fresh = _Fresh(_print_of(conn), _seeds_of(conn))
+            self._fresh = _Fresh(_print_of(self.keeper(name)), _seeds_of(self.keeper(name)))
         return name
 
     def _drop(self, name: str) -> None:
+        if name in self._keepers:
+            self._keepers.pop(name).close()
         with psycopg.connect(self._server, autocommit=True) as admin:
             admin.execute(f'drop database if exists "{name}" with (force)'.encode())
 

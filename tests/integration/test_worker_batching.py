@@ -155,7 +155,7 @@ async def test_a_session_reads_committed_with_start_up_options_and_without(
         assert sorted(queue.name for queue in queues or ()) == ["a", "b"]
         assert session._wire is not None
         isolation = await session._wire.ask(Query("select current_setting('transaction_isolation')", (), as_is))
-        assert with_options is (isolation == "read committed")
+        assert isolation == "read committed"
         await session.close()
 
 
