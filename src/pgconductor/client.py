@@ -119,9 +119,9 @@ class LoopClient:
 
     async def close(self) -> None:
         """Let what is on its way arrive, then close the connections. May be used again."""
-        while self._tasks:
+        while self._tasks or self._hints.are_gathered:
             await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._hints.flush()
+            await self._hints.flush()
         await self.results.close()
         await self.pool.close()
 

@@ -80,7 +80,7 @@ class Hints:
             self._is_carried, self._covered = True, set(self._queues)
             self._carried_until = began_at + CARRIER_SECONDS_MAX
         try:
-            is_first = may_name and not self._has_any and began_at - self._called_at >= SILENCE_SECONDS
+            is_first = may_name and not self.are_gathered and began_at - self._called_at >= SILENCE_SECONDS
             if carries and is_first:
                 yield "named"
             else:
@@ -103,30 +103,31 @@ class Hints:
         What was gathered while the call was on its way may have been committed after it, and is hinted still.
         """
         self._queues.difference_update(self._covered.intersection(queues))
-        if not self._has_any:
+        if not self.are_gathered:
             self._quiet_until = self._time() + PAUSE_SECONDS
 
     async def flush(self) -> None:
         """Send what is gathered, without its pause."""
         self._unplan()
-        if self._has_any and not self._is_on_its_way:
+        if self.are_gathered and not self._is_on_its_way:
             await self._send()
 
     def _may_carry(self, now: float) -> bool:
         return not (self._is_carried or self._is_on_its_way) and now + self._call_seconds >= self._quiet_until
 
     @property
-    def _has_any(self) -> bool:
+    def are_gathered(self) -> bool:
+        """Whether there is any to be sent."""
         return bool(self._queues or self._watchers or self._is_for_all)
 
     def _go(self) -> None:
-        if self._has_any and self._look_at is None:
+        if self.are_gathered and self._look_at is None:
             self._look()
 
     def _look(self) -> None:
         """Send what is gathered; where a pause, or a call that may name all of it, is to end first, look again then."""
         self._look_at = None
-        if not self._has_any or self._is_on_its_way:
+        if not self.are_gathered or self._is_on_its_way:
             return
         left = max(self._quiet_until, self._carried_until) - self._time()
         if left > 0:

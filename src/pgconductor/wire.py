@@ -11,7 +11,10 @@ Through a pooler each call travels as begin, call and commit, by psycopg's pipel
 
 import asyncio
 import contextlib
+import os
 import re
+import weakref
+from collections.abc import Callable, Generator
 from itertools import count
 from typing import Any, Final, cast
 
@@ -42,7 +45,6 @@ class Wire:
         self.is_closed = False
         self._connection = connection
         self._pgconn = connection.pgconn
-        self._is_pooled = is_pooled
         self._encoding = connection.info.encoding
         self._adapter = Transformer(connection)
         self._prepared: dict[str, bytes] = {}
@@ -50,9 +52,10 @@ class Wire:
         self._waiter: asyncio.Future[None] | None = None
         self._error: psycopg.Error | None = None
         self._loop = asyncio.get_running_loop()
-        self._socket = self._pgconn.socket
+        self._socket = _Socket(self._loop, self._pgconn.socket)
+        self._is_pooled = is_pooled
         if not is_pooled:  # there, psycopg adds and removes readers of its own
-            self._loop.add_reader(self._socket, self._on_readable)
+            self._socket.watch(self._on_readable)
 
     @property
     def is_idle(self) -> bool:
@@ -61,11 +64,9 @@ class Wire:
 
     def close(self) -> None:
         """Close the connection at once; a call under way fails as one that was lost. Also after the end of its loop."""
-        if not (self.is_closed or self._loop.is_closed()):
-            self._loop.remove_reader(self._socket)
-            self._loop.remove_writer(self._socket)
         self.is_closed = True
         self._pgconn.finish()
+        self._socket.close()
         self._wake()
 
     async def ask(self, query: Query[Any]) -> Any:
@@ -106,10 +107,14 @@ class Wire:
         return name
 
     async def _answer(self) -> PGresult:
-        await self._flush()
         last = None
-        while (result := await self._next_result()) is not None:
-            last = result
+        try:
+            await self._flush()
+            while (result := await self._next_result()) is not None:
+                last = result
+        except psycopg.Error:
+            if last is None or last.status != ExecStatus.FATAL_ERROR:  # else it says why there is nothing more
+                raise
         if last is None:
             raise psycopg.OperationalError("the connection was closed")
         if last.status == ExecStatus.FATAL_ERROR:
@@ -124,12 +129,8 @@ class Wire:
     async def _flush(self) -> None:
         """Send what does not fit into the buffers of the socket, too."""
         while self._pgconn.flush():
-            self._loop.add_writer(self._socket, self._wake)
-            try:
+            with self._socket.writing(self._wake):
                 await self._stir()
-            finally:
-                if not self.is_closed:
-                    self._loop.remove_writer(self._socket)
 
     async def _next_result(self) -> PGresult | None:
         while self._pgconn.is_busy():
@@ -180,6 +181,66 @@ class Wire:
                     await connection.execute("rollback")
             raise
         return self._read(query, cast("PGresult", cursor.pgresult))
+
+
+class _Socket:
+    """The socket of a connection as the event loop watches it: under a number of its own, and not keeping its owner.
+
+    libpq closes its number as soon as it finds the connection lost. The loop would then watch what is no more: it could
+    not be told to stop, and a forked child that has the socket, too, would let it find something to read for ever.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, number: int) -> None:
+        self._loop = loop
+        self._pid = os.getpid()
+        self._is_closed = True
+        self._number = os.dup(number)
+        self._is_closed = False
+
+    def watch(self, on_readable: Callable[[], None]) -> None:
+        """Call a method whenever there is something to read."""
+        self._loop.add_reader(self._number, _tell, weakref.WeakMethod(on_readable))
+
+    @contextlib.contextmanager
+    def writing(self, on_writable: Callable[[], None]) -> Generator[None]:
+        """Call something whenever more can be sent."""
+        self._loop.add_writer(self._number, on_writable)
+        try:
+            yield
+        finally:
+            if not self._is_closed:
+                self._loop.remove_writer(self._number)
+
+    def close(self) -> None:
+        """Watch it no more. Also after the end of the loop."""
+        if not self._is_closed:
+            self._is_closed = True
+            _forget(self._loop, self._number)
+
+    def __del__(self) -> None:
+        """Close what its owner has not, in whatever thread that may be."""
+        if self._is_closed:
+            return
+        if self._pid != os.getpid():  # the loop is the parent's
+            os.close(self._number)
+            return
+        try:
+            self._loop.call_soon_threadsafe(_forget, self._loop, self._number)
+        except RuntimeError:  # it is closed
+            os.close(self._number)
+
+
+def _tell(on_readable: "weakref.WeakMethod[Callable[[], None]]") -> None:
+    method = on_readable()
+    if method is not None:
+        method()
+
+
+def _forget(loop: asyncio.AbstractEventLoop, number: int) -> None:
+    if not loop.is_closed():
+        loop.remove_reader(number)
+        loop.remove_writer(number)
+    os.close(number)
 
 
 def _format_of(parameter: object) -> PyFormat:

@@ -1,12 +1,18 @@
 """Calls go over a connection one by one, whatever their size, and whatever becomes of the connection."""
 
 import asyncio
+import gc
+import os
+import sys
 from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import psycopg
 import pytest
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from pgconductor import Conductor
 from pgconductor.id_array import IdArray
@@ -127,6 +133,95 @@ async def test_a_call_on_a_connection_that_is_closed_meanwhile_fails_as_lost(wir
     with pytest.raises(psycopg.OperationalError):
         await wire.ask(query("select 'next'"))
     wire.close()
+
+
+class Relay:
+    """Stands between a client and the server, and at a word takes no more from the client and closes its side."""
+
+    def __init__(self, database: str) -> None:
+        self._info = conninfo_to_dict(database)
+        self._writers: list[asyncio.StreamWriter] = []
+        self._pumps: list[asyncio.Task[None]] = []
+
+    @asynccontextmanager
+    async def listening(self) -> AsyncGenerator[str]:
+        async with await asyncio.start_server(self._serve, "127.0.0.1", 0) as server:
+            port = server.sockets[0].getsockname()[1]
+            yield make_conninfo("", **{**self._info, "host": "127.0.0.1", "port": port})
+            for writer in self._writers:
+                writer.close()
+
+    def end(self) -> None:
+        """Close the side of the client, and read no more from it."""
+        for pump in self._pumps:
+            pump.cancel()
+        self._writers[0].write_eof()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        path = f"{self._info['host']}/.s.PGSQL.{self._info['port']}"
+        to_server = await asyncio.open_unix_connection(path)
+        self._writers = [writer, to_server[1]]
+        self._pumps = [
+            asyncio.create_task(_pump(reader, to_server[1])),
+            asyncio.create_task(_pump(to_server[0], writer)),
+        ]
+
+
+async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    while data := await reader.read(2**16):
+        if len(data) == 2**16:  # it is the large one: that is enough of it
+            return
+        writer.write(data)
+        await writer.drain()
+
+
+async def test_a_call_ends_whose_connection_is_closed_while_it_is_being_sent(database: str) -> None:
+    relay = Relay(database)
+    async with relay.listening() as address:
+        wire = Wire(await Route(address, "wire").connect(psycopg.AsyncConnection[Any]), is_pooled=False)
+        assert await wire.ask(query("select cast(%s as text)", "x")) == "x"
+        call = asyncio.create_task(wire.ask(query("select cast(%s as text)", "x" * 2**26)))
+        await until(lambda: any(pump.done() for pump in relay._pumps))
+        await asyncio.sleep(0.1)  # not to synchronise: what the sockets hold fills up
+        relay.end()
+        with pytest.raises(psycopg.OperationalError):
+            await call
+        assert wire.is_closed
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads what the kernel knows of an event loop's sockets")
+async def test_the_loop_forgets_a_connection_that_is_closed_while_a_forked_child_has_it_too(wire: Wire, db: Db) -> None:
+    watched = sockets_of_loop()
+    child_ends, parent_ends = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(parent_ends)
+        os.read(child_ends, 1)
+        os._exit(0)
+    try:
+        assert db.execute(KILL).rowcount == 1
+        await until(lambda: wire.is_closed)
+        assert sockets_of_loop() == watched - 1
+    finally:
+        os.close(parent_ends)
+        os.close(child_ends)
+        await asyncio.to_thread(os.waitpid, child, 0)
+
+
+def sockets_of_loop() -> int:
+    """Return how many sockets the kernel watches for the running event loop."""
+    number = cast("Any", asyncio.get_running_loop())._selector.fileno()
+    return Path(f"/proc/self/fdinfo/{number}").read_text().count("tfd:")
+
+
+async def test_connections_go_with_a_conductor_that_nobody_has_any_more(database: str, db: Db) -> None:
+    query = "select from pg_stat_activity where application_name = 'pgconductor client'"
+    app = Conductor[Any](database)
+    await app.pause("q")
+    assert db.execute(query).rowcount == 1
+    del app
+    gc.collect()
+    await until(lambda: db.execute(query).rowcount == 0)
 
 
 async def test_a_call_whose_session_is_terminated_says_so(wire: Wire, db: Db) -> None:
