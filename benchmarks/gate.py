@@ -18,7 +18,7 @@ WAITING = "select count(distinct pid) from pg_locks where relation = to_regclass
 
 
 class Gate:
-    """Closed until `open`: no worker reads the table."""
+    """Closed until `open`: no worker gets past the table."""
 
     def __init__(self, connection: psycopg.AsyncConnection[Any], table: str) -> None:
         self._connection = connection
@@ -46,9 +46,10 @@ class Gate:
 
 
 @asynccontextmanager
-async def closed(dsn: str, table: str) -> AsyncIterator[Gate]:
-    """Yield a gate that is closed; it opens at the latest at the end."""
+async def closed(dsn: str, table: str, *, may_be_read: bool = False) -> AsyncIterator[Gate]:
+    """Yield a gate that is closed; it opens at the latest at the end. Where the table may be read, nothing is taken."""
     async with await psycopg.AsyncConnection.connect(dsn) as connection:
-        await connection.execute(f"lock table {table} in access exclusive mode".encode())
+        mode = "exclusive" if may_be_read else "access exclusive"
+        await connection.execute(f"lock table {table} in {mode} mode".encode())
         yield Gate(connection, table)
         await connection.rollback()

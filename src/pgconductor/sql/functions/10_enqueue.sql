@@ -295,8 +295,8 @@ begin
           debounce float8)) with ordinality as c
         join unnest(v_tasks, v_queues, v_lanes) as x(task, queue, lane)
           on x.task = c.task and x.queue is not distinct from c.queue
-        where not p_again or (not exists (select from execution e where e.id = c.id)
-                              and not exists (select from removed r where r.execution_id = c.id))
+        where not p_again or (not exists (select from execution e where e.id = c.id offset 0)
+                              and not exists (select from removed r where r.execution_id = c.id offset 0))
         order by c.ordinality) c;
 
   if v_thinned then
@@ -359,7 +359,7 @@ end $$;
 -- enqueued in the same call with it: the commit of this call waits for the disk, or the standby, and what was committed
 -- before it is there with it. Returns whether it is there, or was: a server that went down in between may have lost it.
 create or replace function confirm(p_id uuid) returns boolean
-language plpgsql volatile set search_path from current as $$
+language plpgsql volatile set search_path from current set enable_seqscan = off set jit = off set plan_cache_mode = force_generic_plan as $$
 begin
   perform pg_logical_emit_message(true, 'pgconductor', '');  -- without a change, nothing would be waited for
   return exists (select from execution where id = p_id) or exists (select from removed where execution_id = p_id);

@@ -40,7 +40,7 @@ begin
     set outcome = 'completed', result = h.result, error = null, finished_at = p_now,
         started_at = coalesce(e.started_at, h.claimed_at)
     from unnest(v_ids, v_claimed, v_results) as h(id, claimed_at, result)
-    where e.id = h.id and e.cancel_requested_at is null and e.outcome is null
+    where e.id = any(array[h.id]) and e.cancel_requested_at is null and e.outcome is null
     returning e.id, e.lane_id, e.parent_id, e.parent_step, e.parent_round, e.parent_index, h.result
   )
   select count(*), array_agg(row(d.parent_id, d.parent_step, d.parent_round, 'completed', d.result, null)::answer)

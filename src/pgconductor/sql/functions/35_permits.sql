@@ -57,7 +57,8 @@ begin
     insert into backlog (execution_id, lane_id, is_start, keys, priority, ord, cached_by, cached_seq, cached_open)
     select r.execution_id, r.lane_id, r.ord >= 0, k.keys, r.priority, r.ord, r.cached_by, r.cached_seq,
            r.cached_open
-    from unnest(p_rows) r join execution e on e.id = r.execution_id
+    from unnest(p_rows) r
+    cross join lateral (select * from execution k where k.id = r.execution_id offset 0) e
     cross join lateral (
       select to_json(array[coalesce(string_agg(t.id::text, ' ' order by t.id), '')]
                      || array_agg(limit_key(t.key_path, e.payload) order by t.id))::text as keys
@@ -147,12 +148,13 @@ begin
     for update of b skip locked
   ), fitted as (
     update backlog b set keys = k.keys
-    from held h join execution e on e.id = h.execution_id
+    from held h
+    cross join lateral (select * from execution k where k.id = h.execution_id offset 0) e
     cross join lateral (
       select to_json(array[coalesce(string_agg(t.id::text, ' ' order by t.id), '')]
                      || array_agg(limit_key(t.key_path, e.payload) order by t.id))::text as keys
       from lane l join task_limit t on t.task_id = l.task_id where l.id = e.lane_id) k
-    where b.execution_id = h.execution_id
+    where b.execution_id = any(array[h.execution_id])
     returning b.lane_id, b.is_start, b.keys
   )
   select array_agg(row(f.lane_id, f.is_start, f.keys, null, null)::look) into v_fitting
@@ -382,7 +384,7 @@ begin
   perform align(v_tasks);
   return open_gates(p_now) || release_permits(array(
     select distinct p.execution_id from permit p
-    where not exists (select from lease l where l.execution_id = p.execution_id)));
+    where not exists (select from lease l where l.execution_id = p.execution_id offset 0)));
 end $$;
 
 -- ---------------------------------------------------------------- changing limits
@@ -417,10 +419,10 @@ begin
   end if;
   insert into permit (execution_id, limit_id, key)
   select e.id, t.id, limit_key(t.key_path, e.payload)
-  from lease s join execution e on e.id = s.execution_id join lane l on l.id = e.lane_id
-  join task_limit t on t.task_id = l.task_id and t.kind = 'concurrency'
+  from lease s cross join lateral (select * from execution k where k.id = s.execution_id offset 0) e
+  join lane l on l.id = e.lane_id join task_limit t on t.task_id = l.task_id and t.kind = 'concurrency'
   where e.lane_id = any(v_limited)
-    and not exists (select from permit p where p.execution_id = e.id and p.limit_id = t.id)
+    and not exists (select from permit p where p.execution_id = e.id and p.limit_id = t.id offset 0)
   on conflict do nothing;
 end $$;
 

@@ -104,7 +104,7 @@ begin
           from unnest(p_started) a cross join lateral (
             select * from wait_link l where l.execution_id = a.execution_id and l.child_step = a.name offset 0) l
           group by 1, 2, 3) w
-    where i.execution_id = w.execution_id and i.name = w.item_name and i.round = w.item_round
+    where i.execution_id = any(array[w.execution_id]) and i.name = w.item_name and i.round = w.item_round
     returning i.execution_id, i.name, i.round, i.left_count
   )
   select array_agg(row(execution_id, name, round, 'completed', done_members(execution_id, name, round),

@@ -28,13 +28,14 @@ declare
 begin
   with taken as (
     delete from ready r using execution e
-    where e.id = any(p_ids) and r.lane_id = e.lane_id and place_of(r.priority, r.ord) = place_of(e.priority, e.ord)
+    where e.id = any(p_ids) and r.lane_id = any(array[e.lane_id])
+      and place_of(r.priority, r.ord) = place_of(e.priority, e.ord)
       and r.execution_id = e.id
     returning r.execution_id
   )
   select coalesce(array_agg(execution_id), '{}') into v_taken from taken;
   v_missed := array(select id from unnest(p_ids) id
-                    where id not in (select unnest(v_taken)) and not exists (select from lease where execution_id = id));
+                    where id <> all(v_taken) and not exists (select from lease where execution_id = id offset 0));
   return case when cardinality(v_missed) = 0 then v_taken else v_taken || take_out_of_late(v_missed) end;
 end $$;
 
@@ -46,8 +47,9 @@ begin
   with taken as (
     delete from ready r
     using (select distinct lane_id, priority from execution where id = any(p_ids)) s, unnest(p_ids) id
-    where r.lane_id = s.lane_id and place_of(r.priority, r.ord) between place_of(s.priority, late_ord_min())
-      and place_of(s.priority, -1) and r.execution_id = id
+    where r.lane_id = any(array[s.lane_id])
+      and place_of(r.priority, r.ord) between place_of(s.priority, late_ord_min()) and place_of(s.priority, -1)
+      and r.execution_id = id
     returning r.execution_id
   )
   select coalesce(array_agg(execution_id), '{}') into v_taken from taken;

@@ -252,7 +252,8 @@ $$;
 create or replace function waits_for(p_event event) returns setof event_wait
 language sql stable set search_path from current as $$
   with it as materialized (select p_event.payload::jsonb as payload)
-  select w from it cross join event_wait w join execution e on e.id = w.execution_id
+  select w from it cross join event_wait w
+  cross join lateral (select outcome from execution k where k.id = w.execution_id offset 0) e
   where w.event = p_event.name and w.probe = any(p_event.probes) and e.outcome is null
     and coalesce(it.payload @> w.predicate, true)
     and (p_event.ord > w.since or not pg_visible_in_snapshot(p_event.xact, w.snapshot)
@@ -313,15 +314,16 @@ end $$;
 -- Drops at once what meets nothing: events that nobody can be waiting for, and waits for which nothing new has come.
 create or replace function drop_unanswered(p_limit int) returns void
 language sql volatile set search_path from current as $$
-  delete from event_pending where ord in (
+  delete from event_pending where ord = any(array(
     select p.ord from (select * from event_pending order by ord limit p_limit) p
     where p.event_id is not null and not exists (
-        select from event e join event_wait w on w.event = e.name and w.probe = any(e.probes) where e.id = p.event_id)
+        select from event e join event_wait w on w.event = e.name and w.probe = any(e.probes) where e.id = p.event_id
+        offset 0)
       or p.event_id is null and not exists (
         select from event_wait w join event e on e.xact >= pg_snapshot_xmin(w.snapshot)
         where w.execution_id = p.execution_id and w.name = p.name and w.round = p.round
           and e.name || '' = w.event and not pg_visible_in_snapshot(e.xact, w.snapshot)
-          and e.xact < pg_snapshot_xmax(pg_current_snapshot())))
+          and e.xact < pg_snapshot_xmax(pg_current_snapshot()) offset 0)))
 $$;
 
 -- Gives one event to the first wait of each execution that it answers. is_done: nobody is left.
@@ -410,10 +412,10 @@ $$;
 -- further than that. Called by the sweep.
 create or replace function prune_events(p_now timestamptz, p_limit int default 5000) returns void
 language sql volatile set search_path from current as $$
-  delete from event where id in (
+  delete from event where id = any(array(
     select o.id from (select id, emitted_at from event order by xact limit p_limit) o
     where o.emitted_at < p_now - (select keep_for from event_policy)
-      and not exists (select from event_pending p where p.event_id = o.id))
+      and not exists (select from event_pending p where p.event_id = o.id offset 0)))
 $$;
 
 -- Changes how long events are kept.

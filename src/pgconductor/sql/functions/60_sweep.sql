@@ -23,7 +23,7 @@ begin
   -- a signal stays until the lease is gone: this answer may be lost, or come before the reply of the claim
   delete from signal s
   where s.orchestrator_id = p_orchestrator and not exists (
-    select from lease l where l.execution_id = s.execution_id and l.orchestrator_id = p_orchestrator);
+    select from lease l where l.execution_id = s.execution_id and l.orchestrator_id = p_orchestrator offset 0);
   select json_agg(execution_id) into v_told from signal where orchestrator_id = p_orchestrator;
   return json_build_object('alive', v_alive, 'cancel', coalesce(v_told, '[]'), 'stop', coalesce(v_stop, false));
 end $$;
@@ -48,7 +48,7 @@ begin
   end if;
   v_parked := array(
     select t.execution_id from (select execution_id from timer where due_at <= v_now order by due_at limit p_limit) t
-    join wait w on w.execution_id = t.execution_id);
+    where exists (select from wait w where w.execution_id = t.execution_id offset 0));
   -- one of the two a call, since each locks executions in order
   if exists (select from expiry where due_at <= v_now) then
     v_effects := expire_unstarted(v_now, p_limit);
@@ -62,7 +62,7 @@ begin
   -- last, and passing over what a cancel holds: no lock on a timer is held while waiting for trees and executions
   v_due := array(
     select t.execution_id from timer t
-    where t.due_at <= v_now and not exists (select from wait w where w.execution_id = t.execution_id)
+    where t.due_at <= v_now and not exists (select from wait w where w.execution_id = t.execution_id offset 0)
     order by t.due_at limit p_limit for update skip locked);
   delete from timer where execution_id = any(v_due);
   perform put_ready(array(
@@ -164,7 +164,7 @@ language plpgsql volatile set search_path from current as $$
 begin
   perform keep_timeouts(p_due, p_now);
   delete from wait_item i using unnest(p_due) d
-  where i.execution_id = d.execution_id and i.name = d.name and i.round = d.round;
+  where i.execution_id = any(array[d.execution_id]) and i.name = d.name and i.round = d.round;
   return cancel_locked(p_doomed || array(select open_descendants(p_doomed)), 'its parent stopped waiting', p_now);
 end $$;
 
