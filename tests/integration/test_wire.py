@@ -24,8 +24,9 @@ from tests.sql.support import Db
 from tests.waiting import until
 
 ID = "01a22860-2663-7f71-a8d0-1970913a884f"
-ACTIVE = "select from pg_stat_activity where application_name = 'wire' and state = 'active'"
-KILL = "select pg_terminate_backend(pid, 10000) from pg_stat_activity where application_name = 'wire'"
+OURS = "from pg_stat_activity where datname = current_database() and application_name = 'wire'"
+ACTIVE = f"select {OURS} and state = 'active'"
+KILL = f"select pg_terminate_backend(pid, 10000) {OURS}"
 
 
 def query(statement: str, *parameters: object, is_table: bool = False) -> Query[Any]:
@@ -215,13 +216,13 @@ def sockets_of_loop() -> int:
 
 
 async def test_connections_go_with_a_conductor_that_nobody_has_any_more(database: str, db: Db) -> None:
-    query = "select from pg_stat_activity where application_name = 'pgconductor client'"
+    query = OURS.replace("wire", "pgconductor client")
     app = Conductor[Any](database)
     await app.pause("q")
-    assert db.execute(query).rowcount == 1
+    assert db.execute(f"select {query}".encode()).rowcount == 1
     del app
     gc.collect()
-    await until(lambda: db.execute(query).rowcount == 0)
+    await until(lambda: db.execute(f"select {query}".encode()).rowcount == 0)
 
 
 async def test_a_call_whose_session_is_terminated_says_so(wire: Wire, db: Db) -> None:
