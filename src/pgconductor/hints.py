@@ -44,8 +44,7 @@ class Hints:
         self._is_on_its_way = False
         self._quiet_until = 0.0
         self._look_at: asyncio.TimerHandle | None = None  # whether to send
-        self._is_carried = False
-        self._carried_until = 0.0
+        self._carried_until = 0.0  # 0: no call carries one
         self._covered: set[int] = set()
         self._call_seconds = 0.0
         self._called_at = -SILENCE_SECONDS
@@ -77,8 +76,7 @@ class Hints:
         began_at = self._time()
         carries = self._may_carry(began_at)
         if carries:
-            self._is_carried, self._covered = True, set(self._queues)
-            self._carried_until = began_at + CARRIER_SECONDS_MAX
+            self._covered, self._carried_until = set(self._queues), began_at + CARRIER_SECONDS_MAX
         try:
             is_first = may_name and not self.are_gathered and began_at - self._called_at >= SILENCE_SECONDS
             if carries and is_first:
@@ -89,7 +87,7 @@ class Hints:
                     self._call_seconds = self._time() - began_at  # of a call that waits for the disk
         finally:
             if carries:
-                self._is_carried, self._carried_until = False, 0.0
+                self._carried_until = 0.0
                 self._unplan()
             self._go()
 
@@ -113,7 +111,7 @@ class Hints:
             await self._send()
 
     def _may_carry(self, now: float) -> bool:
-        return not (self._is_carried or self._is_on_its_way) and now + self._call_seconds >= self._quiet_until
+        return not (self._carried_until or self._is_on_its_way) and now + self._call_seconds >= self._quiet_until
 
     @property
     def are_gathered(self) -> bool:
@@ -121,7 +119,7 @@ class Hints:
         return bool(self._queues or self._watchers or self._is_for_all)
 
     def _go(self) -> None:
-        if self.are_gathered and self._look_at is None:
+        if self._look_at is None:
             self._look()
 
     def _look(self) -> None:

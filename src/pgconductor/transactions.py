@@ -22,7 +22,7 @@ from pgconductor.errors import ConfigurationError
 from pgconductor.faults import fault
 from pgconductor.operations import Marked
 from pgconductor.session import backoff_seconds, level_of
-from pgconductor.wire import table_of
+from pgconductor.wire import text_of
 from pgconductor.written import SavedStep
 
 LOST_MAX: Final = 5
@@ -135,7 +135,7 @@ async def _save(attempt: Attempt, conn: Any, step: SavedStep) -> None:
     query = attempt.host.save_transaction(step)
     async with plain_cursor(conn) as cursor:
         await cursor.execute(query.statement.encode(), list(query.parameters))
-        accept_transaction(attempt, _answer(cursor))
+        accept_transaction(attempt, text_of(cursor.pgresult))
 
 
 def _transact_sync(attempt: Attempt, name: str, fn: Callable[[Any], Any], codec: Codec[Any]) -> Any:
@@ -164,13 +164,7 @@ def _save_sync(attempt: Attempt, conn: Any, step: SavedStep) -> None:
     query = attempt.host.save_transaction(step)
     with plain_cursor(conn) as cursor:
         cursor.execute(query.statement.encode(), list(query.parameters))
-        accept_transaction(attempt, _answer(cursor))
-
-
-def _answer(cursor: Any) -> str | None:
-    """Read the answer as it came, past the loaders that the function may have registered."""
-    rows = table_of(cursor.pgresult)
-    return bytes(rows[0][0]).decode() if rows and rows[0][0] is not None else None
+        accept_transaction(attempt, text_of(cursor.pgresult))
 
 
 async def _look_up(attempt: Attempt, name: str) -> Recorded | None:

@@ -84,10 +84,7 @@ class Wire:
             raise
 
     def _read(self, query: Query[Any], result: PGresult) -> Any:
-        if query.is_table:
-            return table_of(result)
-        value = result.get_value(0, 0) if result.ntuples else None
-        return None if value is None else value.decode(self._encoding)
+        return table_of(result) if query.is_table else text_of(result, self._encoding)
 
     async def _call(self, query: Query[Any]) -> PGresult:
         name = self._prepared.get(query.statement) or await self._prepare(query.statement)
@@ -246,6 +243,12 @@ def _forget(loop: asyncio.AbstractEventLoop, number: int) -> None:
 def _format_of(parameter: object) -> PyFormat:
     """Return text for what the statement casts to its type, such as an integer of any size."""
     return PyFormat.BINARY if isinstance(parameter, IdArray) else PyFormat.TEXT
+
+
+def text_of(result: PGresult, encoding: str = "utf-8") -> str | None:
+    """Return the one value of an answer as it came; None where it is null, or there is no row."""
+    value = result.get_value(0, 0) if result.ntuples else None
+    return None if value is None else value.decode(encoding)
 
 
 def table_of(result: PGresult) -> Table:
