@@ -118,7 +118,7 @@ ALWAYS: Mapping[str, str] = {
            or exists (select from timer t where t.execution_id = l.execution_id)""",
     "2 ended means finished, and gone from the tables of work": """
         select e.id from execution e
-        where (e.outcome is null) <> (e.finished_at is null)
+        where (e.outcome is null) <> (e.finished_at is null) or e.outcome = 'failed' and e.error is null
            or e.outcome is not null and (
              exists (select from ready r where r.execution_id = e.id)
              or exists (select from wait w where w.execution_id = e.id)
@@ -286,6 +286,7 @@ ALWAYS: Mapping[str, str] = {
     "17 children stand one below their parent, in its tree, at most 100 deep": """
         select c.id from execution c left join execution p on p.id = c.parent_id
         where c.depth > 100 or c.parent_id is null and c.depth <> 0
+           or num_nulls(c.parent_id, c.parent_step, c.root_id) not in (0, 3)
            or p.id is not null and (c.depth <> p.depth + 1 or c.root_id is distinct from coalesce(p.root_id, p.id))""",
 }
 

@@ -174,8 +174,9 @@ def test_children_of_what_is_there_already_are_passed_over(db: Db, running: str)
 
 def test_no_child_deeper_than_100(db: Db, running: str) -> None:
     db.execute("update execution set depth = 100 where id = %s", (running,))
-    with pytest.raises(psycopg.errors.CheckViolation):
+    with pytest.raises(psycopg.Error, match="a child 101 levels below its root") as refused:
         save(db, running, ops=[op(running, "s", "start", {})])
+    assert refused.value.sqlstate == "PC003"
     assert count(db, "execution") == 1
     db.execute("update execution set depth = 0 where id = %s", (running,))
 

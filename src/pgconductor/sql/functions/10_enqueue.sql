@@ -329,13 +329,17 @@ create or replace function enqueue_one(
 ) returns json
 language plpgsql volatile set search_path from current set enable_seqscan = off set enable_mergejoin = off set jit = off set plan_cache_mode = force_generic_plan as $$
 declare
+  v_queue int;
   v_lane record;
   v_ord bigint;
 begin
+  if p_queue is not null then
+    v_queue := coalesce((select id from queue where name = p_queue), 0);
+  end if;
   select l.id, l.queue_id, t.id as task_id, t.window_start is null as is_open into v_lane
   from task t join lane l on l.task_id = t.id
   where t.name = p_task and not l.is_limited and t.expires_in is null
-    and l.queue_id = case when p_queue is null then t.queue_id else (select id from queue where name = p_queue) end;
+    and l.queue_id = coalesce(v_queue, t.queue_id);
   if p_again or not found or octet_length(p_payload::text) > 1048576 then
     return enqueue(json_build_array(json_build_object(
       'id', p_id, 'task', p_task, 'queue', p_queue, 'priority', p_priority, 'payload', p_payload)),
@@ -373,14 +377,18 @@ create or replace function enqueue_alike(
 ) returns json
 language plpgsql volatile set search_path from current set enable_seqscan = off set enable_mergejoin = off set jit = off set plan_cache_mode = force_generic_plan as $$
 declare
+  v_queue int;
   v_lane record;
   v_now timestamptz := instant(p_now);
   v_ords bigint[];
 begin
+  if p_queue is not null then
+    v_queue := coalesce((select id from queue where name = p_queue), 0);
+  end if;
   select l.id, l.queue_id, t.id as task_id, t.window_start is null as is_open into v_lane
   from task t join lane l on l.task_id = t.id
   where t.name = p_task and not l.is_limited and t.expires_in is null
-    and l.queue_id = case when p_queue is null then t.queue_id else (select id from queue where name = p_queue) end;
+    and l.queue_id = coalesce(v_queue, t.queue_id);
   if p_again or not found or octet_length(p_payloads::text) > 1048576 and exists (
     select from json_array_elements(p_payloads) p where octet_length(p.value::text) > 1048576)
   then

@@ -57,7 +57,7 @@ begin
 end $$;
 
 -- Which children are called alike, and how; null where new operations have none. Refuses what does not fit the so many
--- ids that there are, and more children than an operation may have.
+-- ids that there are, more children than an operation may have, and those too far below the root.
 create or replace function read_alike(
   p_alike json, p_ops new_operation[], p_count int, p_now timestamptz
 ) returns alike_children[]
@@ -78,7 +78,7 @@ begin
   select array_agg(row(
            a.op, a.last - a.count + 1, a.last, a.last_of_op - a.count, x.lane, a.task, coalesce(a.priority, 0),
            coalesce(a.run_at, p_now + make_interval(secs => a.delay)))::alike_children order by a.place) as alike,
-         max(a.last_of_op) as most, max(a.total) as total,
+         max(a.last_of_op) as most, max(a.total) as total, max(o.depth) filter (where not o.detached) as deepest,
          bool_or(a.is_astray or (a.last_of_op > 1 and o.kind <> 'invoke_all')) as is_astray
   into v_read
   from (select a.*, sum(a.count) over (order by a.place)::int as last, sum(a.count) over () as total,
@@ -95,6 +95,9 @@ begin
   end if;
   if v_read.most > 10000 then
     raise exception '% children of one operation, at most 10000 are allowed', v_read.most using errcode = 'PC003';
+  end if;
+  if v_read.deepest > 100 then
+    raise exception 'a child % levels below its root, at most 100 are allowed', v_read.deepest using errcode = 'PC003';
   end if;
   return v_read.alike;
 end $$;
