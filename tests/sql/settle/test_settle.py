@@ -231,9 +231,10 @@ def test_several_outcomes_of_one_execution_count_once(db: Db, running: str) -> N
     assert (state(db, running), row(db, running)["failures"], count(db, "timer")) == ("scheduled", 1, 1)
 
 
-def test_an_unknown_outcome_is_refused(db: Db, running: str) -> None:
+@pytest.mark.parametrize("outcome", ["vanished", "failed"])
+def test_an_unknown_outcome_or_a_failure_without_its_error_is_refused(db: Db, running: str, outcome: str) -> None:
     with pytest.raises(psycopg.Error, match="not one of those"):
-        settle(db, {"id": running, "outcome": "vanished"})
+        settle(db, {"id": running, "outcome": outcome})
     assert state(db, running) == "running"
 
 

@@ -4,7 +4,7 @@
 --
 -- Clients refuse the same earlier, with the path of the fault. This is for those who call functions directly. A call
 -- as a whole is nearly always smaller than one value may be, and then nothing need be looked at. Names are bounded by
--- the tables that intern them, depth by the table of executions.
+-- the tables that intern them, depth where children are opened.
 
 -- p_items: any array of objects that functions here take; an event within one is looked into.
 create or replace function check_sizes(p_items json) returns void

@@ -284,7 +284,7 @@ begin
   v_lanes := lanes_of(v_tasks, v_queues);
 
   select array_agg(row(c.id, c.lane, nextval('execution_ord'), coalesce(c.priority, 0), 0, null, null, null, null,
-                       null, case when c.throttle is null and c.debounce is null then c.dedupe_key end, c.trigger,
+                       null, case when c.throttle is null and c.debounce is null then c.dedupe_key end, left(c.trigger, 500),
                        c.payload, coalesce(c.run_at, v_now + make_interval(secs => coalesce(c.debounce, c.delay))),
                        null, null)::new_execution),
          bool_or(coalesce(c.throttle, c.debounce) is not null), bool_or(c.dedupe_key is not null)

@@ -296,7 +296,8 @@ begin
          array_agg(h.held) filter (where not h.is_flagged and h.outcome in ('retried', 'released', 'unstarted', 'crashed')),
          array_agg(h.held) filter (where not h.is_flagged and h.outcome = 'parked'),
          array_agg(row(h.id, h.outcome, (h.held).result, (h.held).error)::ended)
-           filter (where not h.is_flagged and h.outcome in ('completed', 'failed'))
+           filter (where not h.is_flagged
+                   and (h.outcome = 'completed' or h.outcome = 'failed' and (h.held).error is not null))
   into v_ids, v_flagged, v_again, v_parked, v_ended
   from (select distinct on (p.id) p.id, p.outcome, e.cancel_requested_at is not null as is_flagged, p as held
         from unnest(p_held) p
@@ -305,7 +306,7 @@ begin
         where l.orchestrator_id = p_orchestrator and l.claimed_at = p.claimed_at) h;
   if coalesce(cardinality(v_again), 0) + coalesce(cardinality(v_parked), 0) + coalesce(cardinality(v_ended), 0)
      + cardinality(v_flagged) < coalesce(cardinality(v_ids), 0) then
-    raise exception 'an outcome is not one of those that settle knows' using errcode = 'PC003';
+    raise exception 'an outcome is not one of those that settle knows, or a failure has no error' using errcode = 'PC003';
   end if;
 
   update execution e set failures = e.failures + 1
