@@ -4,7 +4,8 @@ Through asyncpg, which costs the client least; what an enqueue is compared with,
 """
 
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from typing import Any
 
@@ -31,7 +32,11 @@ INSERT = "insert into q (payload) values (%s)"
 COPY = "copy pgconductor.execution (id, created_at, lane_id, payload) from stdin"
 ROWS = 100_000
 BATCH = 200
+SINGLE = 2_000
+COPIED = 20_000
 COPY_BATCH = 5_000
+
+Write = Callable[[range], Awaitable[None]]
 
 
 async def insert_single(connection: asyncpg.Connection) -> float:
@@ -46,42 +51,56 @@ async def insert_single(connection: asyncpg.Connection) -> float:
     return count / (time.perf_counter() - began_at)
 
 
-async def insert_with_psycopg(dsn: str, count: int = 2_000) -> float:
-    """Do the same through psycopg; return rows a second."""
+@asynccontextmanager
+async def inserting(dsn: str) -> AsyncGenerator[Write]:
+    """Give what does the same through psycopg."""
     async with await psycopg.AsyncConnection.connect(dsn, autocommit=True, prepare_threshold=0) as connection:
         for statement in TABLE.strip().split(";\n"):
             await connection.execute(statement.encode())
         await connection.execute("checkpoint")
-        began_at = time.perf_counter()
-        for number in range(count):
-            await connection.execute(INSERT, (f'{{"i": {number}}}',))
-        return count / (time.perf_counter() - began_at)
+
+        async def insert(numbers: range) -> None:
+            for number in numbers:
+                await connection.execute(INSERT, (f'{{"i": {number}}}',))
+
+        yield insert
 
 
-async def copy_executions(dsn: str, count: int = 20_000) -> float:
-    """Copy executions, with their one index, into the engine's table in batches of 5,000; return rows a second.
+@asynccontextmanager
+async def copying(dsn: str) -> AsyncGenerator[Write]:
+    """Give what copies executions, with their one index, into the engine's table.
 
     The rows are made on the way, as an enqueue makes them: an id and a payload in JSON each. Nothing can run them.
     """
     async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as connection:
-        began_at = time.perf_counter()
-        for start in range(0, count, COPY_BATCH):
+
+        async def copy(numbers: range) -> None:
             now = datetime.now(UTC)
             async with connection.cursor().copy(COPY) as rows:
-                for number, id in enumerate(new_ids(COPY_BATCH), start):
+                for number, id in zip(numbers, new_ids(len(numbers)), strict=True):
                     await rows.write_row((id, now, 1, f'{{"i": {number}}}'))
-        return count / (time.perf_counter() - began_at)
+
+        yield copy
+
+
+async def seconds_of(write: Write, numbers: range) -> float:
+    """Return how long it takes to write rows of so many numbers."""
+    began_at = time.perf_counter()
+    await write(numbers)
+    return time.perf_counter() - began_at
 
 
 async def _insert_with_psycopg(server: Server) -> Sample:
-    async with server.database() as database:
-        return Sample(await insert_with_psycopg(database.dsn))
+    async with server.database() as database, inserting(database.dsn) as insert:
+        return Sample(SINGLE / await seconds_of(insert, range(SINGLE)))
 
 
 async def _copy_executions(server: Server) -> Sample:
     async with bench(server) as it:
         await it.database.settle_down()
-        return Sample(await copy_executions(it.database.dsn))
+        async with copying(it.database.dsn) as copy:
+            parts = [range(start, start + COPY_BATCH) for start in range(0, COPIED, COPY_BATCH)]
+            return Sample(COPIED / sum([await seconds_of(copy, part) for part in parts]))
 
 
 async def copy(connection: asyncpg.Connection) -> float:

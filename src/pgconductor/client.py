@@ -63,7 +63,7 @@ class LoopClient:
         self._keyed_slots = asyncio.Semaphore(KEYED_STATEMENTS_MAX)
         self._hints = Hints(engine, self.pool, self._spawn)
 
-    async def run(self, query: Query[T], again: Query[T] | None = None) -> T:
+    async def run(self, query: Query[T], again: Callable[[Query[T]], Query[T]] | None = None) -> T:
         """Run a query; see `Pool.run`. On a development server of ours, install the engine first if it is missing."""
         try:
             return await self.pool.run(query, again)
@@ -126,7 +126,7 @@ class LoopClient:
         await self.pool.close()
 
     async def _enqueue(self, query: Query[Enqueued]) -> Enqueued:
-        enqueued = await self.run(query, self._engine.enqueue_again(query))
+        enqueued = await self.run(query, self._engine.enqueue_again)
         if enqueued.hinted:
             self._hints.went_along(enqueued.queues)
         else:

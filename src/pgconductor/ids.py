@@ -29,14 +29,13 @@ class IdMaker:
 
     def make(self, number: int) -> list[str]:
         """Return so many new ids, in rising order, as canonical text."""
-        noise = bytearray(os.urandom(8 * number))
-        noise[::8] = noise[::8].translate(_VARIANTS)
-        digits = noise.hex()
-        starts = iter(range(0, 16 * number, 16))
+        variants = bytearray(os.urandom(2 * number))
+        variants[::2] = variants[::2].translate(_VARIANTS)
+        middles, ends = _in_groups(variants, 2), _in_groups(os.urandom(6 * number), 6)
         return [
-            f"{prefix}{fraction}-{digits[start : start + 4]}-{digits[start + 4 : start + 16]}"
+            f"{prefix}{fraction}-{middle}-{end}"
             for prefix, fractions in _instants(self._reserve(number), number)
-            for fraction, start in zip(fractions, starts, strict=False)
+            for fraction, middle, end in zip(fractions, middles, ends, strict=False)
         ]
 
     def make_one(self) -> str:
@@ -53,6 +52,11 @@ class IdMaker:
             first = max(now, self._last + 1)
             self._last = first + number - 1
         return first
+
+
+def _in_groups(noise: bytes | bytearray, size: int) -> Iterator[str]:
+    """Yield the digits of each group of so many bytes."""
+    return iter(noise.hex("-", size).split("-"))
 
 
 def _instants(first: int, number: int) -> Iterator[tuple[str, list[str]]]:

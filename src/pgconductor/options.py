@@ -130,6 +130,8 @@ def parse_options(place: str, base: CallOptions = NO_OPTIONS, /, **options: Unpa
     Raises:
         ConfigurationError: An option is unknown, out of bounds, or contradicts another one given here.
     """
+    if not options:  # as most calls come
+        return base
     check_known(options, _OPTION_PARSERS, place)
     given = {name: value for name, value in options.items() if value is not None}
     if not given:

@@ -68,12 +68,12 @@ class Pool:
         self._closed_count = 0
         self.query_count = 0
 
-    async def run(self, query: Query[T], again: Query[T] | None = None) -> T:
+    async def run(self, query: Query[T], again: Callable[[Query[T]], Query[T]] | None = None) -> T:
         """Run a query and return its answer.
 
         Args:
             query: What to run.
-            again: What to run instead after a lost reply; needed for a query that is not harmless.
+            again: Makes what to run instead after a lost reply; needed for a query that is not harmless.
 
         Raises:
             NotMigrated: The engine, or this function of it, is not there. Nothing was done.
@@ -95,7 +95,7 @@ class Pool:
                     else:
                         self._judge(error, is_late=is_late, is_repeatable=query.harmless or again is not None)
                 if isinstance(error, psycopg.Error) and is_lost(error):
-                    query, was_lost = again or query, True
+                    query, was_lost = again(query) if again else query, True
             await asyncio.sleep(pause)
 
     async def close(self) -> None:

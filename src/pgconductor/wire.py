@@ -30,6 +30,8 @@ from pgconductor.queries import Query, Table
 CANCEL_SECONDS: Final = 5.0
 """How long each may take: telling the server that nobody awaits an answer any more, and its end of the call."""
 _BEGIN: Final = "begin isolation level read committed read write"
+_TEXT: Final = PyFormat.TEXT  # looked up there, an enum's member costs a call
+_BINARY: Final = PyFormat.BINARY
 _MARK: Final = re.compile("%%|%s")
 
 
@@ -88,7 +90,8 @@ class Wire:
 
     async def _call(self, query: Query[Any]) -> PGresult:
         name = self._prepared.get(query.statement) or await self._prepare(query.statement)
-        formats = [_format_of(each) for each in query.parameters]
+        # text is what the statement casts to its type, such as an integer of any size
+        formats = [_BINARY if isinstance(each, IdArray) else _TEXT for each in query.parameters]
         parameters = self._adapter.dump_sequence(query.parameters, formats)
         self._pgconn.send_query_prepared(name, parameters, self._adapter.formats)
         return await self._answer()
@@ -238,11 +241,6 @@ def _forget(loop: asyncio.AbstractEventLoop, number: int) -> None:
         loop.remove_reader(number)
         loop.remove_writer(number)
     os.close(number)
-
-
-def _format_of(parameter: object) -> PyFormat:
-    """Return text for what the statement casts to its type, such as an integer of any size."""
-    return PyFormat.BINARY if isinstance(parameter, IdArray) else PyFormat.TEXT
 
 
 def text_of(result: PGresult, encoding: str = "utf-8") -> str | None:
