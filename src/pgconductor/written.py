@@ -7,6 +7,7 @@ each other instead (`apart`, `in_columns`): objects cost the server three times 
 from collections.abc import Sequence
 from datetime import datetime
 from itertools import groupby
+from operator import attrgetter
 from typing import Literal
 
 from msgspec import UNSET, Raw, Struct, UnsetType
@@ -16,6 +17,8 @@ from pgconductor.claimed import StepKind
 from pgconductor.events import NewEvent
 from pgconductor.id_array import IdArray
 from pgconductor.queries import as_text
+
+_id_of = attrgetter("id")
 
 
 class NewExecution(Struct, omit_defaults=True, gc=False):
@@ -218,9 +221,10 @@ def _call_of(child: NewExecution) -> tuple[str, str | None, int, datetime | None
 
 
 def in_columns(completed: Sequence[Completion]) -> tuple[IdArray, str, str]:
-    """Write completions: their ids, their tokens and their results."""
-    tokens = ",".join([str(each.token) for each in completed])
-    return IdArray([each.id for each in completed]), f"{{{tokens}}}", as_text([each.result for each in completed])
+    """Write completions in the order of their ids, which settle reads fastest: ids, tokens and results."""
+    ordered = sorted(completed, key=_id_of)
+    tokens = ",".join([str(each.token) for each in ordered])
+    return IdArray([each.id for each in ordered]), f"{{{tokens}}}", as_text([each.result for each in ordered])
 
 
 def tied(completed: Sequence[Completion]) -> IdArray:
