@@ -12,7 +12,7 @@ import pytest
 from msgspec import Raw
 from psycopg.rows import DictRow
 
-from pgconductor import Conductor, Context, Orchestrator
+from pgconductor import Conductor, Context, Orchestrator, batcher
 from pgconductor.batcher import Batcher
 from pgconductor.claimed import Recorded
 from pgconductor.crew import KeptMemos
@@ -55,6 +55,25 @@ async def test_what_gathers_during_a_flush_goes_with_the_next_one() -> None:
     await sink.batcher.flush()
     assert [len(batch) for batch in sink.batches] == [1, 100, 49]
     assert [item for batch in sink.batches for item in batch] == list(range(150))
+
+
+@pytest.mark.parametrize(
+    ("a_pass", "seconds", "sizes"),
+    [(40, 30.0, [80]), (31, 30.0, [31, 31]), (40, 0.0, [40, 40])],
+    ids=["a burst", "less than one", "its time is over"],
+)
+async def test_what_comes_with_each_pass_of_the_loop_goes_together(
+    a_pass: int, seconds: float, sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batcher, "BURST_SECONDS", seconds)
+    sink = Sink()
+    sink.open.set()
+    for number in range(2 * a_pass):
+        sink.batcher.add(number)
+        if number % a_pass == a_pass - 1:
+            await asyncio.sleep(0)
+    await sink.batcher.flush()
+    assert [len(batch) for batch in sink.batches] == sizes
 
 
 @pytest.mark.covers("P9")
