@@ -1,10 +1,10 @@
 """Group commit: many small writes in one call, without a timer.
 
 Whatever is added while nothing is under way is sent at once; what gathers while a call is under way goes with the next
-one. Where items come by the dozen with each pass of the event loop, a few passes are awaited, since what the server does
-for a call is dear beside what it does for an item. Under no load an item costs one round trip, under load a round trip
-carries thousands, and there is no interval to tune. One item that the database refuses for its content fails no other: the batch is halved until the item stands
-alone (`reject`), and the rest goes through.
+one. Where each pass of the event loop brings dozens, a few passes are awaited: what a call costs the server by itself
+is dear beside what an item does. Under no load an item costs one round trip, under load a round trip carries thousands,
+and there is no interval to tune. One item that the database refuses for its content fails no other: the batch is halved
+until the item stands alone (`reject`), and the rest goes through.
 """
 
 import asyncio
