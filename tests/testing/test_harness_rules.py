@@ -1,7 +1,7 @@
 """What the harness promises beside running things: its clock, its errors, its messages, and what it leaves behind."""
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Generator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from uuid import UUID, uuid4
@@ -456,18 +456,22 @@ async def look(ctx: Context[str]) -> str:
     return ctx.deps
 
 
-async def test_the_lifespan_is_open_from_end_to_end(conductor_test: ConductorTest) -> None:
+@pytest.fixture
+def closes_at_the_end() -> Generator[None]:
+    """Opened before the harness, so that it looks after it has gone."""
     opened.clear()
+    yield
+    assert opened == ["open", "closed"]
+
+
+@pytest.mark.usefixtures("closes_at_the_end")
+async def test_the_lifespan_is_open_from_end_to_end(conductor_test: ConductorTest) -> None:
     t = await conductor_test(lasting)
     for _ in range(2):
         run = await look.invoke()
         await t.drain()
         assert await run.result() == "the deps"
     assert opened == ["open"]
-
-
-def test_the_lifespan_was_closed_when_its_test_ended() -> None:
-    assert opened == ["open", "closed"]
 
 
 async def test_given_deps_take_the_place_of_the_lifespan(conductor_test: ConductorTest) -> None:
