@@ -1,10 +1,10 @@
 """Group commit: many small writes in one call, without a timer.
 
-Whatever is added while nothing is under way is sent at once; what gathers while a call is under way goes with the next
-one. Where each pass of the event loop brings dozens, a few passes are awaited: what a call costs the server by itself
-is dear beside what an item does. Under no load an item costs one round trip, under load a round trip carries thousands,
-and there is no interval to tune. One item that the database refuses for its content fails no other: the batch is halved
-until the item stands alone (`reject`), and the rest goes through.
+What is added while nothing is under way is sent with the next pass of the event loop; what gathers while a call is
+under way goes with the next one. Where each pass brings dozens, a few more are awaited: what a call costs the server by
+itself is dear beside what an item does. Under no load an item costs one round trip, under load a round trip carries
+hundreds, and there is nothing to tune. One item that the database refuses for its content fails no other: the batch is
+halved until the item stands alone (`reject`), and the rest goes through.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ BYTES_MAX: Final = 16 * 1024 * 1024
 BURST_ITEMS: Final = 32
 """How many more a pass of the event loop has to bring for the next one to be awaited."""
 BURST_SECONDS: Final = 0.02
-"""After so long, no more passes are awaited."""
+"""After so long, no further pass is awaited; a worker's passes are short, see `PASS_SECONDS` there."""
 
 
 def is_refused_content(error: BaseException) -> bool:

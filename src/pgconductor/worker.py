@@ -38,7 +38,8 @@ PREFETCH_SECONDS: Final = 0.1
 RATE_WINDOW_SECONDS: Final = 0.02
 _PUT_OFF_SECONDS: Final = 1.0
 SERVED_A_PASS: Final = 64
-"""How many executions the server runs before the event loop may look at anything else."""
+PASS_SECONDS: Final = 0.01
+"""How many executions the server runs, and for how long, before the event loop may look at anything else."""
 Settlement = Completion | Outcome
 
 
@@ -287,15 +288,17 @@ class Worker:
     async def _serve(self, attempt: Attempt) -> None:
         """Run an execution; go on with what is buffered while no run suspends and no other task does so."""
         task = self.running[attempt.claimed.id][1]
-        served_count = 0
+        served_count, began_at = 0, time.monotonic()
         following: Attempt | None = attempt
         try:
             while following is not None:
                 self.running[following.claimed.id] = (following, task)
                 await self._run(following, task)
                 served_count += 1
-                if self._server is task and served_count % SERVED_A_PASS == 0:
+                is_over = served_count == SERVED_A_PASS or time.monotonic() - began_at >= PASS_SECONDS
+                if self._server is task and is_over:
                     await asyncio.sleep(0)
+                    served_count, began_at = 0, time.monotonic()
                 following = self._next() if self._server is task else None
         finally:
             if self._server is task:

@@ -12,7 +12,7 @@ import psycopg
 import pytest
 from psycopg.rows import DictRow
 
-from pgconductor import Batch, BatchContext, Conductor, Context, Orchestrator, hints, scan
+from pgconductor import Batch, BatchContext, Conductor, Context, Orchestrator, hints, scan, worker
 from pgconductor.claimer import Claimer
 from pgconductor.engine import Claim, Query
 from pgconductor.membership import Timing
@@ -47,6 +47,24 @@ async def test_drain_runs_everything_and_stops(app: App, db: Db) -> None:
     assert states(db) == {"completed": 1500}
     assert await runs[700].result() == 1400
     assert db.execute("select from orchestrator").rowcount == 0
+
+
+@pytest.mark.parametrize(("seconds", "is_interrupted"), [(0.0, True), (60.0, False)])
+async def test_runs_that_take_long_together_let_the_event_loop_look_in_between(
+    app: App, monkeypatch: pytest.MonkeyPatch, seconds: float, is_interrupted: bool
+) -> None:
+    monkeypatch.setattr(worker, "PASS_SECONDS", seconds)
+    seen: list[str] = []
+
+    @app.task
+    async def work(ctx: Context, number: int) -> None:
+        seen.append("run")
+        asyncio.get_running_loop().call_soon(seen.append, "look")
+
+    await app.invoke_many([work.bind(number) for number in range(10)])
+    await Orchestrator(app, queues={"default": 10}).drain()
+    assert seen.count("run") == 10
+    assert (" ".join(seen).count("run run") == 0) == is_interrupted
 
 
 async def test_drain_of_nothing_ends(app: App) -> None:

@@ -39,13 +39,13 @@ def test_children_in_a_row_that_are_called_alike_are_one_entry() -> None:
 def test_completions_go_in_columns_and_name_each_parent_once() -> None:
     first, second, third, parent = new_ids(4)
     completed = [
+        Completion(third, 3, Raw(b"[1]"), parent),
         Completion(first, 1, Raw(b"null"), parent),
         Completion(second, 22, Raw(b'"x"'), None),
-        Completion(third, 3, Raw(b"[1]"), parent),
     ]
     ids, tokens, results = in_columns(completed)
     assert (list(ids), tokens, json.loads(results)) == ([first, second, third], "{1,22,3}", [None, "x", [1]])
-    assert list(tied(completed)) == [first, third, parent]
+    assert list(tied(completed)) == [third, first, parent]
 
 
 def test_nothing_is_written_as_nothing() -> None:

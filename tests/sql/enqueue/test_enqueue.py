@@ -81,6 +81,10 @@ def test_a_repetition_of_a_call_that_lost_its_key_gives_the_winner_again(db: Db)
     assert enqueue_many(db, loser) == enqueue_many(db, loser, again=True) == [winner]
 
 
+def test_what_a_call_says_of_its_trigger_is_cut(db: Db) -> None:
+    assert row(db, enqueue(db, trigger="€" * 501))["trigger"] == "€" * 500
+
+
 def test_an_unknown_task_waits_in_the_queue_default(db: Db) -> None:
     id = enqueue(db, "nobody-knows-it")
     found = db.execute("select queue, task from executions where id = %s", (id,)).fetchone()

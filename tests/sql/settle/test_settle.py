@@ -226,6 +226,37 @@ def test_the_lost_of_a_batch_cost_the_others_nothing(db: Db, running: str) -> No
 
 
 @pytest.mark.covers("P12")
+@pytest.mark.parametrize(
+    ("sent", "lost"),
+    [
+        ([(0, 1), (1, 1), (2, 1), (3, 1)], []),
+        ([(3, 1), (2, 1), (1, 1), (0, 1)], []),
+        ([(0, 1), (1, 1), (1, 1), (2, 1)], []),
+        ([(0, 1), (1, 7), (2, 1), (3, 1)], [1]),
+        ([(0, 1), (1, 7), (1, 1), (3, 1)], []),
+        ([(0, 1), (4, 1), (2, 1), (3, 1)], [4]),
+    ],
+    ids=["in order", "backwards", "one twice", "one of another claim", "one of two claims", "one of another process"],
+)
+def test_each_of_many_gets_its_own_result(db: Db, sent: list[tuple[int, int]], lost: list[int]) -> None:
+    another = uuid4()
+    register(db, "work")
+    register(db, "other", worker=another)
+    ids = sorted(enqueue_many(db, *blank(4)))
+    claim(db)
+    ids.append(enqueue(db, "other"))
+    claim(db, worker=another, tasks=["other"])
+
+    completed = [{"id": ids[place], "token": token, "result": {"place": place}} for place, token in sent]
+    answer = settle_plain(db, *completed)
+
+    assert sorted(set(answer["lost"])) == sorted(ids[place] for place in lost)
+    settled = {ids[place] for place, token in sent if token == 1 and place not in lost}
+    assert {id for id in ids if state(db, id) == "completed"} == settled
+    assert {id: row(db, id)["result"]["place"] for id in settled} == {id: ids.index(id) for id in settled}
+
+
+@pytest.mark.covers("P12")
 def test_several_outcomes_of_one_execution_count_once(db: Db, running: str) -> None:
     settle(db, *[{"id": running, "outcome": "retried", "delay": 1}] * 2)
     assert (state(db, running), row(db, running)["failures"], count(db, "timer")) == ("scheduled", 1, 1)

@@ -252,8 +252,8 @@ begin
   return true;
 end $$;
 
--- p_calls: [{id, task, queue?, payload, priority?, run_at?, delay? (seconds), dedupe_key?, replace?, trigger?,
---            throttle? (seconds), debounce? (seconds)}]
+-- p_calls: [{id, task, queue?, payload, priority?, run_at?, delay? (seconds), dedupe_key?, replace?, trigger? (cut after
+--            500 characters), throttle? (seconds), debounce? (seconds)}]
 -- p_hint: 'queue': send the hint with this commit, if nobody else sends one; 'always': send it. hinted says whether it does.
 -- What enqueue_alike leaves to it comes with 'named', too, and is hinted by its queue.
 -- p_lock_seconds: how long to wait for each lock, such as a key that another transaction has named and which is not over;
@@ -321,7 +321,7 @@ end $$;
 -- The plain call, as most calls are: no key, time, throttle or debounce, for a lane that is there and has neither limit
 -- nor expiry. Everything else, a repetition after a lost reply, and what is to be refused, is left to enqueue: the
 -- effect is the same.
--- Two inserts and one lookup; half the cost of enqueue.
+-- Two inserts and one lookup, two where a queue is named; half the cost of enqueue.
 -- p_hint: 'queue', as enqueue takes it, or 'named': see send_names. What is left to enqueue is not hinted.
 create or replace function enqueue_one(
   p_id uuid, p_task text, p_queue text, p_priority smallint, p_payload json, p_hint text default null,
@@ -334,7 +334,7 @@ declare
   v_ord bigint;
 begin
   if p_queue is not null then
-    v_queue := coalesce((select id from queue where name = p_queue), 0);
+    v_queue := coalesce((select id from queue where name = p_queue), 0);  -- 0: there is none, and so no lane
   end if;
   select l.id, l.queue_id, t.id as task_id, t.window_start is null as is_open into v_lane
   from task t join lane l on l.task_id = t.id
@@ -383,7 +383,7 @@ declare
   v_ords bigint[];
 begin
   if p_queue is not null then
-    v_queue := coalesce((select id from queue where name = p_queue), 0);
+    v_queue := coalesce((select id from queue where name = p_queue), 0);  -- 0: there is none, and so no lane
   end if;
   select l.id, l.queue_id, t.id as task_id, t.window_start is null as is_open into v_lane
   from task t join lane l on l.task_id = t.id

@@ -32,7 +32,7 @@ begin
   from lease l where l.execution_id = any(p_completed) and l.orchestrator_id = p_orchestrator;
   if v_ids = p_completed and v_tokens = p_tokens then  -- all are held, and came in the order of their ids
     v_results := array(select json_array_elements(p_results));
-  else
+  else  -- something was lost, sent twice, or out of order: each by itself
     select array_agg(l.execution_id order by l.execution_id), array_agg(l.claimed_at order by l.execution_id),
            array_agg(g.result order by l.execution_id)
     into v_ids, v_claimed, v_results
@@ -235,8 +235,8 @@ begin
     select id from unnest(p_again) where coalesce(delay, 0) <= 0)), '{}')::effects;
 end $$;
 
--- p_completed: plain completions, with p_tokens and p_results beside them, since objects cost three times as much to read; in
--- the order of the ids, less is read, too;
+-- p_completed: plain completions, with p_tokens and p_results beside them, since objects cost three times as much to read;
+-- in any order, and their leases are read once if it is that of the ids, and all are held;
 -- p_tied: those of them that have a parent, and their parents.
 -- p_outcomes: [{id, token, outcome: completed | failed | retried | released | unstarted (claimed, and given back before its
 --               handler was called) | crashed | parked, result, error, delay (seconds),

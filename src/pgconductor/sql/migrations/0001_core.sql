@@ -43,8 +43,8 @@ create sequence execution_ord as bigint;
 create sequence step_seq as bigint;
 
 -- No checks: each is read and planned anew by every statement that writes a row, and three of them were a tenth of what
--- the server does for a call. What they said is an invariant that the tests look for; the names that users choose are
--- checked where they are kept, in dedupe and step.
+-- the server does for a call. The databases of the tests have them. The names that users choose are checked where they
+-- are kept, in dedupe and step.
 create table execution (
   id uuid primary key,
   ord bigint not null default nextval('execution_ord'),
