@@ -1,9 +1,9 @@
-"""Group commit: many small writes in one call, without a timer.
+"""Group commit: many small writes in one call.
 
 What is added while nothing is under way is sent with the next pass of the event loop; what gathers while a call is
 under way goes with the next one. Where each pass brings dozens, a few more are awaited: what a call costs the server by
 itself is dear beside what an item does. Under no load an item costs one round trip, under load a round trip carries
-hundreds, and there is nothing to tune. One item that the database refuses for its content fails no other: the batch is
+hundreds. One item that the database refuses for its content fails no other: the batch is
 halved until the item stands alone (`reject`), and the rest goes through.
 """
 
@@ -125,9 +125,9 @@ class Batcher(Generic[Item]):
             self._flusher = None
 
     async def _until_burst_ends(self) -> None:
-        count, deadline = 0, time.monotonic() + BURST_SECONDS
-        while count + BURST_ITEMS <= len(self) < self._items_max and time.monotonic() < deadline:
-            count = len(self)  # nothing is under way
+        waiting, count, deadline = self._waiting, 0, time.monotonic() + BURST_SECONDS
+        while count + BURST_ITEMS <= len(waiting) < self._items_max and time.monotonic() < deadline:
+            count = len(waiting)
             await asyncio.sleep(0)
 
     def _next_batch(self) -> Sequence[Item]:

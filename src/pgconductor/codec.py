@@ -200,7 +200,7 @@ def is_storable(raw: bytes) -> bool:
     """
     size = len(raw)
     has_nul = _BACKSLASH in raw and b"\\u0000" in raw  # a byte is looked for ten times as fast as a word
-    return not has_nul and (size <= NESTING_MAX or (size <= VALUE_BYTES_MAX and _is_shallow(raw)))
+    return size <= VALUE_BYTES_MAX and not has_nul and (size <= NESTING_MAX or _is_shallow(raw))
 
 
 def too_large(size: int, where: str) -> EncodeError:
