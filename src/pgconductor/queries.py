@@ -1,19 +1,18 @@
 """Queries in general, and those that only read for people: reports, as plain JSON. See engine.py."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final, Generic, TypeAlias, TypeVar
 
 import msgspec
+from msgspec import Struct
 
 T = TypeVar("T")
 Report: TypeAlias = dict[str, Any]
 Table: TypeAlias = Sequence[Sequence[bytes | None]]
 
 
-@dataclass(frozen=True, slots=True)
-class Query(Generic[T]):
+class Query(Struct, Generic[T], frozen=True):
     """A statement, and how to read its answer: the one column of one row, or with `is_table` all rows, as bytes.
 
     `harmless`: doing it again after a lost reply changes nothing.

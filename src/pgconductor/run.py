@@ -3,6 +3,7 @@
 from typing import Generic, Protocol
 from uuid import UUID
 
+from msgspec import Struct
 from typing_extensions import TypeVar
 
 from pgconductor.durations import Duration
@@ -35,18 +36,16 @@ class Source(Protocol):
         ...
 
 
-class Run(Generic[R_co]):
+class Run(Struct, Generic[R_co], gc=False, eq=False):
     """A handle on one execution, from inside or outside the process that runs it.
 
-    Handles are cheap and hold nothing open. Two are equal when they name the same execution.
+    Handles are cheap and hold nothing open. Two are equal when they name the same execution. The garbage collector
+    does not follow them, as it does not follow calls: they refer to nothing that refers to them.
     """
 
-    __slots__ = ("__weakref__", "_id", "_returns", "_source")
-
-    def __init__(self, id: UUID | str, returns: Returns, source: Source) -> None:
-        self._id = id
-        self._returns = returns
-        self._source = source
+    _id: UUID | str
+    _returns: Returns
+    _source: Source
 
     @property
     def id(self) -> UUID:

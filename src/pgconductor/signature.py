@@ -313,7 +313,7 @@ def _document_type(parameters: tuple[Parameter, ...], *, kw_only: bool) -> type[
         kind: Any = msgspec.Raw if each.codec.is_pydantic else each.codec.annotation
         default = msgspec.NODEFAULT if each.default is _EMPTY else msgspec.UNSET
         fields.append((each.name, kind, default))
-    return msgspec.defstruct("Payload", fields, kw_only=kw_only, forbid_unknown_fields=True)
+    return msgspec.defstruct("Payload", fields, kw_only=kw_only, forbid_unknown_fields=True, gc=False)  # short-lived
 
 
 def _declared(fn: Callable[..., Any], place: str) -> list[inspect.Parameter]:

@@ -73,6 +73,17 @@ def test_plain_calls_are_claimed_in_their_order(db: Db, plainly: Enqueue) -> Non
     assert [each["payload"]["n"] for each in claimed] == list(range(20))
 
 
+def test_calls_of_one_statement_share_draws_and_stand_between_those_before_and_after_them(db: Db) -> None:
+    register(db, "work")
+    before = enqueue(db)
+    ids = [str(uuid4()) for _ in range(19)]
+    alike(db, ids, ("{}",) * 19, ("work", None, 0), again=False)
+    after = enqueue(db)
+    assert [each["id"] for each in claim(db, limit=21)] == [before, *ids, after]
+    ords = [row(db, id)["ord"] for id in (before, *ids, after)]
+    assert [each - ords[0] for each in ords] == [0, *range(8, 27), 32]
+
+
 def test_a_payload_is_stored_as_it_was_written(db: Db, plainly: Enqueue) -> None:
     for task in ("known", "unknown"):
         register(db, *(["known"] if task == "known" else []))

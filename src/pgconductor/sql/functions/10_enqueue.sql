@@ -399,7 +399,7 @@ begin
       p_hint => p_hint, p_lock_seconds => 2, p_again => p_again, p_now => p_now);
   end if;
   -- arrays are unfolded in the select list: after from, their rows would be stored before they are read
-  v_ords := array(select nextval('execution_ord') from generate_subscripts(p_ids, 1));
+  v_ords := draw_ords(cardinality(p_ids));
   insert into execution (id, ord, created_at, lane_id, priority, payload)
   select unnest(p_ids), unnest(v_ords), v_now, v_lane.id, p_priority, json_array_elements(p_payloads);
   insert into ready (lane_id, priority, ord, execution_id)

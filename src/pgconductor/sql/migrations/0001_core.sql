@@ -39,7 +39,7 @@ create table lane (
   unique (queue_id, task_id)
 );
 
-create sequence execution_ord as bigint;
+create sequence execution_ord as bigint increment by 8;  -- draw_ords fills the gaps
 create sequence step_seq as bigint;
 
 -- No checks: each is read and planned anew by every statement that writes a row, and three of them were a tenth of what
