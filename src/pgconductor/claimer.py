@@ -299,8 +299,7 @@ class Claimer:
         claimed = claim.claimed or []
         counts = Counter(each.queue_id for each in claimed)
         full = {want.queue for want in wants if counts[want.queue] >= want.limit}
-        count = len(claimed) + len(wants)
-        self._scan.note(start, claim.last or (), claim.seconds, count, time.monotonic(), is_full=bool(full))
+        self._scan.note(start, claim.last or (), claim.seconds, len(wants), time.monotonic(), is_full=bool(full))
         more = set(claim.more or ())
         # what came from a queue shows that the claim came to it, though limits may have left some there
         self._looked.update((each.queue, self._token) for each in wants if counts[each.queue] or each.queue not in more)

@@ -51,7 +51,8 @@ class Claim(Struct):
     """What one claim brought; `next_due` is in seconds from now, below zero when overdue; `schedules` are those due.
 
     `closing`: of tasks with a window, in how many seconds it closes. `more`: queues that it did not come to, or with
-    more limited work. `last`: how far it came in which lanes, and `seconds`: how long it looked, both for `Scan`.
+    more limited work. For `Scan`: `last`, how far it came in which lanes, and `seconds`, how long it took to find where
+    work stands.
     """
 
     next_due: float | None = None

@@ -7,7 +7,7 @@ at their ends, so what stands before such a place is only what came late to it: 
 a change of a limit or of a payload put back. It must be found too, before long.
 
 A claim therefore begins at the earliest of three starts that its process can afford: at the head, where it had come a
-second or two ago, where it came last. A start that cost more than its rows explain is not used again for twenty times
+second or two ago, where it came last. A start that cost more than its queues explain is not used again for twenty times
 of what was lost there. While vacuum keeps up, nothing is lost and every claim begins at the head; else the looks that
 begin early take a twentieth of the time each.
 
@@ -29,7 +29,7 @@ PLACE_MIN: Final = -(2**63)
 PLACE_MAX: Final = 2**63 - 1
 AGE_SECONDS: Final = 1.0
 PAUSE_FACTOR: Final = 20.0
-EXPLAINED_SECONDS: Final = 0.001
+EXPLAINED_SECONDS: Final = 0.0005
 EXPLAINED_SECONDS_EACH: Final = 50e-6
 PART_SECONDS: Final = 0.05
 """What a part of a pass may lose; a look that loses more is made in parts from then on."""
@@ -129,7 +129,7 @@ class Scan:
         start: Start,
         last: Iterable[tuple[int, int]],
         seconds: float,
-        item_count: int,
+        queue_count: int,
         now: float,
         *,
         is_full: bool = False,
@@ -139,12 +139,12 @@ class Scan:
         Args:
             start: Where it began.
             last: The lane and the place of the last row it took of each section.
-            seconds: How long it looked for work, in the database.
-            item_count: How many rows and queues that was for.
+            seconds: How long it took the database to find where work stands.
+            queue_count: How many queues that was for.
             now: The monotonic clock, as for `start`.
             is_full: Whether it brought as much as was asked for, and so may have left something where it looked.
         """
-        lost = max(0.0, seconds - EXPLAINED_SECONDS - EXPLAINED_SECONDS_EACH * item_count)
+        lost = max(0.0, seconds - EXPLAINED_SECONDS - EXPLAINED_SECONDS_EACH * queue_count)
         taken = _by_section(last)
         self._usable_at[start] = now + PAUSE_FACTOR * lost
         if start is Start.HEAD:
