@@ -21,7 +21,7 @@ from pgconductor.claimed import Claimed
 from pgconductor.engine import Claim
 from pgconductor.faults import InjectedFault, fault
 from pgconductor.membership import Membership
-from pgconductor.scan import PAUSE_FACTOR, Scan, Start
+from pgconductor.scan import PAUSE_FACTOR, Cost, Scan, Start
 from pgconductor.session import ConnectionLost, Session, backoff_seconds
 from pgconductor.written import Names, Want
 
@@ -299,7 +299,9 @@ class Claimer:
         claimed = claim.claimed or []
         counts = Counter(each.queue_id for each in claimed)
         full = {want.queue for want in wants if counts[want.queue] >= want.limit}
-        self._scan.note(start, claim.last or (), claim.seconds, len(wants), time.monotonic(), is_full=bool(full))
+        lane_count = len(wants) + len(self._task_ids)  # a task has mostly one
+        cost = Cost(claim.seconds, claim.search_seconds, lane_count, len(claimed))
+        self._scan.note(start, claim.last or (), cost, time.monotonic(), is_full=bool(full))
         more = set(claim.more or ())
         # what came from a queue shows that the claim came to it, though limits may have left some there
         self._looked.update((each.queue, self._token) for each in wants if counts[each.queue] or each.queue not in more)

@@ -24,7 +24,7 @@ from pgconductor.events import new_event
 from pgconductor.model import EventDef, State
 from pgconductor.options import Options, TaskOptions, parse_options
 from pgconductor.registration import make_reference, make_task
-from pgconductor.run import Run
+from pgconductor.run import Run, runs_of
 from pgconductor.schema import check_schema_name
 from pgconductor.task import Call, Task, check_calls
 from pgconductor.written import NewExecution
@@ -288,7 +288,7 @@ class Conductor(Generic[D]):
             NotInvocable: As for `invoke`, and so the others. Nothing was enqueued.
         """
         ids = await self._enqueue_calls(self._plan(options), calls) if calls else []
-        return [Run(id, call.returns, self) for id, call in zip(ids, calls, strict=True)]
+        return runs_of(ids, calls, self)
 
     async def emit(self, event: EventDef[E], payload: E, *, conn: object = None) -> UUID:
         """Emit an event: it starts the tasks that subscribe to it, and answers the executions that wait for it.

@@ -28,7 +28,6 @@ from pgconductor.operations import (
     check_instant,
     check_reason,
     check_step_function,
-    child_of,
     is_final,
     members_of,
     partition,
@@ -313,7 +312,7 @@ class Context(RunFacts[D]):
         if operation is not None:
             with _Working(attempt):
                 await attempt.store(attempt.host.open(operation), lambda _: attempt.journal.remember_open(operation))
-        return child_of(child_id, name, call, self, detached=detached)
+        return Child(child_id, name, call, self, detached=detached)
 
     async def wait(
         self, name: str, children: Sequence[Child[R]], *, count: int | None = None, timeout: Duration | None = None

@@ -51,8 +51,8 @@ class Claim(Struct):
     """What one claim brought; `next_due` is in seconds from now, below zero when overdue; `schedules` are those due.
 
     `closing`: of tasks with a window, in how many seconds it closes. `more`: queues that it did not come to, or with
-    more limited work. For `Scan`: `last`, how far it came in which lanes, and `seconds`, how long it took to find where
-    work stands.
+    more limited work. For `Scan`: `last`, how far it came in which lanes; `seconds`, how long it looked for work and
+    took it; `search_seconds`, how much of that it took to find where work begins.
     """
 
     next_due: float | None = None
@@ -61,6 +61,7 @@ class Claim(Struct):
     more: list[int] | None = None
     last: list[tuple[int, int]] | None = None
     seconds: float = 0.0
+    search_seconds: float = 0.0
     schedules: list[DueSchedule] | None = None
 
 

@@ -191,13 +191,17 @@ def _refuse(*_: object) -> NoReturn:
     raise ConductorError("a child has no state inside its parent: await it, or use ctx.wait and ctx.cancel")
 
 
-class Child(Run[R_co], Generic[R_co], gc=True, eq=False):
+class Child(Run[R_co], Generic[R_co]):
     """A started child. Inside the parent, `await ctx.wait(...)` or `await child.result()` parks it."""
 
-    step: str
-    call: Call[R_co]
-    owner: Any
-    detached: bool
+    __slots__ = ("call", "detached", "owner", "step")
+
+    def __init__(self, id: str, step: str, call: Call[R_co], owner: Any, *, detached: bool) -> None:
+        super().__init__(id, call.returns, _NotHere())
+        self.step = step
+        self.call = call
+        self.owner = owner
+        self.detached = detached
 
     async def result(self, timeout: Duration | None = None) -> R_co:
         """Park until the child has ended, and return its value.
@@ -221,11 +225,6 @@ class Child(Run[R_co], Generic[R_co], gc=True, eq=False):
     async def cancel(self, reason: str = "") -> bool:
         """Ask for the child's end; see `Context.cancel`. In a plain `def` handler use `ctx.cancel(child.id)`."""
         return bool(await self.owner.cancel(self.id, reason))
-
-
-def child_of(id: str, step: str, call: Call[R_co], owner: Any, *, detached: bool) -> Child[R_co]:
-    """Make the handle on what a parent, the owner, has started."""
-    return Child(id, call.returns, _NotHere(), step, call, owner, detached)
 
 
 def members_of(name: str, children: Sequence[Child[Any]], count: int | None) -> tuple[list[str], int]:

@@ -1,9 +1,10 @@
 """Handles on executions: what an enqueue returns, from inside or outside the process that runs it."""
 
+import gc
+from collections.abc import Sequence
 from typing import Generic, Protocol
 from uuid import UUID
 
-from msgspec import Struct
 from typing_extensions import TypeVar
 
 from pgconductor.durations import Duration
@@ -11,7 +12,7 @@ from pgconductor.engine import Ended
 from pgconductor.errors import ExecutionCancelled, ExecutionFailed
 from pgconductor.model import State
 from pgconductor.stored_error import error_from_json
-from pgconductor.task import Returns
+from pgconductor.task import Call, Returns
 
 R_co = TypeVar("R_co", covariant=True)
 
@@ -36,16 +37,18 @@ class Source(Protocol):
         ...
 
 
-class Run(Struct, Generic[R_co], gc=False, eq=False):
+class Run(Generic[R_co]):
     """A handle on one execution, from inside or outside the process that runs it.
 
-    Handles are cheap and hold nothing open. Two are equal when they name the same execution. The garbage collector
-    does not follow them, as it does not follow calls: they refer to nothing that refers to them.
+    Handles are cheap and hold nothing open. Two are equal when they name the same execution.
     """
 
-    _id: UUID | str
-    _returns: Returns
-    _source: Source
+    __slots__ = ("__weakref__", "_id", "_returns", "_source")
+
+    def __init__(self, id: UUID | str, returns: Returns, source: Source) -> None:
+        self._id = id
+        self._returns = returns
+        self._source = source
 
     @property
     def id(self) -> UUID:
@@ -132,6 +135,20 @@ class Run(Struct, Generic[R_co], gc=False, eq=False):
     def __repr__(self) -> str:
         """Show the execution's id."""
         return f"<{type(self).__name__} {self.id}>"
+
+
+def runs_of(ids: Sequence[str], calls: Sequence[Call[R_co]], source: Source) -> list[Run[R_co]]:
+    """Make the handles on many calls, with the garbage collector held off: none of them is garbage yet.
+
+    It would look for some after each 700 of them, and now and then through all that the program has.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        return [Run(id, call.returns, source) for id, call in zip(ids, calls, strict=True)]
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def error_of(ended: Ended) -> ExecutionFailed | ExecutionCancelled:

@@ -7,9 +7,9 @@ at their ends, so what stands before such a place is only what came late to it: 
 a change of a limit or of a payload put back. It must be found too, before long.
 
 A claim therefore begins at the earliest of three starts that its process can afford: at the head, where it had come a
-second or two ago, where it came last. A start that cost more than its queues explain is not used again for twenty times
-of what was lost there. While vacuum keeps up, nothing is lost and every claim begins at the head; else the looks that
-begin early take a twentieth of the time each.
+second or two ago, where it came last. A start that cost more than its rows and lanes explain is not used again for
+twenty times of what was lost there. While vacuum keeps up, little is lost and most claims begin at the head; else the
+looks that begin early take a twentieth of the time each.
 
 A look from the head that took long is not made whole again, since no other claim goes on meanwhile. What was passed is
 then looked through in parts, from each section's beginning to where claims had come when the pass began, and again.
@@ -29,8 +29,9 @@ PLACE_MIN: Final = -(2**63)
 PLACE_MAX: Final = 2**63 - 1
 AGE_SECONDS: Final = 1.0
 PAUSE_FACTOR: Final = 20.0
-EXPLAINED_SECONDS: Final = 0.0005
+EXPLAINED_SECONDS: Final = 0.001
 EXPLAINED_SECONDS_EACH: Final = 50e-6
+EXPLAINED_SEARCH_SECONDS: Final = 0.0005
 PART_SECONDS: Final = 0.05
 """What a part of a pass may lose; a look that loses more is made in parts from then on."""
 WIDTH_FIRST: Final = 16_384
@@ -47,6 +48,30 @@ class Start(IntEnum):
     HEAD = 0
     EARLIER = 1
     LAST = 2
+
+
+class Cost(Struct, frozen=True):
+    """What a claim cost the database, and what explains it.
+
+    Attributes:
+        seconds: How long it looked for work and took it.
+        search_seconds: How much of that it took to find the first row of each range. A walk past what was claimed is
+            mostly here, where it shows; it may also stand between two sections, where the rows that are taken hide it.
+        lane_count: In about how many lanes it looked.
+        row_count: How many rows it took.
+    """
+
+    seconds: float
+    search_seconds: float
+    lane_count: int
+    row_count: int
+
+    @property
+    def lost_seconds(self) -> float:
+        """How much of the time nothing explains."""
+        lanes, rows = (EXPLAINED_SECONDS_EACH * count for count in (self.lane_count, self.row_count))
+        search = self.search_seconds - EXPLAINED_SEARCH_SECONDS - lanes
+        return max(0.0, search, self.seconds - EXPLAINED_SECONDS - lanes - rows)
 
 
 class Range(Struct):
@@ -128,8 +153,7 @@ class Scan:
         self,
         start: Start,
         last: Iterable[tuple[int, int]],
-        seconds: float,
-        queue_count: int,
+        cost: Cost,
         now: float,
         *,
         is_full: bool = False,
@@ -139,12 +163,11 @@ class Scan:
         Args:
             start: Where it began.
             last: The lane and the place of the last row it took of each section.
-            seconds: How long it took the database to find where work stands.
-            queue_count: How many queues that was for.
+            cost: What it cost.
             now: The monotonic clock, as for `start`.
             is_full: Whether it brought as much as was asked for, and so may have left something where it looked.
         """
-        lost = max(0.0, seconds - EXPLAINED_SECONDS - EXPLAINED_SECONDS_EACH * queue_count)
+        lost = cost.lost_seconds
         taken = _by_section(last)
         self._usable_at[start] = now + PAUSE_FACTOR * lost
         if start is Start.HEAD:

@@ -39,7 +39,6 @@ from pgconductor.operations import (
     check_instant,
     check_reason,
     check_step_function,
-    child_of,
     is_final,
     members_of,
     partition,
@@ -206,7 +205,7 @@ class SyncContext(RunFacts[D]):
         child_id, operation = self._attempt.journal.start(name, call, detached=detached)
         if operation is not None:
             self._on_loop(self._store_operation(operation))
-        return child_of(child_id, name, call, self, detached=detached)
+        return Child(child_id, name, call, self, detached=detached)
 
     async def _store_operation(self, operation: Operation) -> None:
         attempt = self._attempt

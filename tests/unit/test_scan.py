@@ -6,12 +6,14 @@ from hypothesis import strategies as st
 
 from pgconductor.scan import (
     AGE_SECONDS,
+    EXPLAINED_SEARCH_SECONDS,
     EXPLAINED_SECONDS,
     EXPLAINED_SECONDS_EACH,
     PART_SECONDS,
     PAUSE_FACTOR,
     SECTION_BITS,
     WIDTH_FIRST,
+    Cost,
     Range,
     Scan,
     Start,
@@ -48,8 +50,26 @@ def test_the_best_priority_s_late_work_comes_first() -> None:
     ]
 
 
+def losing(seconds: float = 0.0) -> Cost:
+    return Cost(EXPLAINED_SECONDS + 100 * EXPLAINED_SECONDS_EACH + seconds, 0, 10, 90)
+
+
 def noted(scan: Scan, start: Start, now: float, *, lost: float = 0.0, place: int = 1) -> None:
-    scan.note(start, [(1, place)], EXPLAINED_SECONDS + 100 * EXPLAINED_SECONDS_EACH + lost, 100, now)
+    scan.note(start, [(1, place)], losing(lost), now)
+
+
+@pytest.mark.parametrize(
+    ("cost", "lost"),
+    [
+        (Cost(0, 0, 0, 0), 0),
+        (Cost(EXPLAINED_SECONDS + 500 * EXPLAINED_SECONDS_EACH, 0.0005, 100, 400), 0),
+        # before the first row, where 400 rows would explain it, and behind it
+        (Cost(0.02, EXPLAINED_SEARCH_SECONDS + 10 * EXPLAINED_SECONDS_EACH + 0.004, 10, 400), 0.004),
+        (Cost(EXPLAINED_SECONDS + 50 * EXPLAINED_SECONDS_EACH + 0.1, 0.0005, 10, 40), 0.1),
+    ],
+)
+def test_what_is_lost_is_what_neither_rows_nor_lanes_explain(cost: Cost, lost: float) -> None:
+    assert cost.lost_seconds == pytest.approx(lost)
 
 
 def test_while_nothing_is_lost_every_claim_begins_at_the_head() -> None:
@@ -155,7 +175,7 @@ def parts(scan: Scan) -> list[tuple[int, int]]:
 
 
 def looked(scan: Scan, now: float, *, lost: float = PART_SECONDS, is_full: bool = False) -> None:
-    scan.note(Start.HEAD, [], EXPLAINED_SECONDS + lost, 0, now, is_full=is_full)
+    scan.note(Start.HEAD, [], losing(lost), now, is_full=is_full)
 
 
 def test_a_look_that_took_long_is_made_in_parts_from_then_on() -> None:
@@ -191,19 +211,18 @@ def test_a_part_in_which_something_may_be_left_is_looked_through_again() -> None
     first = parts(scan)
     looked(scan, now, is_full=True)
     assert parts(scan) == first
-    scan.note(Start.HEAD, [(1, WIDTH_FIRST - 1)], EXPLAINED_SECONDS + PART_SECONDS, 0, now, is_full=True)
+    scan.note(Start.HEAD, [(1, WIDTH_FIRST - 1)], losing(PART_SECONDS), now, is_full=True)
     assert parts(scan) == first
     # what it took last stands behind the part
-    scan.note(Start.HEAD, [(1, WIDTH_FIRST)], EXPLAINED_SECONDS, 0, now, is_full=True)
+    scan.note(Start.HEAD, [(1, WIDTH_FIRST)], losing(), now, is_full=True)
     assert parts(scan)[0][0] == WIDTH_FIRST - 1
 
 
 def test_a_part_is_passed_where_only_what_stands_behind_it_was_taken_from_other_sections_and_lanes() -> None:
     scan = Scan()
     for now in (97, 98, 99, 100):
-        seconds = EXPLAINED_SECONDS + LOOK_LOST * (now == 100)
-        scan.note(Start.HEAD, [(1, 50_000), (1, -10), (2, 40_000)], seconds, 0, now)
-    scan.note(Start.HEAD, [(1, 60_000)], EXPLAINED_SECONDS, 0, scan.head_at, is_full=True)
+        scan.note(Start.HEAD, [(1, 50_000), (1, -10), (2, 40_000)], losing(LOOK_LOST * (now == 100)), now)
+    scan.note(Start.HEAD, [(1, 60_000)], losing(), scan.head_at, is_full=True)
     begins = {(each.lane_id, each.after_place >> SECTION_BITS) for each in scan.ranges(Start.HEAD) or ()}
     assert begins >= {(1, 0), (2, 0)}
     assert not [each for each in scan.ranges(Start.HEAD) or () if each.after_place in (-1, -SECTION - 1)]

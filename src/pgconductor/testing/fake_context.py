@@ -18,7 +18,7 @@ from pgconductor.context import Context
 from pgconductor.durations import Duration, parse_duration
 from pgconductor.errors import ConfigurationError
 from pgconductor.model import EventDef, RetryPolicy
-from pgconductor.operations import PLAIN, Child, RunFacts, StepOptions, check_instant, child_of, members_of, partition
+from pgconductor.operations import PLAIN, Child, RunFacts, StepOptions, check_instant, members_of, partition
 from pgconductor.signature import return_codec_of
 from pgconductor.sync_context import SyncContext
 from pgconductor.task import Call, Task
@@ -124,7 +124,7 @@ class _Fake(RunFacts[D]):
         return number >= self._options.max_attempts or self._options.retry.gives_up_on(error)
 
     def _began(self, name: str, calls: Sequence[Call[Any]], *, detached: bool = False) -> Any:
-        return child_of(str(uuid4()), name, calls[0], self, detached=detached)
+        return Child(str(uuid4()), name, calls[0], self, detached=detached)
 
     def _waited(
         self, name: str, children: Sequence[Child[R]], count: int | None, timeout: Duration | None
