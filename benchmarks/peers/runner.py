@@ -55,12 +55,16 @@ class Form:
             peers = sum(self.includes(plan, share) for share in shares) if plan.measure in MEASURES else 0
             contenders = 1 + (plan.measure in REMOVED) + peers
             seconds += plan.seconds * contenders * (self.rounds if plan.every_round else 1)
+            seconds += plan.seconds * (self.rounds - 1) * plan.ours_again
         return seconds / 60
 
     def __str__(self) -> str:
         """Say it for the page."""
-        once = ", ".join(plan.measure for plan in self.plans() if not plan.every_round)
-        return f"{self.rounds} interleaved rounds" + (f"; once, after them: {once}" if once else "")
+        once = [plan.measure for plan in self.plans() if not plan.every_round]
+        again = [plan.measure for plan in self.plans() if plan.ours_again]
+        said = f"{self.rounds} interleaved rounds"
+        said += f"; once, after them: {', '.join(once)}" if once else ""
+        return said + (f"; of these, ours {self.rounds} times in a row: {', '.join(again)}" if again else "")
 
 
 class Runner:
@@ -103,6 +107,8 @@ class Runner:
                 await self._measure(plan, number, turn=number + place)
         for place, plan in enumerate(plan for plan in plans if not plan.every_round):
             await self._measure(plan, 0, turn=place)
+            for number in range(1, self.form.rounds if plan.ours_again else 1):
+                await self._take(plan.measure, OURS, self._ours(plan.measure), number, plan.seconds_max)
 
     async def _measure(self, plan: Plan, number: int, turn: int) -> None:
         """Take one measure of everybody; who begins changes from turn to turn."""
