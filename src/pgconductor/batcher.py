@@ -3,8 +3,8 @@
 What is added while nothing is under way is sent with the next pass of the event loop; what gathers while a call is
 under way goes with the next one. Where each pass brings dozens, a few more are awaited: what a call costs the server by
 itself is dear beside what an item does. Under no load an item costs one round trip, under load a round trip carries
-hundreds. One item that the database refuses for its content fails no other: the batch is
-halved until the item stands alone (`reject`), and the rest goes through.
+hundreds. One item that the database refuses for its content fails no other: the batch is halved until the item stands
+alone (`reject`), and the rest goes through.
 """
 
 import asyncio

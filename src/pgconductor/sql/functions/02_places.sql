@@ -2,9 +2,9 @@
 -- start, then by order number. One number says it, so that a claim can go on behind a place that it knows.
 -- Called by whatever reads or writes ready. States, locks, errors: none.
 --
--- Order numbers come from one sequence, in steps of eight. What is ready from the start keeps the number that it was made with. What
--- becomes ready late (woken, retried, due, given back) draws one that is as new as that, moved below zero. So each of
--- the two kinds of a priority grows at its end alone.
+-- Order numbers come from one sequence, in steps of eight. What is ready from the start keeps the number that it was made
+-- with. What becomes ready late (woken, retried, due, given back) draws one that is as new as that, moved below zero. So
+-- each of the two kinds of a priority grows at its end alone.
 
 -- The index of ready is by this expression, written out: a priority's kinds have 2^46 numbers each.
 create or replace function place_of(p_priority smallint, p_ord bigint) returns bigint

@@ -5,8 +5,8 @@
 -- Returns null when the process was declared dead, else {next_due, schedules, closing, more, claimed: [[...]]}; closing:
 -- for tasks with a window, in how many seconds it closes; schedules: those that are due, as due_schedules tells of them;
 -- more: queues that it did not come to, since it had enough (2,000) before, or whose limited work was not all looked at;
--- last: [[lane, place]], how far this claim came in either kind of each priority; seconds: how long it looked for work and took it;
--- search_seconds: how much of that it took to find the first row of each range.
+-- last: [[lane, place]], how far this claim came in either kind of each priority; seconds: how long it looked for work and
+-- took it; search_seconds: how much of that it took to find the first row of each range.
 --
 -- A claim looks through its lanes from their heads, past the rows of what others have claimed, until vacuum removes them.
 -- That may be never: while a snapshot is held open, or vacuum is late. So a process that sees its claims become slow
@@ -260,10 +260,10 @@ declare
   v_taken ready[] := '{}'::ready[];
   v_is_windowed boolean := false;
   v_found boolean;
-  v_since timestamptz;
   v_began_at timestamptz;
-  v_searching interval := interval '0';
-  v_seconds float8;
+  v_found_at timestamptz;
+  v_taking interval := interval '0';
+  v_looking interval;
 begin
   select number into v_number from orchestrator where id = p_orchestrator for key share;  -- as hold_alive does
   if not found then
@@ -278,7 +278,6 @@ begin
     v_limited := limited_lanes(p_wants, p_tasks, v_now);
   end if;
   v_began_at := clock_timestamp();
-  v_since := v_began_at;
   for v_want in
     -- of each range, what begins with its first row; queue by queue, so that no more is looked at than is taken
     select w.n, w."limit", coalesce(w.free, w."limit") as free, f.ranges, f.limited, f.is_windowed
@@ -303,24 +302,22 @@ begin
       where q.id = w.queue and q.paused_at is null and (k.window_start is null or closes_in(k, v_now) is not null)) f
     where f.ranges is not null or f.limited is not null
   loop
-    v_searching := v_searching + (clock_timestamp() - v_since);
     v_is_windowed := v_is_windowed or v_want.is_windowed;
+    v_found_at := clock_timestamp();
     v_taken := v_taken || take_best(v_want.ranges, v_want.limited, v_want."limit", v_want.free, v_now);
+    v_taking := v_taking + (clock_timestamp() - v_found_at);
     if cardinality(v_taken) >= 2000 then
       v_seen := v_want.n;
       exit;
     end if;
-    v_since := clock_timestamp();
   end loop;
-  v_seconds := extract(epoch from clock_timestamp() - v_began_at);
-  if v_seen is null then
-    v_searching := v_searching + (clock_timestamp() - v_since);
-  end if;
+  v_looking := clock_timestamp() - v_began_at;
   insert into lease (execution_id, orchestrator_id, token, claimed_at, orchestrator_number)
   select t.execution_id, p_orchestrator, p_token, v_now, v_number from unnest(v_taken) t;
   v_found := cardinality(v_taken) > 0;
   return json_build_object(
-    'seconds', v_seconds, 'search_seconds', extract(epoch from v_searching), 'next_due', next_due(v_now),
+    'seconds', extract(epoch from v_looking), 'search_seconds', extract(epoch from v_looking - v_taking),
+    'next_due', next_due(v_now),
     'schedules', case when p_fire then due_schedules(v_now) end,
     'more', case when v_seen is not null or v_limited is not null then
       left_to_claim(p_wants, v_seen, v_taken, v_limited) end,
