@@ -7,6 +7,7 @@ import types
 import typing
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Literal, NoReturn, ParamSpec, Union, cast, get_args, get_origin
+from weakref import WeakKeyDictionary
 
 import msgspec
 import typing_extensions
@@ -15,6 +16,8 @@ from pgconductor.errors import ConfigurationError
 
 _NO_TYPE = (Any, object, inspect.Parameter.empty, NoReturn, typing.Never)
 _AWAITABLES = (collections.abc.Awaitable, collections.abc.Coroutine)
+
+_returns: WeakKeyDictionary[types.FunctionType, Any] = WeakKeyDictionary()
 
 
 def is_untyped(annotation: Any) -> bool:
@@ -135,13 +138,24 @@ def return_type(fn: Callable[..., Any]) -> Any:
         return fn if fn.__module__ != "builtins" else inspect.Parameter.empty
     written = getattr(fn, "__annotations__", {}).get("return", inspect.Parameter.empty)
     if isinstance(written, str):
-        name = getattr(fn, "__qualname__", "callable")
-        written = hints_of(fn, f"function {name}").get("return", inspect.Parameter.empty)
-    if isinstance(written, Unresolved):
-        written.refuse()
+        written = _written_return(fn)
     if written is None:
         return type(None)
     return get_args(written)[-1] if get_origin(written) in _AWAITABLES else written
+
+
+def _written_return(fn: Callable[..., Any]) -> Any:
+    """Resolve a return annotation that is a string; of a function only once, since each run of a step asks for it."""
+    fn = getattr(fn, "__func__", fn)
+    found = _returns.get(fn) if isinstance(fn, types.FunctionType) else None
+    if found is None:
+        name = getattr(fn, "__qualname__", "callable")
+        found = hints_of(fn, f"function {name}").get("return", inspect.Parameter.empty)
+        if isinstance(found, Unresolved):
+            found.refuse()
+        if isinstance(fn, types.FunctionType):
+            _returns[fn] = found
+    return found
 
 
 def describe_type(annotation: Any) -> str:

@@ -31,6 +31,7 @@ import logging
 import random
 import sys
 import time
+from asyncio import current_task
 from collections.abc import Awaitable, Callable, Iterable
 from concurrent.futures import Future as ThreadFuture
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
@@ -43,11 +44,11 @@ from uuid import UUID
 import psycopg
 from msgspec import Raw
 
-from pgconductor.claimed import Claimed, Loaded, Missing
+from pgconductor.claimed import Claimed, Loaded, Missing, Recorded, StepKind
 from pgconductor.engine import Engine, Query
 from pgconductor.errors import AttemptTimeout, ConductorError, Crash, Retry, StaleLease, Suspend, is_permanent
 from pgconductor.faults import fault
-from pgconductor.journal import Journal
+from pgconductor.journal import Journal, check_match
 from pgconductor.logs import current_run
 from pgconductor.memos import Memos
 from pgconductor.stored_error import error_to_json
@@ -69,24 +70,6 @@ PASSES_CONCURRENT = 32
 log = logging.getLogger("pgconductor.attempt")
 inside_step: ContextVar[str | None] = ContextVar("inside_step", default=None)
 _chance = random.Random()  # noqa: S311
-
-
-class OutcomeUnknown(Exception):
-    """A transaction's connection was lost, or an earlier try of it has committed: look the step up."""
-
-
-def accept_transaction(attempt: "Attempt", answer: str | None) -> None:
-    """Go on to the commit, or leave: by what `save_transaction` answered.
-
-    Raises:
-        Suspend: The lease is lost.
-        OutcomeUnknown: An earlier try has committed.
-    """
-    if answer == "lost":
-        attempt.exit = "abandoned"
-        raise Suspend
-    if answer != "saved":
-        raise OutcomeUnknown
 
 
 @cache
@@ -112,14 +95,12 @@ class Host(Protocol):
     orchestrator_id: str
     schema: str
     engine: Engine
+    is_leaving: bool
+    """Whether the process is stopping: runs leave at their next operation."""
 
     @property
     def transaction_settings(self) -> str | None:
         """What a transaction must say at its beginning, because its connection could not at its start."""
-        ...
-
-    def is_stopping(self) -> bool:
-        """Tell whether the process is stopping: runs leave at their next operation."""
         ...
 
     def is_fenced(self) -> bool:
@@ -224,7 +205,7 @@ class Attempt:
         Returns:
             What is to be settled; None when there is nothing, since the lease is lost.
         """
-        self._main = asyncio.current_task()
+        self._main = current_task()
         current_run.set(self)
         if self.is_over() or self.is_closing():
             return self.leave(self.exit or "released")
@@ -453,7 +434,7 @@ class Attempt:
     @property
     def is_leaving(self) -> bool:
         """Whether the next operation is where the run is left."""
-        return self._leaving or self.host.is_stopping() or self.is_closing()
+        return self._leaving or self.host.is_leaving or self.is_closing()
 
     def is_closing(self) -> bool:
         """Whether the task's window has closed."""
@@ -469,11 +450,31 @@ class Attempt:
         """Begin an operation, and tell whether the run is to be left here, by `pend`."""
         self.enter()
         host = self.host
-        if asyncio.current_task(host.loop) is not self._main:
+        if current_task(host.loop) is not self._main:
             self._is_concurrent = True
         elif self.journal.late_tasks and sys.exception() is None:
             self.journal.late_tasks.clear()  # the handler goes on: what timed out, it has seen
-        return self._leaving or host.is_stopping() or (self.claimed.closes_at is not None and self.is_closing())
+        return self._leaving or host.is_leaving or (self.claimed.closes_at is not None and self.is_closing())
+
+    def recall(self, name: str, kind: StepKind, child_task: str | None = None) -> Recorded | None:
+        """Answer an operation from memory, if it has an answer and nothing stands in its way; None: begin it.
+
+        Long executions come here thousands of times in each run. A fence is not looked for: nothing is done here.
+
+        Raises:
+            StepMismatch: As for `Journal.begin`.
+        """
+        journal, host = self.journal, self.host
+        if not journal.unvisited or self._busy or self.exit or self.cancelled or self.closed or self._leaving:
+            return None
+        if host.is_leaving or journal.late_tasks or self.claimed.closes_at is not None:
+            return None
+        if current_task(host.loop) is not self._main:
+            return None
+        memo = journal.unvisited.pop(name, None)
+        if memo is not None and (memo.kind != kind or memo.child_task != child_task):
+            check_match(memo, kind, child_task)
+        return memo
 
     async def pend(self, name: str | None = None) -> None:
         """Stay here until the handler is left: what the caller asks for is not answered in this run.
@@ -492,7 +493,7 @@ class Attempt:
 
     def begin_work(self, work: object) -> None:
         """Note a step or transaction and its asyncio task: it keeps the run from being left, and from being settled."""
-        self._busy[work] = asyncio.current_task(self.host.loop)
+        self._busy[work] = current_task(self.host.loop)
 
     def end_work(self, work: object) -> None:
         """Strike it off."""

@@ -33,15 +33,15 @@ from pgconductor.errors import ConfigurationError, DecodeError, EncodeError
 from pgconductor.refusal import NESTING_MAX, find_difference, find_fault, read_fault
 
 T = TypeVar("T")
-Raw: TypeAlias = str | bytes | memoryview
-"""JSON text as a database driver hands it over."""
+Raw: TypeAlias = str | bytes | memoryview | msgspec.Raw
+"""JSON text as a database driver hands it over, or as part of what was read."""
 
 VALUE_BYTES_MAX = 1024 * 1024
 """The most bytes of JSON, in UTF-8, that one payload, result or step may have."""
 NAME_BYTES_MAX = 200
 """The most bytes of UTF-8 that the name of a task, queue, step, event or schedule may have."""
 
-_BACKSLASH = ord("\\")
+BACKSLASH = ord("\\")
 _BRACKETS = bytes.maketrans(b"[{]}", b"(())")
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _STRINGS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
@@ -56,17 +56,16 @@ class Codec(Generic[T]):
     Attributes:
         annotation: The type; `Any` where there was none.
         is_pydantic: Whether pydantic does the work.
+        read: As `decode`; its errors do not say what the value is.
     """
 
-    __slots__ = ("_dump", "_load", "_remedy", "annotation", "is_pydantic")
-
     def __init__(
-        self, annotation: Any, dump: Callable[[Any], bytes], load: Callable[[Any], T], *, is_pydantic: bool = False
+        self, annotation: Any, dump: Callable[[Any], bytes], read: Callable[[Any], T], *, is_pydantic: bool = False
     ) -> None:
         self.annotation = annotation
         self.is_pydantic = is_pydantic
         self._dump = dump
-        self._load = load
+        self.read: Callable[[Any], T] = read
         self._remedy = (
             "annotate the parameter or the return value with its type"
             if annotation is Any
@@ -106,7 +105,7 @@ class Codec(Generic[T]):
         try:
             raw = self._dump(value)
             if is_storable(raw):
-                back = self._load(raw)
+                back = self.read(raw)
                 if (back == value) is True:
                     return raw, back
         except Exception:  # noqa: BLE001, S110  (the value's own code may raise anything; judged below)
@@ -128,7 +127,7 @@ class Codec(Generic[T]):
             DecodeError: The JSON does not fit the type: the code has changed since, or the text came from elsewhere.
         """
         try:
-            return self._load(raw)
+            return self.read(raw)
         except Exception as error:
             raise DecodeError(*read_fault(error, where if name is None else f"{where} {name!r}")) from error
 
@@ -161,7 +160,7 @@ class Codec(Generic[T]):
 
     def _read_back(self, raw: bytes, where: str) -> T:
         try:
-            return self._load(raw)
+            return self.read(raw)
         except Exception as error:
             path, reason = read_fault(error, where)
             raise EncodeError(path, f"{reason}; {self._remedy}") from error
@@ -198,9 +197,10 @@ def is_storable(raw: bytes) -> bool:
 
     A backslash before `u0000` may itself be escaped, so False means: look closer.
     """
+    if BACKSLASH in raw and b"\\u0000" in raw:  # a byte is looked for ten times as fast as a word
+        return False
     size = len(raw)
-    has_nul = _BACKSLASH in raw and b"\\u0000" in raw  # a byte is looked for ten times as fast as a word
-    return size <= VALUE_BYTES_MAX and not has_nul and (size <= NESTING_MAX or _is_shallow(raw))
+    return size <= NESTING_MAX or (size <= VALUE_BYTES_MAX and _is_shallow(raw))
 
 
 def too_large(size: int, where: str) -> EncodeError:
@@ -312,7 +312,7 @@ def _pydantic_codec(annotation: Any) -> Codec[Any]:
         return raw
 
     def load(raw: Raw) -> Any:
-        text = bytes(raw) if isinstance(raw, memoryview) else raw
+        text = bytes(raw) if isinstance(raw, memoryview | msgspec.Raw) else raw
         return adapter.validate_json(text, by_alias=True, by_name=True)
 
     return Codec(annotation, dump, load, is_pydantic=True)

@@ -91,12 +91,14 @@ class Context(RunFacts[D]):
 
         Source: sql/functions/25_save.sql
         """
-        attempt = self._attempt
-        if attempt.must_leave():
-            await attempt.pend()
         check_step_function(fn, f"step {name!r}")
         codec = return_codec_of(fn)
-        memo = attempt.journal.begin(name, "step")
+        attempt = self._attempt
+        memo = attempt.recall(name, "step")
+        if memo is None:
+            if attempt.must_leave():
+                await attempt.pend()
+            memo = attempt.journal.begin(name, "step")
         if memo is not None:
             return _recorded(codec, memo)
         with _Working(attempt):
@@ -260,7 +262,10 @@ class Context(RunFacts[D]):
         Source: sql/functions/30_settle.sql and 40_wake.sql
         """
         attempt = self._attempt
-        if attempt.must_leave():  # here, and below, without a coroutine: a long execution replays thousands of these
+        if type(call) is Call and (memo := attempt.recall(name, "invoke", call.task)) is not None:
+            value: R = attempt.journal.child_value(memo, call)
+            return value
+        if attempt.must_leave():
             await attempt.pend()
         answer = attempt.journal.invoke(name, call, timeout, on_timeout)
         if answer is PENDING:
@@ -532,7 +537,7 @@ async def _call_batch(fn: Callable[..., Any], attempt: Attempt, element: Any) ->
 
 
 def _recorded(codec: Codec[Any], memo: "Recorded") -> Any:
-    return codec.decode(bytes(memo.value), "step", memo.name)
+    return codec.decode(memo.value, "step", memo.name)
 
 
 class _Working:

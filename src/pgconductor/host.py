@@ -100,10 +100,6 @@ class ProcessHost:
         self._slots = asyncio.Semaphore(CONNECTIONS_MAX)
         self._slots_sync = threading.BoundedSemaphore(CONNECTIONS_MAX)
 
-    def is_stopping(self) -> bool:
-        """Whether a graceful stop has begun."""
-        return self.is_leaving
-
     def save(self, step: SavedStep) -> "asyncio.Future[None]":
         """Store a finished step, together with those of other runs."""
         return self._saver.add(step)

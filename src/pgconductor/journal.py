@@ -24,7 +24,7 @@ from msgspec import Raw
 from pgconductor.calls import BYTES_MAX
 from pgconductor.checks import INT_MAX, check_flag, check_integer, check_name
 from pgconductor.claimed import NULL, ChildAnswer, Claimed, Recorded, StepKind
-from pgconductor.codec import Codec, codec_for
+from pgconductor.codec import codec_for
 from pgconductor.durations import Duration, seconds
 from pgconductor.engine import Moved
 from pgconductor.errors import (
@@ -67,6 +67,8 @@ class _Pending:
     __slots__ = ()
 
 
+_RESULT: Final = "result of child"
+
 PENDING: Final = _Pending()
 """Not answered yet: the run has to park."""
 
@@ -94,6 +96,7 @@ class Journal:
 
     Attributes:
         memos: What earlier runs recorded; grows with this one.
+        unvisited: Those of them that are answered, and that this run has not come to yet.
         unsaved: Operations that the database does not know yet.
         unsaved_bytes: About how many bytes they take in a statement.
         awaits: What this run has open, by name.
@@ -101,16 +104,18 @@ class Journal:
     """
 
     __slots__ = (
+        "_answered_count",
         "_calls",
         "_claimed",
+        "_is_past",
         "_names",
         "_token",
-        "_unvisited",
         "awaits",
         "late_tasks",
         "memos",
         "unsaved",
         "unsaved_bytes",
+        "unvisited",
     )
 
     def __init__(self, claimed: Claimed, token: int, memos: Memos) -> None:
@@ -123,7 +128,9 @@ class Journal:
         self._token = token
         self._names: set[str] = set()
         self._calls: dict[str, int] = {}
-        self._unvisited = len(memos.operations) - len(memos.open)
+        self._is_past = False
+        self.unvisited = memos.answered()
+        self._answered_count = len(self.unvisited)
 
     @property
     def is_tied(self) -> bool:
@@ -133,12 +140,16 @@ class Journal:
     @property
     def is_replaying(self) -> bool:
         """Whether the run is still where an earlier one has been."""
-        return self._unvisited > 0
+        return bool(self.unvisited) and not self._is_past
 
     @property
     def asked_count(self) -> int:
         """A number that grows with what the run asks for, be it answered or not."""
-        return len(self._names) + len(self._calls)
+        return self._used_count + len(self._calls)
+
+    @property
+    def _used_count(self) -> int:
+        return len(self._names) + self._answered_count - len(self.unvisited)
 
     # ------------------------------------------------------------ names
 
@@ -153,22 +164,23 @@ class Journal:
             StepMismatch: It is recorded for another kind of operation or another child task.
             TooMany: The execution has `STEPS_MAX` operations.
         """
-        names = self._names
-        if name in names:
+        memo = self.unvisited.pop(name, None)
+        if memo is not None:
+            check_match(memo, kind, child_task)
+            return memo
+        names, memos = self._names, self.memos
+        memo = memos.operations.get(name)
+        if name in names or (memo is not None and name not in memos.open):
             raise DuplicateStep(name)
-        memo = self.memos.operations.get(name)
         if memo is None and not is_ours:  # what is recorded was checked then
             check_name(name, f"{kind}: name")
-        if len(names) >= STEPS_MAX:
+        if self._used_count >= STEPS_MAX:
             raise TooMany("steps", STEPS_MAX)
         names.add(name)
         if memo is None or memo.dropped:
-            self._unvisited = 0
+            self._is_past = True
             return None
-        if memo.kind != kind or memo.child_task != child_task:
-            self._check_match(memo, kind, child_task)
-        if memo.status != "pending":
-            self._unvisited -= 1
+        check_match(memo, kind, child_task)
         return memo
 
     def numbered(self, verb: str) -> str:
@@ -177,18 +189,10 @@ class Journal:
         self._calls[verb] = number
         return f"{verb}#{number}"
 
-    def _check_match(self, memo: Recorded, kind: StepKind, child_task: str | None) -> None:
-        if memo.kind != kind or (child_task is not None and memo.child_task not in (None, child_task)):
-            recorded = memo.kind + (f" of {memo.child_task!r}" if memo.child_task else "")
-            found = kind + (f" of {child_task!r}" if child_task else "")
-            raise StepMismatch(memo.name, recorded, found)
-
     def unasked(self) -> list[str]:
         """Return the names that are recorded and that this run has not used."""
-        recorded = self.memos.operations
-        if len(recorded) <= len(self._names):
-            return []
-        return [name for name, memo in recorded.items() if name not in self._names and not memo.dropped]
+        still_open = [memo.name for memo in self.memos.open.values() if not memo.dropped]
+        return [*self.unvisited, *(name for name in still_open if name not in self._names)]
 
     def round_of(self, name: str) -> int:
         """Return the round in which a name that is not answered is done."""
@@ -218,7 +222,7 @@ class Journal:
         name = self.numbered(f"emit:{event.name}")
         memo = self.begin(name, "call", is_ours=True)
         if memo is not None:
-            return msgspec.json.decode(bytes(memo.value), type=UUID), None
+            return msgspec.json.decode(memo.value, type=UUID), None
         new = new_event(event, payload)
         step = self.finished(name, "call", f'"{new.id}"'.encode())
         step.event = new
@@ -244,7 +248,7 @@ class Journal:
             operation.keep = _is_kept(name, on_timeout)
             self._open(operation)
             return PENDING
-        return self._await(memo) if memo.status == "pending" else self._child_value(memo, call)
+        return self._await(memo) if memo.status == "pending" else self.child_value(memo, call)
 
     def invoke_all(
         self, name: str, calls: Sequence[Call[Any]], timeout: Duration | None, max_in_flight: int | None
@@ -287,7 +291,7 @@ class Journal:
             )
             return PENDING
         if memo.status != "pending":
-            return msgspec.json.decode(bytes(memo.value), type=list[str])
+            return msgspec.json.decode(memo.value, type=list[str])
         self.awaits[name] = Await(name, memo.round, "wait", awaited=True, members=list(members), count=count)
         return PENDING
 
@@ -310,7 +314,7 @@ class Journal:
             return self._await(memo)
         if memo.status == "timed_out":
             raise self._timed_out(name, memo.round, WaitTimeout(name, _timeout_in(memo)))
-        return codec_for(event.payload).decode(bytes(memo.value), f"event {event.name!r}")
+        return codec_for(event.payload).decode(memo.value, f"event {event.name!r}")
 
     def result_of(self, step: str, call: Call[Any]) -> tuple[str, object]:
         """Wait for one started child; returns the wait's name, and the child's value once it has ended, or raises."""
@@ -320,7 +324,7 @@ class Journal:
             return name, self.wait(name, [step], 1, None, is_ours=True)
         if name in self.memos.operations:
             self.begin(name, "wait", is_ours=True)
-        return name, self._child_value(child, call)
+        return name, self.child_value(child, call)
 
     def late_result(self, name: str, step: str) -> TimeoutError:
         """Return the error of a wait for one child's result that ended without it; uncaught, it is done afresh."""
@@ -337,8 +341,13 @@ class Journal:
         ended = [timed_out_operations(each) for task in self.late_tasks if (each := _error_of(task)) is not None]
         return found.union(*ended) if any(found & each for each in ended) else found
 
-    def _child_value(self, memo: Recorded, call: Call[Any]) -> Any:
+    def child_value(self, memo: Recorded, call: Call[Any]) -> Any:
         """Return what a child returned, or raise what became of it."""
+        if memo.status == "completed":
+            try:
+                return call.returns.read(memo.value)
+            except Exception:  # noqa: BLE001  (it comes again here, and is named)
+                return call.returns.decode(memo.value, _RESULT, memo.name)
         if memo.status == "timed_out":
             raise self._timeout_of(memo, call.task)
         return _value_of(memo, memo.name, call)
@@ -485,7 +494,7 @@ def _gathered(name: str, calls: Sequence[Call[Any]], answers: Sequence[ChildAnsw
 
 def _value_of(answer: Recorded | ChildAnswer, name: str, call: Call[Any]) -> Any:
     if answer.status == "completed":
-        return cast("Codec[Any]", call.returns).decode(bytes(answer.value), "result of child", name)
+        return call.returns.decode(answer.value, _RESULT, name)
     stored = error_from_json(bytes(answer.error))
     child_id = UUID(answer.child_id) if answer.child_id else NO_ID
     if answer.status == "cancelled":
@@ -497,6 +506,18 @@ def _value_of(answer: Recorded | ChildAnswer, name: str, call: Call[Any]) -> Any
         error_type=stored.type,
         remote_traceback=stored.render(),
     )
+
+
+def check_match(memo: Recorded, kind: StepKind, child_task: str | None) -> None:
+    """Refuse to give back what was recorded for something else.
+
+    Raises:
+        StepMismatch: It is recorded for another kind of operation or another child task.
+    """
+    if memo.kind != kind or (child_task is not None and memo.child_task not in (None, child_task)):
+        recorded = memo.kind + (f" of {memo.child_task!r}" if memo.child_task else "")
+        found = kind + (f" of {child_task!r}" if child_task else "")
+        raise StepMismatch(memo.name, recorded, found)
 
 
 def _error_of(task: "asyncio.Task[Any]") -> BaseException | None:
@@ -547,7 +568,7 @@ def _stored_timeout(error: ConductorError, timeout: Duration) -> Raw:
 
 
 def _timeout_in(memo: Recorded) -> float:
-    return msgspec.json.decode(bytes(memo.error), type=_TimeoutError).timeout
+    return msgspec.json.decode(memo.error, type=_TimeoutError).timeout
 
 
 def _is_kept(name: str, on_timeout: str) -> bool:

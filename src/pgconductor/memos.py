@@ -63,6 +63,8 @@ class Memos:
             if step.answers != NULL:
                 self.add_children(step.name, read_answers(step.answers), len(bytes(step.answers)))
                 step.answers = NULL
+            if known is not None and step.child_task == known.child_task:
+                step.child_task = known.child_task  # one string, and not one for each row that came
             self.operations[step.name] = own = _own(step)
             self.size += _ROW_BYTES + len(bytes(step.value))
             self.is_tied = self.is_tied or step.kind in _TIED
@@ -70,6 +72,13 @@ class Memos:
                 self.open[step.name] = own
             else:
                 self.open.pop(step.name, None)
+
+    def answered(self) -> dict[str, Recorded]:
+        """Return the operations that have an answer, by name; the caller may change what it gets."""
+        answered = self.operations.copy()
+        for name in self.open:
+            del answered[name]
+        return answered
 
     def keep_input(self, claimed: Claimed) -> None:
         """Keep the input of an execution that is being parked, in bytes of its own."""

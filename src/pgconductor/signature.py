@@ -18,15 +18,30 @@ from typing import Any, NamedTuple, cast, get_args, get_origin
 import msgspec
 
 from pgconductor.annotations import Unresolved, describe_type, hints_of, is_model, return_type, union_members
-from pgconductor.codec import UNTYPED, VALUE_BYTES_MAX, Codec, Raw, codec_for, is_storable, too_large, write_json
+from pgconductor.codec import (
+    BACKSLASH,
+    UNTYPED,
+    VALUE_BYTES_MAX,
+    Codec,
+    Raw,
+    codec_for,
+    is_storable,
+    too_large,
+    write_json,
+)
 from pgconductor.errors import ConfigurationError, DecodeError, EncodeError
-from pgconductor.refusal import read_fault
+from pgconductor.refusal import NESTING_MAX, read_fault
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments, without the context."""
 
 _EMPTY = inspect.Parameter.empty
 _PAYLOAD = "payload"
+
+_PLAIN = frozenset({int, str, bool})
+_PLAIN_MAX = 100  # together with _TEXT_MAX, less than VALUE_BYTES_MAX
+_TEXT_MAX = 1_000
+_INT_BITS = 64
 
 
 class Parameter(NamedTuple):
@@ -89,6 +104,10 @@ class Signature:
             and not self.is_whole
             and self._positional == tuple(parameter.name for parameter in parameters)
         )
+        kinds = tuple(parameter.codec.annotation for parameter in parameters)
+        self._plain_kinds = (
+            kinds if self._is_document and kinds and len(kinds) <= _PLAIN_MAX and _PLAIN.issuperset(kinds) else None
+        )
 
     def encode_payload(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
         """Write the arguments of one call as its payload.
@@ -105,10 +124,17 @@ class Signature:
             TypeError: The arguments do not fit the signature; the message is Python's, with the task's name.
             EncodeError: An argument cannot be stored; the path begins with `payload`.
         """
-        if not (args or kwargs or self._required):
+        if self._is_document:
+            try:  # all arguments at once, as `Codec.store` does with one
+                document = self._document(*args, **kwargs)
+                raw = write_json(document)
+                is_plain = len(raw) <= NESTING_MAX and BACKSLASH not in raw  # as most are; else one looks closer
+                if (is_plain or is_storable(raw)) and self._read(raw) == document:
+                    return raw.decode()
+            except Exception:  # noqa: BLE001, S110  (whatever it is, it comes again below, where it can be named)
+                pass
+        elif not (args or kwargs or self._required):
             return "{}"
-        if self._is_document and (document := self._write_document(args, kwargs)):
-            return document.decode()
         bound = self._bind(args, kwargs)
         if self.is_whole and bound:
             return self._encode_whole(*bound.values()).decode()
@@ -120,6 +146,37 @@ class Signature:
         if len(document) > VALUE_BYTES_MAX:
             raise too_large(len(document), _PAYLOAD)
         return document.decode()
+
+    def plain_values(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...] | None:
+        """Return the arguments of a call in order, if nobody can change them and `write_plain` can encode each.
+
+        It tells so from their types alone, which costs half of what encoding them does. None says nothing about them.
+        """
+        kinds = self._plain_kinds
+        if kinds is None:
+            return None
+        if kwargs:
+            if args or tuple(kwargs) != self._positional:
+                return None
+            args = tuple(kwargs.values())
+        if len(args) != len(kinds):
+            return None
+        index = 0
+        for value in args:
+            kind = kinds[index]
+            if type(value) is not kind:
+                return None
+            if kind is int:
+                if value.bit_length() >= _INT_BITS:
+                    return None
+            elif kind is str and not (value.isprintable() and len(value) <= _TEXT_MAX):  # no U+0000, no surrogates
+                return None
+            index += 1  # noqa: SIM113  (an enumerate would take as long as all the rest)
+        return args
+
+    def write_plain(self, values: tuple[Any, ...]) -> str:
+        """Write what `plain_values` returned as the payload."""
+        return write_json(self._document(*values)).decode()
 
     def decode_payload(self, raw: Raw) -> Arguments:
         """Read a payload as the arguments that the handler is called with.
@@ -154,15 +211,6 @@ class Signature:
         """
         args, kwargs = self.decode_payload(raw)
         return args[0] if args else kwargs[self.parameters[0].name]
-
-    def _write_document(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bytes | None:
-        """Write all arguments at once, as `Codec.store` does with one; None says: look at each, to find the fault."""
-        try:
-            document = self._document(*args, **kwargs)
-            raw = write_json(document)
-            return raw if is_storable(raw) and self._read(raw) == document else None
-        except Exception:  # noqa: BLE001  (whatever it is, it comes again where it can be named)
-            return None
 
     def _bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         bound = dict(zip(self._positional, args, strict=False))

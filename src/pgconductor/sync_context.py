@@ -84,7 +84,7 @@ class SyncContext(RunFacts[D]):
         codec = return_codec_of(fn)
         memo = self._attempt.journal.begin(name, "step")
         if memo is not None:
-            return cast("T", codec.decode(bytes(memo.value), f"step {name!r}"))
+            return cast("T", codec.decode(memo.value, f"step {name!r}"))
         fault("before_step")
         raw, copied = codec.store(self._tries(name, fn, args, kwargs), f"step {name!r}")
         fault("before_step_save")
@@ -153,7 +153,7 @@ class SyncContext(RunFacts[D]):
         codec = return_codec_of(fn)
         memo = self._attempt.journal.begin(name, "transaction")
         if memo is not None:
-            return cast("T", codec.decode(bytes(memo.value), f"transaction {name!r}"))
+            return cast("T", codec.decode(memo.value, f"transaction {name!r}"))
         return cast("T", commit_once_sync(self._attempt, name, lambda conn: fn(conn, *args, **kwargs), codec))
 
     # ------------------------------------------------------------ sleeping

@@ -18,6 +18,7 @@ from pgconductor.options import (
 )
 
 if TYPE_CHECKING:
+    from pgconductor.codec import Raw
     from pgconductor.run import Run
 
 P = ParamSpec("P")
@@ -33,8 +34,13 @@ class Returns(Protocol):
         """Return the JSON text, or raise `EncodeError`."""
         ...
 
-    def decode(self, text: str, /) -> Any:
-        """Return the value, or raise `DecodeError`."""
+    def decode(self, raw: "Raw", where: str = ..., name: str | None = ..., /) -> Any:
+        """Return the value, or raise `DecodeError`, which says what the value is."""
+        ...
+
+    @property
+    def read(self) -> Callable[[Any], Any]:
+        """What returns the value, or raises any error."""
         ...
 
 
@@ -43,6 +49,14 @@ class Payload(Protocol):
 
     def encode_payload(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], /) -> str:
         """Return the JSON text, or raise `EncodeError`, or `TypeError` where Python itself would refuse the call."""
+        ...
+
+    def plain_values(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], /) -> tuple[Any, ...] | None:
+        """Return the arguments in order if they can be encoded later, by `write_plain`; else None."""
+        ...
+
+    def write_plain(self, values: tuple[Any, ...], /) -> str:
+        """Return the JSON text of what `plain_values` returned."""
         ...
 
 
@@ -66,17 +80,26 @@ class Call(Struct, Generic[R_co], gc=False, eq=False):
 
     Attributes:
         task: The task's name.
-        payload: The arguments, as JSON text.
+        arguments: As JSON text; or plain values, which become that when somebody asks for the payload.
+        signature: What encodes them.
         options: How it is enqueued; these win over the options of `invoke_many`.
         returns: What decodes the result.
         queue: The task's queue; `options.queue` wins.
     """
 
     task: str
-    payload: str
+    arguments: str | tuple[Any, ...]
+    signature: Payload
     options: CallOptions
     returns: Returns
     queue: str
+
+    @property
+    def payload(self) -> str:
+        """The arguments, as JSON text."""
+        if not isinstance(self.arguments, str):
+            self.arguments = self.signature.write_plain(self.arguments)
+        return self.arguments
 
     def __eq__(self, other: object) -> bool:
         """Compare task and payload."""
@@ -179,7 +202,10 @@ class Task(Generic[P, R]):
         return self.fn(ctx, *args, **kwargs)
 
     def bind(self, *args: P.args, **kwargs: P.kwargs) -> Call[R]:
-        """Encode the arguments into a call, which can be sent later, in bulk, on a schedule or as a child.
+        """Bind the arguments into a call, which can be sent later, in bulk, on a schedule or as a child.
+
+        Plain arguments are checked here and encoded when the call is sent: a handler that runs again binds again for
+        each child that it has had, and sends none of these.
 
         Args:
             *args: As the handler takes them after its context; of a batch task, one element.
@@ -192,7 +218,10 @@ class Task(Generic[P, R]):
             TypeError: The arguments do not fit the handler's parameters.
             EncodeError: A value cannot be stored.
         """
-        return Call(self.name, self.payload.encode_payload(args, kwargs), self.options, self.returns, self.queue)
+        signature = self.payload
+        values = signature.plain_values(args, kwargs)
+        arguments = signature.encode_payload(args, kwargs) if values is None else values
+        return Call(self.name, arguments, signature, self.options, self.returns, self.queue)
 
     async def invoke(self, *args: P.args, **kwargs: P.kwargs) -> "Run[R]":
         """Enqueue one execution and return a handle on it once it is stored.

@@ -14,11 +14,11 @@ import time
 from collections.abc import Callable
 from typing import Any, Final
 
-from pgconductor.attempt import Attempt, OutcomeUnknown, accept_transaction
+from pgconductor.attempt import Attempt
 from pgconductor.claimed import Missing, Recorded
 from pgconductor.codec import Codec
 from pgconductor.connections import plain_cursor
-from pgconductor.errors import ConfigurationError
+from pgconductor.errors import ConfigurationError, Suspend
 from pgconductor.faults import fault
 from pgconductor.operations import Marked
 from pgconductor.session import backoff_seconds, level_of
@@ -29,6 +29,10 @@ LOST_MAX: Final = 5
 """How many connections a transaction may lose under its function within one run."""
 
 log = logging.getLogger("pgconductor.transactions")
+
+
+class OutcomeUnknown(Exception):
+    """A transaction's connection was lost, or an earlier try of it has committed: look the step up."""
 
 
 class NoConnection(OutcomeUnknown):
@@ -135,7 +139,7 @@ async def _save(attempt: Attempt, conn: Any, step: SavedStep) -> None:
     query = attempt.host.save_transaction(step)
     async with plain_cursor(conn) as cursor:
         await cursor.execute(query.statement.encode(), list(query.parameters))
-        accept_transaction(attempt, text_of(cursor.pgresult))
+        _accept(attempt, text_of(cursor.pgresult))
 
 
 def _transact_sync(attempt: Attempt, name: str, fn: Callable[[Any], Any], codec: Codec[Any]) -> Any:
@@ -164,7 +168,21 @@ def _save_sync(attempt: Attempt, conn: Any, step: SavedStep) -> None:
     query = attempt.host.save_transaction(step)
     with plain_cursor(conn) as cursor:
         cursor.execute(query.statement.encode(), list(query.parameters))
-        accept_transaction(attempt, text_of(cursor.pgresult))
+        _accept(attempt, text_of(cursor.pgresult))
+
+
+def _accept(attempt: Attempt, answer: str | None) -> None:
+    """Go on to the commit, or leave: by what `save_transaction` answered.
+
+    Raises:
+        Suspend: The lease is lost.
+        OutcomeUnknown: An earlier try has committed.
+    """
+    if answer == "lost":
+        attempt.exit = "abandoned"
+        raise Suspend
+    if answer != "saved":
+        raise OutcomeUnknown
 
 
 async def _look_up(attempt: Attempt, name: str) -> Recorded | None:
@@ -174,4 +192,4 @@ async def _look_up(attempt: Attempt, name: str) -> Recorded | None:
 
 def _take_over(attempt: Attempt, memo: Recorded, codec: Codec[Any]) -> Any:
     attempt.journal.memos.add(memo)
-    return codec.decode(bytes(memo.value), "transaction", memo.name)
+    return codec.decode(memo.value, "transaction", memo.name)

@@ -65,7 +65,7 @@ def _read(kind: TriggerKind, data: bytes, annotation: Any) -> Tick | Event[Any] 
     codec = _codec_of(annotation, _KINDS[kind])
     if kind == "event":
         event = _event.decode(data)
-        return Event(event.name, codec.decode(bytes(event.payload), f"event {event.name!r}"))
+        return Event(event.name, codec.decode(event.payload, f"event {event.name!r}"))
     change = _change.decode(data)
     return Change(change.name, change.op, _row(codec, change, "old"), _row(codec, change, "new"))
 

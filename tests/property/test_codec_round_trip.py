@@ -173,3 +173,14 @@ def test_any_error_text_can_be_stored_and_shown(message: str, causes: list[str])
     stored = error_from_json(error_to_json(error))
 
     assert codec_for(str).encode(stored.render())
+
+
+async def _handler(ctx: Any, number: int, text: str, is_it: bool) -> None: ...
+
+
+@given(st.tuples(plain | st.integers(), plain | st.text(st.characters(exclude_categories=())), plain | st.booleans()))
+def test_arguments_that_are_encoded_later_are_encoded_as_they_would_be_at_once(args: tuple[Any, ...]) -> None:
+    signature = signature_of(_handler, "handler")
+
+    if signature.plain_values(args, {}) is not None:
+        assert signature.write_plain(args) == signature.encode_payload(args, {})

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import msgspec
@@ -43,6 +44,14 @@ class Ids(RootModel[list[int]]):
 
 class Tick:
     pass
+
+
+class Level(IntEnum):
+    LOW = 1
+
+
+class Name(str):
+    __slots__ = ()
 
 
 async def charge(ctx: Any, order_id: int, *, cents: int, note: str = "none") -> Order: ...  # type: ignore[empty-body]
@@ -293,3 +302,44 @@ def test_arguments_by_position_and_by_name_make_the_same_payload() -> None:
         ((), {"b": "x", "c": [2], "a": 1}),
     ]
     assert {signature.encode_payload(args, kwargs) for args, kwargs in ways} == {'{"a":1,"b":"x","c":[2]}'}
+
+
+async def plain(ctx: Any, number: int, text: str, is_it: bool) -> None: ...
+
+
+@pytest.mark.parametrize("args", [(7, "it's \u00e9", True), (-(2**63) + 1, 'q"\\', False), (0, "", True)])
+def test_plain_arguments_are_encoded_later_as_they_would_be_at_once(args: tuple[Any, ...]) -> None:
+    signature = _signature(plain)
+    by_name: dict[str, Any] = dict(zip(("number", "text", "is_it"), args, strict=True))
+
+    assert signature.plain_values(args, {}) == args
+    assert signature.plain_values((), by_name) == args
+    assert signature.write_plain(args) == signature.encode_payload(args, {})
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        (True, "", True),
+        (Level.LOW, "", True),
+        (1.0, "", True),
+        (2**64, "", True),
+        (1, Name("x"), True),
+        (1, "\0", True),
+        (1, "\ud800", True),
+        (1, "x" * 1_001, True),
+        (1, "", 1),
+        (1, ""),
+        (1, "", True, 2),
+        (1, None, True),
+    ],
+)
+def test_what_is_not_plain_is_left_to_be_encoded_at_once(args: tuple[Any, ...]) -> None:
+    assert _signature(plain).plain_values(args, {}) is None
+
+
+def test_only_arguments_that_all_are_plain_and_given_in_order_can_wait() -> None:
+    assert _signature(plain).plain_values((1,), {"text": "", "is_it": True}) is None
+    assert _signature(plain).plain_values((), {"text": "", "number": 1, "is_it": True}) is None
+    for fn in (charge, nothing, whole, leading, numbers, untyped, mixed):
+        assert _signature(fn).plain_values((1,), {}) is None

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from pgconductor.codec import Raw
 from pgconductor.errors import ConfigurationError
 from pgconductor.options import NO_OPTIONS, configure_task
 from pgconductor.task import Call, Task
@@ -22,11 +23,20 @@ class Echo:
     def encode_payload(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], /) -> str:
         return json.dumps([list(args), dict(kwargs)])
 
+    def plain_values(self, _args: tuple[Any, ...], _kwargs: Mapping[str, Any], /) -> tuple[Any, ...] | None:
+        return None
+
+    def write_plain(self, values: tuple[Any, ...], /) -> str:
+        raise NotImplementedError
+
     def encode(self, value: Any, /) -> str:
         return json.dumps(value)
 
-    def decode(self, text: str, /) -> Any:
-        return json.loads(text)
+    def read(self, raw: Raw, /) -> Any:
+        return json.loads(raw if isinstance(raw, str) else bytes(raw))
+
+    def decode(self, raw: Raw, _where: str = "$", _name: str | None = None, /) -> Any:
+        return self.read(raw)
 
     async def invoke(self, call: Call[Any], /) -> Any:
         self.sent.append(call)
