@@ -1,6 +1,6 @@
 """From calls and their options to the rows that are enqueued."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, Final
 
@@ -60,7 +60,7 @@ class CallPlan:
         self._check_connections(list(options.values()))
         ids = new_ids(len(calls))
         rows = [_new_execution(id_, call, options[id(call.options)]) for id_, call in zip(ids, calls, strict=True)]
-        _check_size(calls)
+        _check_size(call.payload for call in calls)
         return self._fold(rows) if any(each.dedupe_key is not None for each in options.values()) else rows
 
     def alike(self, calls: Sequence[Call[Any]]) -> AlikeExecutions | None:
@@ -76,7 +76,7 @@ class CallPlan:
         if len(payloads) < len(calls) or not options.is_plain:
             return None
         self._check_task(task)
-        _check_size(calls)
+        _check_size(payloads)
         return AlikeExecutions(new_ids(len(calls)), task, options.queue, options.priority or 0, payloads)
 
     def spread(self, ids: list[str]) -> list[str]:
@@ -118,8 +118,8 @@ class CallPlan:
         return folded
 
 
-def _check_size(calls: Sequence[Call[Any]]) -> None:
-    size = sum(len(call.payload) for call in calls)
+def _check_size(payloads: Iterable[str]) -> None:
+    size = sum(map(len, payloads))
     if size > BYTES_MAX:
         raise EncodeError("payload", f"{size} bytes in one statement, at most {BYTES_MAX} are allowed; send parts")
 
