@@ -20,7 +20,7 @@ class Plan:
         seconds: What it takes a contender on two cores, on average; for the estimate.
         seconds_max: What it may take one, before it counts as hung.
         every_round: Or once, after the rounds.
-        ours_again: Whether ours, for which there is a bound, is taken as often as there are rounds in any case.
+        ours_again: Whether ours, for which there is a bound, is taken as often as there are rounds, or twice as often.
         slow_too: Whether peers that get a share of the jobs are measured without `--full`.
         quick: Whether it is part of a `--quick` run.
         huge: Whether it runs only with `--huge`.
@@ -48,14 +48,14 @@ PLANS = [
     Plan("latency", 8),
     Plan("parents", 2.5),
     Plan("steps", 3),
-    Plan("in-a-row", 5),
+    Plan("in-a-row", 5, ours_again=True),
     Plan("invoke-all", 1),
     Plan("beside-finished", 6, quick=False),
-    Plan("beside-queues", 4, quick=False),
+    Plan("beside-queues", 4, ours_again=True, quick=False),
     replace(_once("snapshot", 45, 330), ours_again=True),
     _once("idle", 24),
-    _once("drain-long-1", 9, slow_too=False),
-    _once("drain-long-2", 7, slow_too=False),
+    replace(_once("drain-long-1", 9, slow_too=False), ours_again=True),
+    replace(_once("drain-long-2", 7, slow_too=False), ours_again=True),
     _once("failing", 2.5),
     _once("payload-1k", 2),
     _once("payload-100k", 2),

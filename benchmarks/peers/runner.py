@@ -55,16 +55,22 @@ class Form:
             peers = sum(self.includes(plan, share) for share in shares) if plan.measure in MEASURES else 0
             contenders = 1 + (plan.measure in REMOVED) + peers
             seconds += plan.seconds * contenders * (self.rounds if plan.every_round else 1)
-            seconds += plan.seconds * (self.rounds - 1) * plan.ours_again
+            seconds += plan.seconds * len(self.again(plan))
         return seconds / 60
+
+    def again(self, plan: Plan) -> range:
+        """Return the numbers of the samples that are taken of ours alone, after all others."""
+        taken = self.rounds if plan.every_round else 1
+        wanted = 2 * self.rounds if plan.every_round else self.rounds
+        return range(taken, wanted if plan.ours_again else taken)
 
     def __str__(self) -> str:
         """Say it for the page."""
         once = [plan.measure for plan in self.plans() if not plan.every_round]
-        again = [plan.measure for plan in self.plans() if plan.ours_again]
+        again = [f"{len(self.again(plan))} of {plan.measure}" for plan in self.plans() if plan.ours_again]
         said = f"{self.rounds} interleaved rounds"
         said += f"; once, after them: {', '.join(once)}" if once else ""
-        return said + (f"; of these, ours {self.rounds} times in a row: {', '.join(again)}" if again else "")
+        return said + (f"; of ours alone, in a row, more samples: {', '.join(again)}" if again else "")
 
 
 class Runner:
@@ -100,15 +106,21 @@ class Runner:
     async def run(self) -> None:
         """Take all rounds, then what is taken once."""
         plans = self.form.plans()
+        repeated = [plan for plan in plans if plan.every_round]
         for number in range(self.form.rounds):
             for floor in FLOORS:
                 await self._take(floor, floor, self._ours(floor), number, FLOOR_SECONDS_MAX)
-            for place, plan in enumerate(plan for plan in plans if plan.every_round):
+            for place, plan in enumerate(repeated):
                 await self._measure(plan, number, turn=number + place)
+        for plan in repeated:
+            await self._take_again(plan)
         for place, plan in enumerate(plan for plan in plans if not plan.every_round):
             await self._measure(plan, 0, turn=place)
-            for number in range(1, self.form.rounds if plan.ours_again else 1):
-                await self._take(plan.measure, OURS, self._ours(plan.measure), number, plan.seconds_max)
+            await self._take_again(plan)
+
+    async def _take_again(self, plan: Plan) -> None:
+        for number in self.form.again(plan):
+            await self._take(plan.measure, OURS, self._ours(plan.measure), number, plan.seconds_max)
 
     async def _measure(self, plan: Plan, number: int, turn: int) -> None:
         """Take one measure of everybody; who begins changes from turn to turn."""

@@ -64,6 +64,11 @@ TARGETS = [
     Target("drain, 1 process / best Python peer", 2, _to_best("drain-1", python=True)),
     Target("drain, 1 process / bare queue", 0.5, _to_floor("drain-1", "floor-queue")),
     Target("drain, 2 processes / 1 process", 1.3, lambda it: _over(it.figure("drain-2"), it.figure("drain-1"))),
+    Target(
+        "drain of 200,000, 2 processes / 1 process",
+        1.3,
+        lambda it: _over(it.figure("drain-long-2"), it.figure("drain-long-1")),
+    ),
     Target("drain, 2 processes, history kept / best peer", 1, _to_best("drain-2")),
     Target("drain, 2 processes, finished work removed / best peer", 1, _to_best("drain-2", OURS_REMOVED)),
     Target("idle latency p50 / best peer's", 0.7, _best_latency, most=True),

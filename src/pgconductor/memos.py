@@ -63,9 +63,7 @@ class Memos:
             if step.answers != NULL:
                 self.add_children(step.name, read_answers(step.answers), len(bytes(step.answers)))
                 step.answers = NULL
-            if known is not None and step.child_task == known.child_task:
-                step.child_task = known.child_task  # one string, and not one for each row that came
-            self.operations[step.name] = own = _own(step)
+            self.operations[step.name] = own = _own(step, known)
             self.size += _ROW_BYTES + len(bytes(step.value))
             self.is_tied = self.is_tied or step.kind in _TIED
             if step.status == "pending" or step.dropped:
@@ -112,7 +110,17 @@ class Memos:
             self.add_children(name, answers, sum(len(bytes(row.value)) for row in rows))
 
 
-def _own(step: Recorded) -> Recorded:
-    """Let a row hold its own bytes: as decoded it keeps the whole reply alive that it came in."""
-    step.value, step.error = step.value.copy(), step.error.copy()
+def _own(step: Recorded, known: Recorded | None) -> Recorded:
+    """Let a row hold its own bytes: as decoded it keeps the whole reply alive that it came in.
+
+    What it has in common with what was known is held once: a replay looks at all of it, and memory is far away then.
+    """
+    step.value = step.value.copy()
+    step.error = NULL if step.error == NULL else step.error.copy()
+    if known is not None:
+        step.name = known.name
+        if step.child_task == known.child_task:
+            step.child_task = known.child_task
+        if step.child_id == known.child_id:
+            step.child_id = known.child_id
     return step
