@@ -20,7 +20,7 @@ class Plan:
         seconds: What it takes a contender on two cores, on average; for the estimate.
         seconds_max: What it may take one, before it counts as hung.
         every_round: Or once, after the rounds.
-        ours_again: Whether ours, for which there is a bound, is taken as often as there are rounds, or twice as often.
+        ours_again: Whether more is taken of ours, for which there is a bound: see `Form.again`.
         slow_too: Whether peers that get a share of the jobs are measured without `--full`.
         quick: Whether it is part of a `--quick` run.
         huge: Whether it runs only with `--huge`.

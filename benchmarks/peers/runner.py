@@ -59,7 +59,10 @@ class Form:
         return seconds / 60
 
     def again(self, plan: Plan) -> range:
-        """Return the numbers of the samples that are taken of ours alone, after all others."""
+        """Return the numbers of the samples that are taken of ours alone, after the others.
+
+        With them, ours is taken as often as there are rounds; of what is taken in every round, twice as often.
+        """
         taken = self.rounds if plan.every_round else 1
         wanted = 2 * self.rounds if plan.every_round else self.rounds
         return range(taken, wanted if plan.ours_again else taken)
@@ -70,7 +73,7 @@ class Form:
         again = [f"{len(self.again(plan))} of {plan.measure}" for plan in self.plans() if plan.ours_again]
         said = f"{self.rounds} interleaved rounds"
         said += f"; once, after them: {', '.join(once)}" if once else ""
-        return said + (f"; of ours alone, in a row, more samples: {', '.join(again)}" if again else "")
+        return said + (f"; more samples of ours alone: {', '.join(again)}" if again else "")
 
 
 class Runner:
@@ -112,15 +115,18 @@ class Runner:
                 await self._take(floor, floor, self._ours(floor), number, FLOOR_SECONDS_MAX)
             for place, plan in enumerate(repeated):
                 await self._measure(plan, number, turn=number + place)
-        for plan in repeated:
-            await self._take_again(plan)
-        for place, plan in enumerate(plan for plan in plans if not plan.every_round):
+        await self._take_again(repeated)
+        once = [plan for plan in plans if not plan.every_round]
+        for place, plan in enumerate(once):
             await self._measure(plan, 0, turn=place)
-            await self._take_again(plan)
+        await self._take_again(once)
 
-    async def _take_again(self, plan: Plan) -> None:
-        for number in self.form.again(plan):
-            await self._take(plan.measure, OURS, self._ours(plan.measure), number, plan.seconds_max)
+    async def _take_again(self, plans: Sequence[Plan]) -> None:
+        """Take more of ours, by turns: some of these are compared with each other."""
+        for number in range(2 * self.form.rounds):
+            for plan in plans:
+                if number in self.form.again(plan):
+                    await self._take(plan.measure, OURS, self._ours(plan.measure), number, plan.seconds_max)
 
     async def _measure(self, plan: Plan, number: int, turn: int) -> None:
         """Take one measure of everybody; who begins changes from turn to turn."""

@@ -145,16 +145,24 @@ def return_type(fn: Callable[..., Any]) -> Any:
 
 
 def _written_return(fn: Callable[..., Any]) -> Any:
-    """Resolve a return annotation that is a string; of a function only once, since each run of a step asks for it."""
+    """Resolve a return annotation that is a string; of a module's function only once, since each run of a step asks.
+
+    A function that a handler defines is another one in each run, and so may be the class that it returns.
+    """
     fn = getattr(fn, "__func__", fn)
-    found = _returns.get(fn) if isinstance(fn, types.FunctionType) else None
+    if not isinstance(fn, types.FunctionType) or "<locals>" in fn.__qualname__:
+        return _resolved_return(fn)
+    found = _returns.get(fn)
     if found is None:
-        name = getattr(fn, "__qualname__", "callable")
-        found = hints_of(fn, f"function {name}").get("return", inspect.Parameter.empty)
-        if isinstance(found, Unresolved):
-            found.refuse()
-        if isinstance(fn, types.FunctionType):
-            _returns[fn] = found
+        found = _returns[fn] = _resolved_return(fn)
+    return found
+
+
+def _resolved_return(fn: Callable[..., Any]) -> Any:
+    name = getattr(fn, "__qualname__", "callable")
+    found = hints_of(fn, f"function {name}").get("return", inspect.Parameter.empty)
+    if isinstance(found, Unresolved):
+        found.refuse()
     return found
 
 

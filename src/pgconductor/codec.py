@@ -33,8 +33,8 @@ from pgconductor.errors import ConfigurationError, DecodeError, EncodeError
 from pgconductor.refusal import NESTING_MAX, find_difference, find_fault, read_fault
 
 T = TypeVar("T")
-Raw: TypeAlias = str | bytes | memoryview | msgspec.Raw
-"""JSON text as a database driver hands it over, or as part of what was read."""
+Raw: TypeAlias = str | bytes | memoryview
+"""JSON text as a database driver hands it over."""
 
 VALUE_BYTES_MAX = 1024 * 1024
 """The most bytes of JSON, in UTF-8, that one payload, result or step may have."""
@@ -112,11 +112,11 @@ class Codec(Generic[T]):
             pass
         return self._judge(value, where)
 
-    def decode(self, raw: Raw, where: str = "$", name: str | None = None) -> T:
+    def decode(self, raw: Raw | msgspec.Raw, where: str = "$", name: str | None = None) -> T:
         """Read a stored value.
 
         Args:
-            raw: Its JSON.
+            raw: Its JSON; also where it lies, as a part of other JSON.
             where: What the value is, such as `payload`; paths in errors begin with it.
             name: What `where` is called, such as a step's name; written after it.
 

@@ -91,14 +91,13 @@ class Context(RunFacts[D]):
 
         Source: sql/functions/25_save.sql
         """
-        check_step_function(fn, f"step {name!r}")
-        codec = return_codec_of(fn)
         attempt = self._attempt
         memo = attempt.recall(name, "step")
-        if memo is None:
-            if attempt.must_leave():
-                await attempt.pend()
-            memo = attempt.journal.begin(name, "step")
+        if memo is None and attempt.must_leave():
+            await attempt.pend()
+        check_step_function(fn, f"step {name!r}")
+        codec = return_codec_of(fn)
+        memo = memo or attempt.journal.begin(name, "step")
         if memo is not None:
             return _recorded(codec, memo)
         with _Working(attempt):

@@ -269,7 +269,7 @@ class Engine(Reports):
         self,
         orchestrator: str,
         token: int,
-        wants: Sequence[Want],
+        wants: Sequence[Want] | None,
         tasks: Sequence[int],
         *,
         fire: bool = False,
@@ -277,7 +277,8 @@ class Engine(Reports):
     ) -> Query[Claim | None]:
         """See 20_claim.sql. None: the process was declared dead."""
         behind = None if ranges is None else as_text(ranges)
-        parameters = (orchestrator, token, as_text(wants), list(tasks), fire, self._now(), behind)
+        wanted = None if wants is None else as_text(wants)
+        parameters = (orchestrator, token, wanted, list(tasks), fire, self._now(), behind)
         return self._query(
             "claim", "uuid bigint json int[] boolean timestamptz json", parameters, _claim, harmless=False
         )

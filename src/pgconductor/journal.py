@@ -104,10 +104,10 @@ class Journal:
     """
 
     __slots__ = (
-        "_answered_count",
+        "_answered_at_start",
         "_calls",
         "_claimed",
-        "_is_past",
+        "_has_new",
         "_names",
         "_token",
         "awaits",
@@ -128,9 +128,9 @@ class Journal:
         self._token = token
         self._names: set[str] = set()
         self._calls: dict[str, int] = {}
-        self._is_past = False
+        self._has_new = False
         self.unvisited = memos.answered()
-        self._answered_count = len(self.unvisited)
+        self._answered_at_start = len(self.unvisited)
 
     @property
     def is_tied(self) -> bool:
@@ -140,7 +140,7 @@ class Journal:
     @property
     def is_replaying(self) -> bool:
         """Whether the run is still where an earlier one has been."""
-        return bool(self.unvisited) and not self._is_past
+        return bool(self.unvisited) and not self._has_new
 
     @property
     def asked_count(self) -> int:
@@ -149,7 +149,8 @@ class Journal:
 
     @property
     def _used_count(self) -> int:
-        return len(self._names) + self._answered_count - len(self.unvisited)
+        """How many names the run has used."""
+        return len(self._names) + self._answered_at_start - len(self.unvisited)
 
     # ------------------------------------------------------------ names
 
@@ -178,7 +179,7 @@ class Journal:
             raise TooMany("steps", STEPS_MAX)
         names.add(name)
         if memo is None or memo.dropped:
-            self._is_past = True
+            self._has_new = True
             return None
         check_match(memo, kind, child_task)
         return memo
@@ -346,8 +347,9 @@ class Journal:
         if memo.status == "completed":
             try:
                 return call.returns.read(memo.value)
-            except Exception:  # noqa: BLE001  (it comes again here, and is named)
-                return call.returns.decode(memo.value, _RESULT, memo.name)
+            except Exception:  # noqa: BLE001, S110  (it comes again below, and is named)
+                pass
+            return call.returns.decode(memo.value, _RESULT, memo.name)
         if memo.status == "timed_out":
             raise self._timeout_of(memo, call.task)
         return _value_of(memo, memo.name, call)

@@ -38,7 +38,6 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 _EMPTY = inspect.Parameter.empty
 _PAYLOAD = "payload"
 
-_PLAIN = frozenset({int, str, bool})
 _PLAIN_MAX = 100  # together with _TEXT_MAX, less than VALUE_BYTES_MAX
 _TEXT_MAX = 1_000
 _INT_BITS = 64
@@ -105,9 +104,8 @@ class Signature:
             and self._positional == tuple(parameter.name for parameter in parameters)
         )
         kinds = tuple(parameter.codec.annotation for parameter in parameters)
-        self._plain_kinds = (
-            kinds if self._is_document and kinds and len(kinds) <= _PLAIN_MAX and _PLAIN.issuperset(kinds) else None
-        )
+        is_plain = all(kind is int or kind is str or kind is bool for kind in kinds)
+        self._plain_kinds = kinds if is_plain and self._is_document and 0 < len(kinds) <= _PLAIN_MAX else None
 
     def encode_payload(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
         """Write the arguments of one call as its payload.
@@ -150,7 +148,8 @@ class Signature:
     def plain_values(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...] | None:
         """Return the arguments of a call in order, if nobody can change them and `write_plain` can encode each.
 
-        It tells so from their types alone, which costs half of what encoding them does. None says nothing about them.
+        Small integers, booleans and printable text that is not long can. To look at that costs half of what encoding
+        does. None says nothing about the others.
         """
         kinds = self._plain_kinds
         if kinds is None:

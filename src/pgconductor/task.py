@@ -18,6 +18,8 @@ from pgconductor.options import (
 )
 
 if TYPE_CHECKING:
+    import msgspec
+
     from pgconductor.codec import Raw
     from pgconductor.run import Run
 
@@ -34,7 +36,7 @@ class Returns(Protocol):
         """Return the JSON text, or raise `EncodeError`."""
         ...
 
-    def decode(self, raw: "Raw", where: str = ..., name: str | None = ..., /) -> Any:
+    def decode(self, raw: "Raw | msgspec.Raw", where: str = ..., name: str | None = ..., /) -> Any:
         """Return the value, or raise `DecodeError`, which says what the value is."""
         ...
 
@@ -97,9 +99,10 @@ class Call(Struct, Generic[R_co], gc=False, eq=False):
     @property
     def payload(self) -> str:
         """The arguments, as JSON text."""
-        if not isinstance(self.arguments, str):
-            self.arguments = self.signature.write_plain(self.arguments)
-        return self.arguments
+        arguments = self.arguments  # once: another thread may be about to write it
+        if not isinstance(arguments, str):
+            self.arguments = arguments = self.signature.write_plain(arguments)
+        return arguments
 
     def __eq__(self, other: object) -> bool:
         """Compare task and payload."""
@@ -204,8 +207,8 @@ class Task(Generic[P, R]):
     def bind(self, *args: P.args, **kwargs: P.kwargs) -> Call[R]:
         """Bind the arguments into a call, which can be sent later, in bulk, on a schedule or as a child.
 
-        Plain arguments are checked here and encoded when the call is sent: a handler that runs again binds again for
-        each child that it has had, and sends none of these.
+        Where all parameters are plain, arguments are checked here and encoded when the call is sent: a handler that
+        runs again binds again for each child that it has had, and sends none of these.
 
         Args:
             *args: As the handler takes them after its context; of a batch task, one element.

@@ -1,7 +1,10 @@
 """What a function returns, where its annotations are strings."""
 
+import gc
 import typing
-from typing import Any
+import weakref
+from collections.abc import Callable
+from typing import Any, cast
 
 import pytest
 
@@ -14,11 +17,14 @@ class Tool:
         return self
 
 
-def count() -> "int":
-    return 1
+def _module_function(returns: str) -> Callable[..., Any]:
+    """Return a function as a module defines them, that no test has seen before."""
+    functions: dict[str, Any] = {"Tool": Tool}
+    exec(f"def count() -> {returns!r}: ...", functions)  # noqa: S102
+    return cast("Callable[..., Any]", functions["count"])
 
 
-def test_a_function_is_resolved_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_function_of_a_module_is_resolved_once(monkeypatch: pytest.MonkeyPatch) -> None:
     resolved: list[Any] = []
     resolve = typing.get_type_hints
 
@@ -27,19 +33,35 @@ def test_a_function_is_resolved_once(monkeypatch: pytest.MonkeyPatch) -> None:
         return resolve(target, **options)
 
     monkeypatch.setattr(typing, "get_type_hints", counting)
+    count = _module_function("int")
     for _ in range(3):
         assert return_type(count) is int
-        assert return_type(Tool().look_up) is Tool
-    assert resolved == [count, Tool.look_up]
+    assert resolved == [count]
+    assert return_type(Tool().look_up) is return_type(Tool().look_up) is Tool
+
+
+def test_a_function_of_a_run_is_not_kept_by_what_it_returns() -> None:
+    def local() -> Callable[..., Any]:
+        class Sum:
+            @staticmethod
+            def compute() -> "Sum":
+                return Sum()
+
+        return Sum.compute
+
+    compute = local()
+    assert return_type(compute).__name__ == "Sum"
+    alive = weakref.ref(compute)
+    del compute
+    gc.collect()
+    assert alive() is None
 
 
 def test_what_cannot_be_resolved_yet_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    def later() -> None: ...
-
-    later.__annotations__["return"] = "_Later"
+    later = _module_function("_Later")
     with pytest.raises(ConfigurationError):
         return_type(later)
-    monkeypatch.setitem(globals(), "_Later", int)
+    monkeypatch.setitem(later.__globals__, "_Later", int)
     assert return_type(later) is int
 
 

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 import msgspec
 import pytest
@@ -304,10 +304,14 @@ def test_arguments_by_position_and_by_name_make_the_same_payload() -> None:
     assert {signature.encode_payload(args, kwargs) for args, kwargs in ways} == {'{"a":1,"b":"x","c":[2]}'}
 
 
+async def unhashable(ctx: Any, number: Annotated[int, ["m"]]) -> None: ...
+async def half_by_position(ctx: Any, a: int, /, b: int) -> None: ...
 async def plain(ctx: Any, number: int, text: str, is_it: bool) -> None: ...
 
 
-@pytest.mark.parametrize("args", [(7, "it's \u00e9", True), (-(2**63) + 1, 'q"\\', False), (0, "", True)])
+@pytest.mark.parametrize(
+    "args", [(7, "it's \u00e9", True), (-(2**63) + 1, 'q"\\', False), (2**63 - 1, "x" * 1_000, True)]
+)
 def test_plain_arguments_are_encoded_later_as_they_would_be_at_once(args: tuple[Any, ...]) -> None:
     signature = _signature(plain)
     by_name: dict[str, Any] = dict(zip(("number", "text", "is_it"), args, strict=True))
@@ -323,9 +327,11 @@ def test_plain_arguments_are_encoded_later_as_they_would_be_at_once(args: tuple[
         (True, "", True),
         (Level.LOW, "", True),
         (1.0, "", True),
-        (2**64, "", True),
+        (2**63, "", True),
+        (-(2**63), "", True),
         (1, Name("x"), True),
         (1, "\0", True),
+        (1, "a\nb", True),
         (1, "\ud800", True),
         (1, "x" * 1_001, True),
         (1, "", 1),
@@ -338,8 +344,24 @@ def test_what_is_not_plain_is_left_to_be_encoded_at_once(args: tuple[Any, ...]) 
     assert _signature(plain).plain_values(args, {}) is None
 
 
-def test_only_arguments_that_all_are_plain_and_given_in_order_can_wait() -> None:
+def test_arguments_by_name_can_wait_if_they_are_given_in_order() -> None:
     assert _signature(plain).plain_values((1,), {"text": "", "is_it": True}) is None
     assert _signature(plain).plain_values((), {"text": "", "number": 1, "is_it": True}) is None
-    for fn in (charge, nothing, whole, leading, numbers, untyped, mixed):
-        assert _signature(fn).plain_values((1,), {}) is None
+
+
+@pytest.mark.parametrize(
+    ("fn", "args"),
+    [
+        (charge, (7, 5, "x")),  # by name only, and with a default
+        (leading, (1, 2, 3)),
+        (nothing, ()),
+        (unhashable, (7,)),
+        (half_by_position, (1, 2)),
+    ],
+)
+def test_arguments_of_other_signatures_are_encoded_at_once(fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    assert _signature(fn).plain_values(args, {}) is None
+
+
+def test_an_annotation_that_cannot_be_hashed_is_encoded_at_once() -> None:
+    assert _signature(unhashable).encode_payload((7,), {}) == '{"number":7}'

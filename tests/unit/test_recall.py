@@ -4,6 +4,7 @@ import asyncio
 import time
 from types import SimpleNamespace
 from typing import Any, cast
+from uuid import UUID
 
 import msgspec
 import pytest
@@ -12,10 +13,24 @@ from msgspec import Raw
 from pgconductor import Conductor, Context
 from pgconductor.attempt import Attempt, Host
 from pgconductor.claimed import NULL, Claimed, Recorded, StepStatus
-from pgconductor.errors import DuplicateStep, StepMismatch
+from pgconductor.errors import (
+    ChildCancelled,
+    ChildFailed,
+    ChildTimeout,
+    DecodeError,
+    DuplicateStep,
+    StepMismatch,
+    Suspend,
+)
+from pgconductor.logs import current_run
 from pgconductor.memos import Memos
 
 app = Conductor("postgresql:///nowhere")
+
+
+@app.task()
+async def child(ctx: Context, number: int) -> int:
+    return number
 
 
 @app.task()
@@ -24,7 +39,7 @@ async def nothing(ctx: Context) -> None:
 
 
 def recorded(name: str, status: StepStatus = "completed") -> Recorded:
-    return Recorded(name, 0, 0, "invoke", status, Raw(b"7"), NULL, "c", "child", dropped=False)
+    return Recorded(name, 0, 0, "invoke", status, Raw(b"7"), NULL, str(UUID(int=7)), "child", dropped=False)
 
 
 def attempt_of(*steps: Recorded) -> Attempt:
@@ -64,6 +79,8 @@ async def test_an_answer_to_something_else_is_refused() -> None:
         attempt.recall("a", "step")
     with pytest.raises(StepMismatch):
         attempt.recall("b", "invoke", "another")
+    with pytest.raises(DuplicateStep):
+        attempt.journal.begin("b", "invoke", "child")
 
 
 async def test_what_a_run_has_not_come_to_is_known() -> None:
@@ -113,3 +130,35 @@ async def test_another_task_of_the_handler_begins_its_operations_in_full() -> No
 
     assert await asyncio.create_task(beside()) is None
     assert attempt.recall("a", "invoke", "child") is not None
+
+
+async def test_a_fenced_process_answers_from_memory_and_begins_nothing() -> None:
+    attempt = attempt_of(recorded("a"))
+    cast("Any", attempt.host).is_fenced = lambda: True
+    assert attempt.recall("a", "invoke", "child") is not None
+    with pytest.raises(Suspend):
+        attempt.must_leave()
+
+
+@pytest.mark.parametrize("status", ["failed", "cancelled", "timed_out"])
+async def test_a_child_that_did_not_complete_raises_in_every_run(status: StepStatus) -> None:
+    step = recorded("a", status)
+    step.error = Raw(b'{"type":"builtins.ValueError","message":"no","timeout":1.5}')
+    attempt = attempt_of(step)
+    current_run.set(attempt)
+    call = child.bind(1)
+    with pytest.raises((ChildFailed, ChildCancelled, ChildTimeout)) as caught:
+        await Context[Any](attempt).invoke("a", call)
+    assert type(caught.value).__name__ == {"failed": "ChildFailed", "cancelled": "ChildCancelled"}.get(
+        status, "ChildTimeout"
+    )
+    assert bool(attempt.journal.late_tasks) == (status == "timed_out")
+
+
+async def test_a_result_that_does_not_fit_is_named_once() -> None:
+    step = recorded("a")
+    step.value = Raw(b'"seven"')
+    with pytest.raises(DecodeError, match="result of child 'a'") as caught:
+        await Context[Any](attempt_of(step)).invoke("a", child.bind(1))
+    assert caught.value.__cause__ is not None
+    assert caught.value.__cause__.__context__ is None

@@ -4,12 +4,14 @@ import json
 import timeit
 from collections.abc import Mapping
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
+import msgspec
 import pytest
 
+from pgconductor import Conductor, Context
 from pgconductor.codec import Raw
-from pgconductor.errors import ConfigurationError
+from pgconductor.errors import ConfigurationError, EncodeError
 from pgconductor.options import NO_OPTIONS, configure_task
 from pgconductor.task import Call, Task
 
@@ -32,10 +34,10 @@ class Echo:
     def encode(self, value: Any, /) -> str:
         return json.dumps(value)
 
-    def read(self, raw: Raw, /) -> Any:
+    def read(self, raw: Raw | msgspec.Raw, /) -> Any:
         return json.loads(raw if isinstance(raw, str) else bytes(raw))
 
-    def decode(self, raw: Raw, _where: str = "$", _name: str | None = None, /) -> Any:
+    def decode(self, raw: Raw | msgspec.Raw, _where: str = "$", _name: str | None = None, /) -> Any:
         return self.read(raw)
 
     async def invoke(self, call: Call[Any], /) -> Any:
@@ -127,3 +129,23 @@ def test_binding_itself_costs_microseconds() -> None:
     task = task_of(Free())
 
     assert min(timeit.repeat(lambda: task.bind(7, cents=5), number=1000, repeat=5)) / 1000 < 20e-6
+
+
+def test_a_call_of_plain_arguments_is_encoded_when_somebody_asks() -> None:
+    app = Conductor[None]("postgresql:///nowhere")
+
+    @app.task()
+    async def double(ctx: Context, number: int) -> int:
+        return 2 * number
+
+    call = double.bind(7)
+    kinds = [type(call.arguments)]
+    assert call == double.bind(number=7) != double.bind(8)
+    assert [*kinds, type(call.arguments)] == [tuple, str]
+    assert call.payload == '{"number":7}'
+    assert hash(call) == hash(double.bind(7))
+    assert repr(double.bind(7)) == '<Call double {"number":7}>'
+    with pytest.raises(EncodeError):
+        double.bind(cast("Any", "seven"))
+    with pytest.raises(TypeError, match="double"):
+        cast("Any", double).bind(1, 2)

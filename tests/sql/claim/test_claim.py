@@ -53,6 +53,13 @@ def test_nothing_ready_is_nothing_claimed(db: Db) -> None:
     assert claim(db) == []
 
 
+def test_a_claim_without_wants_only_has_the_server_plan(db: Db) -> None:
+    enqueue_many(db, *blank(3))
+    answer = call(db, "claim", WORKER, 1, None, array([1]), False, at(0))
+    assert (answer["claimed"], answer["last"]) == (None, None)
+    assert (count(db, "ready"), count(db, "lease")) == (3, 0)
+
+
 @pytest.mark.parametrize("limit", [0, 1, 3, 5])
 def test_no_more_than_the_limit_is_claimed(db: Db, limit: int) -> None:
     enqueue_many(db, *blank(3))

@@ -196,7 +196,7 @@ end $$;
 create or replace function handed_out(p_taken ready[], p_orchestrator uuid) returns json
 language plpgsql stable set search_path from current as $$
 declare
-  v_bytes_max int := 64 * 1024 * 1024 / cardinality(p_taken);
+  v_bytes_max int := 64 * 1024 * 1024 / greatest(cardinality(p_taken), 1);
 begin
   return (
     select json_agg(
@@ -243,7 +243,8 @@ begin
       where p_seen is not null and w.ordinality > p_seen) n);
 end $$;
 
--- p_wants: [{queue, limit, free? (of the limit, what has a free slot)}]; p_tasks: the task ids that this process knows.
+-- p_wants: [{queue, limit, free? (of the limit, what has a free slot)}]; null takes nothing, but has the server plan what a
+-- claim that finds something does: a process says so as it begins. p_tasks: the task ids that this process knows.
 -- p_token: the process' own number of this claim, part of every lease it makes. p_from: [{lane_id, after_place,
 -- before_place}], the ranges to look through in lanes that are named; the others are looked through from their heads.
 create or replace function claim(
@@ -312,9 +313,13 @@ begin
     end if;
   end loop;
   v_looking := clock_timestamp() - v_began_at;
+  if p_wants is null then
+    v_taken := take_ready(whole_lane(0), 0);
+    perform recorded_steps(p_orchestrator, 0, null, 0);
+  end if;
   insert into lease (execution_id, orchestrator_id, token, claimed_at, orchestrator_number)
   select t.execution_id, p_orchestrator, p_token, v_now, v_number from unnest(v_taken) t;
-  v_found := cardinality(v_taken) > 0;
+  v_found := cardinality(v_taken) > 0 or p_wants is null;
   return json_build_object(
     'seconds', extract(epoch from v_looking), 'search_seconds', extract(epoch from v_looking - v_taking),
     'next_due', next_due(v_now),
