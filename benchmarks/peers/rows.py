@@ -63,8 +63,8 @@ PLANS = [
     _once("steady", 19),
     replace(_once("beside-ready", 25, 240, slow_too=False), ours_again=True),
     replace(_once("beside-delayed", 25, 240, slow_too=False), ours_again=True),
-    replace(_once("beside-10m-ready", 160, 1_200), huge=True),
-    replace(_once("beside-10m-finished", 60, 1_200), huge=True),
+    replace(_once("beside-10m-ready", 160, 1_200), ours_again=True, huge=True),
+    replace(_once("beside-10m-finished", 60, 1_200), ours_again=True, huge=True),
 ]
 FLOOR_SECONDS_MAX = 60.0
 
