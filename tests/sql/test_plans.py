@@ -7,11 +7,13 @@ analyzed again: a settle whose plan began with all executions took seconds where
 import json
 import re
 from collections.abc import Iterator
+from contextlib import closing
 from typing import Any
 
 import psycopg
 import pytest
 
+from tests.events.support import deliver, emit, running, wait_op
 from tests.sql.support import (
     Db,
     at,
@@ -31,7 +33,9 @@ from tests.sql.support import (
     release,
     retry,
     save,
+    session,
     settle_plain,
+    state,
 )
 
 GROW = {
@@ -46,6 +50,8 @@ GROW = {
     "child_link",
     "backlog",
     "permit",
+    "event",
+    "event_wait",
 }
 SETTINGS = {"log_min_duration": "0", "log_nested_statements": "on", "log_level": "notice", "log_format": "json"}
 Plan = dict[str, Any]
@@ -134,5 +140,27 @@ def test_steps_children_and_waits_go_by_keys(db: Db, plans: Plans) -> None:
     claim(db, token=5)
     park(db, sleeper, op(sleeper, "nap", "sleep", due_in=1), token=5)
     assert call(db, "fire_timers", at(2), 10) == 1
+    assert len(plans.heard) > 50
+    assert plans.through_all() == set()
+
+
+def test_events_and_what_waits_for_them_go_by_keys(db: Db, plans: Plans, database: str) -> None:
+    late, early, timed, last = running(db, 4)
+    with closing(session(database)) as other:
+        other.execute("begin")
+        emit(other, {"n": 1})  # open while the first wait parks
+        park(db, late, wait_op(late))
+        other.execute("commit")
+        other.execute("begin")
+        park(other, last, wait_op(last, where={"n": 2}))  # open while its event is delivered
+        park(db, early, wait_op(early, where={"n": 2}))
+        park(db, timed, wait_op(timed, where={"n": 9}, due_in=1))
+        emit(db, {"n": 2})
+        deliver(db)
+        other.execute("commit")
+    call(db, "fire_timers", at(2), 10)
+    call(db, "sweep", "20 seconds", at(2))
+    call(db, "sweep", "20 seconds", at(10**7))
+    assert [state(db, each) for each in (late, early, timed, last)] == ["ready"] * 4
     assert len(plans.heard) > 50
     assert plans.through_all() == set()

@@ -267,8 +267,10 @@ language plpgsql volatile set search_path from current as $$
 declare
   v_given uuid[];
 begin
-  delete from event_wait w using unnest(p_waits) g
-  where w.execution_id = g.execution_id and w.name = g.name and w.round = g.round;
+  delete from event_wait where ctid = any(array(
+    select w.ctid from unnest(p_waits) g cross join lateral (
+      select ctid from event_wait k
+      where k.execution_id = g.execution_id and k.name = g.name and k.round = g.round offset 0) w));
   with given as (
     update step s
     set status = 'completed', value = p_event.payload, error = null, event_id = p_event.id, finished_at = p_now,
@@ -402,8 +404,10 @@ end $$;
 -- Forgets waits that were answered otherwise.
 create or replace function stop_listening(p_answered answer[]) returns void
 language sql volatile set search_path from current as $$
-  delete from event_wait w using unnest(p_answered) a
-  where w.execution_id = a.execution_id and w.name = a.name and w.round = a.round
+  delete from event_wait where ctid = any(array(
+    select w.ctid from unnest(p_answered) a cross join lateral (
+      select ctid from event_wait k
+      where k.execution_id = a.execution_id and k.name = a.name and k.round = a.round offset 0) w))
 $$;
 
 -- ---------------------------------------------------------------- keeping and showing
@@ -415,7 +419,7 @@ language sql volatile set search_path from current as $$
   delete from event where id = any(array(
     select o.id from (select id, emitted_at from event order by xact limit p_limit) o
     where o.emitted_at < p_now - (select keep_for from event_policy)
-      and not exists (select from event_pending p where p.event_id = o.id offset 0)))
+    except select event_id from event_pending))
 $$;
 
 -- Changes how long events are kept.
