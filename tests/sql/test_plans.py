@@ -14,6 +14,7 @@ import psycopg
 import pytest
 
 from tests.events.support import deliver, emit, running, wait_op
+from tests.retention.support import completed, completed_tree, prune
 from tests.sql.support import (
     Db,
     at,
@@ -162,5 +163,17 @@ def test_events_and_what_waits_for_them_go_by_keys(db: Db, plans: Plans, databas
     call(db, "sweep", "20 seconds", at(2))
     call(db, "sweep", "20 seconds", at(10**7))
     assert [state(db, each) for each in (late, early, timed, last)] == ["ready"] * 4
+    assert len(plans.heard) > 50
+    assert plans.through_all() == set()
+
+
+def test_a_prune_and_a_sweep_go_by_keys(db: Db, plans: Plans) -> None:
+    register(db, "work", "child")
+    completed_tree(db, 3)
+    completed(db, number=9)
+    enqueue(db)
+    claim_one(db, token=9)
+    call(db, "sweep", "20 seconds", at(1_000))
+    assert prune(db, 10**8) > 0
     assert len(plans.heard) > 50
     assert plans.through_all() == set()

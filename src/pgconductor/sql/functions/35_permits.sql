@@ -373,8 +373,8 @@ begin
   end if;
   v_tasks := array(select distinct task_id from lane where is_limited
                    or exists (select from task_limit t where t.task_id = lane.task_id)
-                   or exists (select from backlog b where b.lane_id = lane.id)
-                   or exists (select from look k where k.lane_id = lane.id));
+                   or exists (select from backlog b where b.lane_id = lane.id offset 0)
+                   or exists (select from look k where k.lane_id = lane.id offset 0));
   perform lock_limits(v_tasks);
   -- a lane that was made while the limits changed
   update lane set is_limited = not is_limited, limits_changed_at = clock_timestamp() where id in (

@@ -97,7 +97,7 @@ $$;
 
 create or replace function is_awaited(p_names text[]) returns boolean
 language sql stable set search_path from current as $$
-  select exists (select from unnest(p_names) n where exists (select from event_wait w where w.event = n))
+  select exists (select from unnest(p_names) n where exists (select from event_wait w where w.event = n offset 0))
 $$;
 
 -- p_events: [{id, name, payload}]; p_notify: send the hint with the commit.
@@ -235,14 +235,15 @@ language sql stable set search_path from current as $$
   order by e.ord limit 1
 $$;
 
--- The first event that answers a wait and that its first look could not see. Few events are that young, so the index
--- on names, which leads to all of them, is kept out of it. What came with a restore from a server that had counted its
+-- The first event that answers a wait and that its first look could not see. Few events are that young, so only the index
+-- on transactions leads to them: that on names leads to all. What came with a restore from a server that had counted its
 -- transactions further is not young: no snapshot of this one can have missed it.
 create or replace function event_unseen(p_wait event_wait) returns event
 language sql stable set search_path from current as $$
-  select e from event e
-  where e.xact >= pg_snapshot_xmin(p_wait.snapshot) and not pg_visible_in_snapshot(e.xact, p_wait.snapshot)
-    and e.xact < pg_snapshot_xmax(pg_current_snapshot()) and e.name || '' = p_wait.event
+  select e::event
+  from (select * from event where xact >= pg_snapshot_xmin(p_wait.snapshot)
+        and xact < pg_snapshot_xmax(pg_current_snapshot()) order by xact offset 0) e
+  where not pg_visible_in_snapshot(e.xact, p_wait.snapshot) and e.name = p_wait.event
     and case when p_wait.probe = any(e.probes) then coalesce(e.payload::jsonb @> p_wait.predicate, true) end
     and not exists (select from step s where s.execution_id = p_wait.execution_id and s.event_id = e.id)
   order by e.ord limit 1
@@ -252,9 +253,11 @@ $$;
 create or replace function waits_for(p_event event) returns setof event_wait
 language sql stable set search_path from current as $$
   with it as materialized (select p_event.payload::jsonb as payload)
-  select w from it cross join event_wait w
+  select w::event_wait
+  from it cross join (select distinct unnest(p_event.probes) as probe) p
+  cross join lateral (select * from event_wait k where k.event = p_event.name and k.probe = p.probe offset 0) w
   cross join lateral (select outcome from execution k where k.id = w.execution_id offset 0) e
-  where w.event = p_event.name and w.probe = any(p_event.probes) and e.outcome is null
+  where e.outcome is null
     and coalesce(it.payload @> w.predicate, true)
     and (p_event.ord > w.since or not pg_visible_in_snapshot(p_event.xact, w.snapshot)
                                   and p_event.xact < pg_snapshot_xmax(pg_current_snapshot()))
@@ -319,13 +322,17 @@ language sql volatile set search_path from current as $$
   delete from event_pending where ord = any(array(
     select p.ord from (select * from event_pending order by ord limit p_limit) p
     where p.event_id is not null and not exists (
-        select from event e join event_wait w on w.event = e.name and w.probe = any(e.probes) where e.id = p.event_id
-        offset 0)
+        select from (select * from event k where k.id = p.event_id offset 0) e
+        cross join lateral unnest(e.probes) b
+        cross join lateral (select from event_wait w where w.event = e.name and w.probe = b offset 0) w)
       or p.event_id is null and not exists (
-        select from event_wait w join event e on e.xact >= pg_snapshot_xmin(w.snapshot)
-        where w.execution_id = p.execution_id and w.name = p.name and w.round = p.round
-          and e.name || '' = w.event and not pg_visible_in_snapshot(e.xact, w.snapshot)
-          and e.xact < pg_snapshot_xmax(pg_current_snapshot()) offset 0)))
+        select from (
+          select * from event_wait k
+          where k.execution_id = p.execution_id and k.name = p.name and k.round = p.round offset 0) w
+        cross join lateral (
+          select * from event where xact >= pg_snapshot_xmin(w.snapshot)
+          and xact < pg_snapshot_xmax(pg_current_snapshot()) order by xact offset 0) e
+        where e.name = w.event and not pg_visible_in_snapshot(e.xact, w.snapshot) offset 0)))
 $$;
 
 -- Gives one event to the first wait of each execution that it answers. is_done: nobody is left.

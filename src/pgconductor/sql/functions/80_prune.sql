@@ -192,7 +192,7 @@ declare
   v_count int;
 begin
   v_trees := array(select id from unnest(v_locked) id where exists (
-    select from step s where s.execution_id = id and num_nonnulls(s.child_id, s.child_ids) > 0));
+    select from step s where s.execution_id = id and num_nonnulls(s.child_id, s.child_ids) > 0 offset 0));
   v_plain := array(select id from unnest(v_locked) id where id not in (select unnest(v_trees)));
   perform remove(v_plain, p_now);
   v_count := cardinality(v_plain);
