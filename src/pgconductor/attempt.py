@@ -31,7 +31,6 @@ import logging
 import random
 import sys
 import time
-from asyncio import current_task
 from collections.abc import Awaitable, Callable, Iterable
 from concurrent.futures import Future as ThreadFuture
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
@@ -205,7 +204,7 @@ class Attempt:
         Returns:
             What is to be settled; None when there is nothing, since the lease is lost.
         """
-        self._main = current_task()
+        self._main = asyncio.current_task()
         current_run.set(self)
         if self.is_over() or self.is_closing():
             return self.leave(self.exit or "released")
@@ -450,7 +449,7 @@ class Attempt:
         """Begin an operation, and tell whether the run is to be left here, by `pend`."""
         self.enter()
         host = self.host
-        if current_task(host.loop) is not self._main:
+        if asyncio.current_task(host.loop) is not self._main:
             self._is_concurrent = True
         elif self.journal.late_tasks and sys.exception() is None:
             self.journal.late_tasks.clear()  # the handler goes on: what timed out, it has seen
@@ -469,7 +468,7 @@ class Attempt:
             return None
         if host.is_leaving or journal.late_tasks or self.claimed.closes_at is not None:
             return None
-        if current_task(host.loop) is not self._main:
+        if asyncio.current_task(host.loop) is not self._main:
             return None
         memo = journal.unvisited.pop(name, None)
         if memo is not None and (memo.kind != kind or memo.child_task != child_task):
@@ -493,7 +492,7 @@ class Attempt:
 
     def begin_work(self, work: object) -> None:
         """Note a step or transaction and its asyncio task: it keeps the run from being left, and from being settled."""
-        self._busy[work] = current_task(self.host.loop)
+        self._busy[work] = asyncio.current_task(self.host.loop)
 
     def end_work(self, work: object) -> None:
         """Strike it off."""

@@ -41,7 +41,7 @@ VALUE_BYTES_MAX = 1024 * 1024
 NAME_BYTES_MAX = 200
 """The most bytes of UTF-8 that the name of a task, queue, step, event or schedule may have."""
 
-BACKSLASH = ord("\\")
+_BACKSLASH = ord("\\")
 _BRACKETS = bytes.maketrans(b"[{]}", b"(())")
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _STRINGS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
@@ -197,7 +197,7 @@ def is_storable(raw: bytes) -> bool:
 
     A backslash before `u0000` may itself be escaped, so False means: look closer.
     """
-    if BACKSLASH in raw and b"\\u0000" in raw:  # a byte is looked for ten times as fast as a word
+    if _BACKSLASH in raw and b"\\u0000" in raw:  # a byte is looked for ten times as fast as a word
         return False
     size = len(raw)
     return size <= NESTING_MAX or (size <= VALUE_BYTES_MAX and _is_shallow(raw))

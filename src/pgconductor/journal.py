@@ -67,8 +67,6 @@ class _Pending:
     __slots__ = ()
 
 
-_RESULT: Final = "result of child"
-
 PENDING: Final = _Pending()
 """Not answered yet: the run has to park."""
 
@@ -349,8 +347,7 @@ class Journal:
                 return call.returns.read(memo.value)
             except Exception:  # noqa: BLE001, S110  (it comes again below, and is named)
                 pass
-            return call.returns.decode(memo.value, _RESULT, memo.name)
-        if memo.status == "timed_out":
+        elif memo.status == "timed_out":
             raise self._timeout_of(memo, call.task)
         return _value_of(memo, memo.name, call)
 
@@ -496,7 +493,7 @@ def _gathered(name: str, calls: Sequence[Call[Any]], answers: Sequence[ChildAnsw
 
 def _value_of(answer: Recorded | ChildAnswer, name: str, call: Call[Any]) -> Any:
     if answer.status == "completed":
-        return call.returns.decode(answer.value, _RESULT, name)
+        return call.returns.decode(answer.value, "result of child", name)
     stored = error_from_json(bytes(answer.error))
     child_id = UUID(answer.child_id) if answer.child_id else NO_ID
     if answer.status == "cancelled":

@@ -18,19 +18,9 @@ from typing import Any, NamedTuple, cast, get_args, get_origin
 import msgspec
 
 from pgconductor.annotations import Unresolved, describe_type, hints_of, is_model, return_type, union_members
-from pgconductor.codec import (
-    BACKSLASH,
-    UNTYPED,
-    VALUE_BYTES_MAX,
-    Codec,
-    Raw,
-    codec_for,
-    is_storable,
-    too_large,
-    write_json,
-)
+from pgconductor.codec import UNTYPED, VALUE_BYTES_MAX, Codec, Raw, codec_for, is_storable, too_large, write_json
 from pgconductor.errors import ConfigurationError, DecodeError, EncodeError
-from pgconductor.refusal import NESTING_MAX, read_fault
+from pgconductor.refusal import read_fault
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments, without the context."""
@@ -122,17 +112,10 @@ class Signature:
             TypeError: The arguments do not fit the signature; the message is Python's, with the task's name.
             EncodeError: An argument cannot be stored; the path begins with `payload`.
         """
-        if self._is_document:
-            try:  # all arguments at once, as `Codec.store` does with one
-                document = self._document(*args, **kwargs)
-                raw = write_json(document)
-                is_plain = len(raw) <= NESTING_MAX and BACKSLASH not in raw  # as most are; else one looks closer
-                if (is_plain or is_storable(raw)) and self._read(raw) == document:
-                    return raw.decode()
-            except Exception:  # noqa: BLE001, S110  (whatever it is, it comes again below, where it can be named)
-                pass
-        elif not (args or kwargs or self._required):
+        if not (args or kwargs or self._required):
             return "{}"
+        if self._is_document and (document := self._write_document(args, kwargs)):
+            return document.decode()
         bound = self._bind(args, kwargs)
         if self.is_whole and bound:
             return self._encode_whole(*bound.values()).decode()
@@ -210,6 +193,15 @@ class Signature:
         """
         args, kwargs = self.decode_payload(raw)
         return args[0] if args else kwargs[self.parameters[0].name]
+
+    def _write_document(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bytes | None:
+        """Write all arguments at once, as `Codec.store` does with one; None says: look at each, to find the fault."""
+        try:
+            document = self._document(*args, **kwargs)
+            raw = write_json(document)
+            return raw if is_storable(raw) and self._read(raw) == document else None
+        except Exception:  # noqa: BLE001  (whatever it is, it comes again where it can be named)
+            return None
 
     def _bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         bound = dict(zip(self._positional, args, strict=False))
