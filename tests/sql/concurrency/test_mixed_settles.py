@@ -17,6 +17,7 @@ from tests.sql.support import (
     register,
     session,
     settle_both,
+    settle_plain,
     state,
     wait_until_blocked,
 )
@@ -85,3 +86,21 @@ def test_a_cancel_of_the_parent_beside_a_completion_and_a_park_of_its_children(d
         assert cancelling.result() == "cancelled"
         settling.result()
     assert [state(db, id) for id in (parent, napping)] == ["cancelled", "cancelled"]
+
+
+def test_plain_completions_lock_their_executions_in_the_order_of_their_ids(db: Db, database: str) -> None:
+    register(db, "work")
+    ids = [str(UUID(int=number)) for number in (5, 3, 6, 1, 4, 2)]  # so they lie in the table
+    for id in ids:
+        enqueue(db, id=id)
+        assert claim_one(db) == id
+    with session(database) as settling, session(database) as blocker:
+        blocker.autocommit = False
+        blocker.execute("select from execution where id = %s for update", (ids[4],))
+        settle = Background(partial(settle_plain, settling, *({"id": id, "token": 1, "result": 1} for id in ids)))
+        wait_until_blocked(db, settling)
+        free = db.execute("select id from execution order by id for update skip locked").fetchall()
+        assert [str(row["id"]) for row in free] == sorted(ids)[4:]
+        blocker.rollback()
+        assert settle.result()["lost"] == []
+    assert {state(db, id) for id in ids} == {"completed"}

@@ -14,7 +14,8 @@
 -- A plan that is kept may have been made while the tables were nearly empty, and going through all of one costs nothing
 -- then. It stays until somebody has analyzed them. So no statement leaves that open: what is looked up is `cross join
 -- lateral (... offset 0)`, what must not be there `not exists (... offset 0)`, and what is changed without having been
--- locked is found by `id = any(array[x.id])`, which goes by the key, and from x to it only.
+-- locked is found by `id = any(array[x.id])`, which goes by the key, and from x to it only. Where claims and settles go
+-- through hundreds of rows, `id = any(all of them)` reads the key once, in a function that has no nested loops to offer.
 
 -- Another instant than the clock's, for tests. Only those who may create in the schema can have one: whoever could move
 -- the clock could end leases and periods. session_user: in a function that runs as the owner, everybody is the owner.

@@ -44,21 +44,8 @@ begin
 
   -- whose ends may be kept not at all: few look further, kept_not decides
   v_fleeting := array(select l.id from keeps_nothing n join lane l on l.task_id = n.task_id);
-  with done as (
-    update execution e
-    set outcome = 'completed', result = h.result, error = null, finished_at = p_now,
-        started_at = coalesce(e.started_at, h.claimed_at)
-    from unnest(v_ids, v_claimed, v_results) as h(id, claimed_at, result)
-    where e.id = any(array[h.id]) and e.cancel_requested_at is null and e.outcome is null
-    returning e.id, e.lane_id, e.parent_id, e.parent_step, e.parent_round, e.parent_index, h.result
-  )
-  select count(*), array_agg(row(d.parent_id, d.parent_step, d.parent_round, 'completed', d.result, null)::answer)
-            filter (where d.parent_index = 0),
-         array_agg(d.id) filter (where d.lane_id = any(v_fleeting)),
-         (select array_agg(row(m.*)::ended_children) from (
-           select parent_id, parent_step, parent_round, array_agg(parent_index) from done where parent_index > 0
-           group by 1, 2, 3) m)
-  into v_count, v_answers, v_gone, v_counted from done d;
+  select * into v_count, v_answers, v_gone, v_counted
+  from write_completions(v_ids, v_claimed, v_results, v_fleeting, p_now);
 
   if v_count < coalesce(cardinality(v_ids), 0) then
     v_effects := finish(cancelled(array(
@@ -79,6 +66,33 @@ begin
   if coalesce(cardinality(v_ids), 0) < cardinality(p_completed) then
     p_lost := p_lost || array(select id from unnest(p_completed) id where v_ids is null or id <> all(v_ids));
   end if;
+end $$;
+
+-- Writes that executions are completed; their leases are held. Says of those that were neither cancelled nor over how
+-- many there were, what their parents are to be told, and which ends may be kept not at all (p_fleeting: their lanes).
+-- The rows are found in one scan of the index, not each by a descent from its root, and merged with their results in the
+-- order of their ids, which is that of locks. No other plan is left: nothing else is read in here.
+create or replace function write_completions(
+  p_ids uuid[], p_claimed timestamptz[], p_results json[], p_fleeting int[], p_now timestamptz,
+  out p_count int, out p_answers answer[], out p_gone uuid[], out p_counted ended_children[]
+)
+language plpgsql volatile set search_path from current set enable_nestloop = off set enable_hashjoin = off set enable_mergejoin = on set enable_bitmapscan = off as $$
+begin
+  with done as (
+    update execution e
+    set outcome = 'completed', result = h.result, error = null, finished_at = p_now,
+        started_at = coalesce(e.started_at, h.claimed_at)
+    from (select unnest(p_ids) as id, unnest(p_claimed) as claimed_at, unnest(p_results) as result) h
+    where e.id = h.id and e.id = any(p_ids) and e.cancel_requested_at is null and e.outcome is null
+    returning e.id, e.lane_id, e.parent_id, e.parent_step, e.parent_round, e.parent_index, h.result
+  )
+  select count(*), array_agg(row(d.parent_id, d.parent_step, d.parent_round, 'completed', d.result, null)::answer)
+            filter (where d.parent_index = 0),
+         array_agg(d.id) filter (where d.lane_id = any(p_fleeting)),
+         (select array_agg(row(m.*)::ended_children) from (
+           select parent_id, parent_step, parent_round, array_agg(parent_index) from done where parent_index > 0
+           group by 1, 2, 3) m)
+  into p_count, p_answers, p_gone, p_counted from done d;
 end $$;
 
 -- What a cancel request makes of executions, whatever they returned.
