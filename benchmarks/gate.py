@@ -46,10 +46,9 @@ class Gate:
 
 
 @asynccontextmanager
-async def closed(dsn: str, table: str, *, may_be_read: bool = False) -> AsyncIterator[Gate]:
-    """Yield a gate that is closed; it opens at the latest at the end. Where the table may be read, nothing is taken."""
+async def closed(dsn: str, table: str) -> AsyncIterator[Gate]:
+    """Yield a gate that is closed; it opens at the latest at the end."""
     async with await psycopg.AsyncConnection.connect(dsn) as connection:
-        mode = "exclusive" if may_be_read else "access exclusive"
-        await connection.execute(f"lock table {table} in {mode} mode".encode())
+        await connection.execute(f"lock table {table} in access exclusive mode".encode())
         yield Gate(connection, table)
         await connection.rollback()

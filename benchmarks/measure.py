@@ -62,12 +62,11 @@ class Bench:
 
 
 @asynccontextmanager
-async def bench(server: Server, *, paused: bool = True) -> AsyncIterator[Bench]:
+async def bench(server: Server) -> AsyncIterator[Bench]:
     """Yield a client on a fresh database. Its queue is paused, so that workers connect before the clock starts."""
     async with server.database() as database, Conductor(database.dsn) as app:
         tasks = register(app, lambda _: None)
-        if paused:
-            await app.pause(QUEUE)
+        await app.pause(QUEUE)
         yield Bench(database, app, tasks)
 
 

@@ -100,8 +100,8 @@ class Claimer:
         self._task = asyncio.get_running_loop().create_task(self._run(), name="pgconductor claimer")
 
     async def warm_up(self, timeout: float) -> None:
-        """Connect, and let the server plan what a claim does."""
-        with contextlib.suppress(ConnectionLost):  # the first claim connects, then
+        """Connect, and let the server plan what a claim does; what takes too long the first claim does."""
+        with contextlib.suppress(ConnectionLost, TimeoutError):
             nothing = self._engine.claim(self._membership.id, self._token, None, self._task_ids)
             await self._session.run(nothing, timeout=timeout)
 

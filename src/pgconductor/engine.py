@@ -204,11 +204,11 @@ class Engine(Reports):
         return self._query("register_queues", "text[]", (list(names),), _names)
 
     def register_orchestrator(
-        self, id: str, name: str, version: str, host: str, pid: int, queues: Sequence[str]
+        self, id: str, name: str, version: str, host: str, pid: int, queues: Sequence[str], migration: int | None
     ) -> Query[ToldPlaces | None]:
         """See 05_register.sql. None: no process finds it dear to begin at the heads of lanes."""
-        parameters = (id, name, version, host, pid, list(queues), self._now())
-        types = "uuid text text text int text[] timestamptz"
+        parameters = (id, name, version, host, pid, list(queues), self._now(), migration)
+        types = "uuid text text text int text[] timestamptz int"
         return self._query("register_orchestrator", types, parameters, _told_places)
 
     def next_trigger(

@@ -24,14 +24,14 @@ from contextlib import AsyncExitStack, suppress
 from typing import TYPE_CHECKING, Any, Final, Self, cast
 from uuid import UUID, uuid4
 
-from pgconductor import stop_signals
+from pgconductor import schema, stop_signals
 from pgconductor.changes import register_changes
 from pgconductor.checks import check_integer, check_names, check_sequence
 from pgconductor.claimer import Claimer
 from pgconductor.crew import Crew
 from pgconductor.durations import Duration, parse_duration
 from pgconductor.engine import Moved
-from pgconductor.errors import ConfigurationError
+from pgconductor.errors import ConfigurationError, ServerError
 from pgconductor.events import subscriptions_of
 from pgconductor.heartbeat import Heartbeat, Pulse
 from pgconductor.host import ProcessHost
@@ -57,6 +57,8 @@ log = logging.getLogger("pgconductor.orchestrator")
 GRACE_SECONDS: Final = 30.0
 LAST_SECONDS: Final = 5.0
 START_SECONDS: Final = 30.0
+WARM_UP_SECONDS: Final = 5.0
+"""How long a start waits for what is only made ready, such as behind somebody who has locked a table."""
 
 
 class Orchestrator:
@@ -281,12 +283,7 @@ class _Process:
         self._settle_session = Session(dsn, "pgconductor settle", self._timeline)
         self._save_session = Session(dsn, "pgconductor save", self._timeline)
         self._other_session = Session(dsn, "pgconductor worker", self._timeline)
-        for session in (
-            self._claim_session,
-            self._settle_session,
-            self._save_session,
-            self._other_session,
-        ):
+        for session in (self._claim_session, self._settle_session, self._save_session, self._other_session):
             self._stack.push_async_callback(session.close)
 
     async def _register(self, tasks: Mapping[str, Task[..., Any]]) -> dict[int, Task[..., Any]]:
@@ -355,6 +352,7 @@ class _Process:
             platform.node(),
             os.getpid(),
             [worker.queue for worker in self._workers],
+            schema.last_migration(),
         )
         told = await self._other_session.run(query, timeout=timeout)
         if told is not None:
@@ -374,7 +372,7 @@ class _Process:
         if listen:
             self._listener.start()
             self._stack.push_async_callback(self._listener.stop)
-        await asyncio.gather(self.claimer.warm_up(START_SECONDS), self.settler.warm_up(START_SECONDS))
+        await asyncio.gather(self.claimer.warm_up(WARM_UP_SECONDS), self.settler.warm_up(WARM_UP_SECONDS))
         self._watch_fence()
         self._stack.callback(self._unwatch_fence)
         self._stack.push_async_callback(self._scheduler.stop)
@@ -505,6 +503,10 @@ class _Process:
                     await asyncio.sleep(self._membership.timing.beat / 4)
                 await self._join(None)
                 break
+            except ServerError as error:
+                log.error("cannot join again, and stops: %s", error)
+                self.owner.stop_soon()
+                return
             except Exception:
                 failure_count += 1
                 log.exception("could not join again; trying on")

@@ -473,6 +473,11 @@ def _check_records(records: Records) -> None:
             raise ServerError(reason, "upgrade pgconductor in this process")
 
 
+def last_migration() -> int:
+    """Return the number of the last migration that this release knows."""
+    return max(step.record.version for step in _migrations() if step.record)
+
+
 @functools.cache
 def _migrations() -> tuple[Step, ...]:
     return tuple(_migration(file) for file in _files("migrations"))

@@ -6,6 +6,7 @@ is dropped, since somebody else has the execution.
 """
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -74,9 +75,13 @@ class Settler:
         self.add: Callable[[Settlement], None] = self.batcher.add
 
     async def warm_up(self, timeout: float) -> None:
-        """Connect, and let the server plan what a settle does: with an outcome that is lost, since no claim made it."""
+        """Connect, and let the server plan what a settle does: with an outcome that is lost, since no claim made it.
+
+        What takes too long the first settle does.
+        """
         nobodys = Completion(str(UUID(int=0)), 0, Raw(b"null"), None)
-        await self._session.run(self._engine.settle(self._membership.id, [nobodys], []), timeout=timeout)
+        with contextlib.suppress(TimeoutError):
+            await self._session.run(self._engine.settle(self._membership.id, [nobodys], []), timeout=timeout)
 
     def void(self, token: int) -> None:
         """Send no outcome of any claim up to this one: it may rest on steps that a failover has taken back."""

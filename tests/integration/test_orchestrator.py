@@ -239,6 +239,22 @@ async def test_a_start_that_raises_leaves_nothing_running(database: str, db: Db)
         assert db.execute("select from orchestrator").rowcount == 0
 
 
+async def test_a_start_does_not_fail_behind_a_table_that_somebody_has_locked(
+    app: App, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pgconductor.orchestrator.WARM_UP_SECONDS", 0.1)
+
+    @app.task
+    async def work(ctx: Context) -> str:
+        return "done"
+
+    with psycopg.connect(database) as blocker:
+        blocker.execute("lock table pgconductor.ready, pgconductor.lease in exclusive mode")
+        async with Orchestrator(app):
+            blocker.rollback()
+            assert await (await work.invoke()).result() == "done"
+
+
 async def test_a_start_has_connected_what_claims_and_settles(app: App, db: Db) -> None:
     @app.task
     async def work(ctx: Context) -> None: ...

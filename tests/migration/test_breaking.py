@@ -9,8 +9,13 @@ from psycopg.conninfo import make_conninfo
 
 from pgconductor import Conductor, Context, Orchestrator, schema
 from pgconductor.errors import ServerError
-from tests.sql.support import Background, Db
+from pgconductor.membership import Timing
+from tests.sql.support import Background, Db, session, wait_until_blocked
 
+KNOWING = "select register_orchestrator(uuid7(), 'old', '0.0.1', 'host', 1, '{default}', p_migration => %s)"
+MIGRATED = """
+    insert into migration (version, name, checksum, release, breaking) values (900, '0900_next', 'c', '99.0.0', true)"""
+REFUSED = "migrated by release 99.0.0, with which 0.0.1 cannot work; upgrade pgconductor"
 OLD = "select register_orchestrator(uuid7(), 'old', '0.0.1', 'host', 1, '{default}')"
 
 
@@ -149,6 +154,52 @@ async def test_a_running_orchestrator_stops_gracefully_when_asked(
         assert orchestrator.is_stopped
         assert await run.state() in ("completed", "ready")
     assert "asked to stop" in caplog.text
+
+
+@pytest.mark.covers("F80", "P46")
+def test_who_does_not_know_the_migration_is_not_registered(database: str, db: Db, breaking: schema.Step) -> None:
+    schema.migrate(database)
+    with pytest.raises(psycopg.Error, match=REFUSED) as refused:
+        db.execute(KNOWING, (899,))
+    assert refused.value.sqlstate == ServerError.sqlstate
+    assert asked(db) == []
+    db.execute(KNOWING, (900,))
+    assert asked(db) == [False]
+
+
+@pytest.mark.covers("F80", "P46")
+def test_who_registers_while_it_is_applied_waits_for_it_and_is_refused(database: str, db: Db) -> None:
+    with session(database) as migrating, session(database) as joining:
+        migrating.execute("begin")
+        migrating.execute("lock table orchestrator in share row exclusive mode")
+        migrating.execute(MIGRATED)
+        join = Background(lambda: joining.execute(KNOWING, (899,)))
+        wait_until_blocked(db, joining)
+        migrating.execute("commit")
+        with pytest.raises(psycopg.Error, match=REFUSED):
+            join.result()
+    assert asked(db) == []
+
+
+@pytest.mark.covers("F80", "P46")
+async def test_who_was_cut_off_while_it_was_applied_does_not_join_again(
+    database: str, db: Db, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with Conductor(database) as app:
+
+        @app.task
+        async def work(ctx: Context) -> str:
+            return "done"
+
+        orchestrator = Orchestrator(app, _timing=Timing(beat=0.05))
+        await orchestrator.start()
+        await work.invoke()
+        db.execute(MIGRATED)
+        db.execute("select retire(id) from orchestrator")  # as a sweep does with one that does not beat
+        async with asyncio.timeout(30):
+            await orchestrator.stopped
+    assert "cannot join again, and stops: the schema was migrated by release 99.0.0" in caplog.text
+    assert asked(db) == []
 
 
 async def _nothing() -> None:

@@ -375,7 +375,7 @@ class ManualWorker:
     async def _join(self) -> None:
         """Become a new process."""
         id = str(uuid4())
-        query = self._engine.register_orchestrator(id, "test", "test", platform.node(), os.getpid(), [])
+        query = self._engine.register_orchestrator(id, "test", "test", platform.node(), os.getpid(), [], None)
         await self._session.run(query)
         self._membership.join(id, asked_at=_FOR_EVER)
         self._host.orchestrator_id = id

@@ -38,6 +38,7 @@ from tests.sql.support import (
     state,
     states,
     step,
+    wait_until_blocked,
 )
 
 
@@ -175,6 +176,31 @@ def test_a_deadline_and_an_answer_make_one_outcome(db: Db, pair: tuple[Db, Db], 
     overlap(db, pair, *(acts if child_first else acts[::-1]))
     assert step(db, parent, "call")["status"] == ("completed" if child_first else "timed_out")
     assert state(db, child) == ("completed" if child_first else "cancelled")
+
+
+# ---------------------------------------------------------------- what is declared, and what operators say
+
+
+def test_a_limit_is_set_while_a_task_with_one_is_registered_for_the_first_time(
+    db: Db, pair: tuple[Db, Db], database: str
+) -> None:
+    registering, setting = pair
+    register(db, "known")
+    enqueue(db, "late")
+    assert call(db, "set_limit", "late", 5) is True
+    declared = [{"name": name, "queue": "mail", "max_attempts": 3, "max_crashes": 5} for name in ("known", "late")]
+    declared[1]["limits"] = [{"kind": "concurrency", "key_path": None, "max": 2}]
+    with session(database) as blocker:
+        blocker.execute("begin")
+        blocker.execute("select from task where name = 'known' for update")
+        first = Background(lambda: call(registering, "register_tasks", "d", declared))
+        wait_until_blocked(db, registering)
+        second = Background(lambda: call(setting, "set_limit", "late", 1))
+        wait_until_blocked(db, setting)
+        blocker.execute("commit")
+        assert (len(first.result()), second.result()) == (2, True)
+    found = db.execute("select declared_max, operator_max from task_limit").fetchone()
+    assert found == {"declared_max": 2, "operator_max": 1}
 
 
 # ---------------------------------------------------------------- every pair of functions over one tree

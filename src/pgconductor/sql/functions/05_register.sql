@@ -1,5 +1,6 @@
 -- register: what code and processes tell the database of themselves.
--- Called at start. Locks: the task rows named. Errors: none of its own.
+-- Called at start. Locks: the limits of the tasks named, before any row, as set_limit does; then the tasks' rows. Errors: of
+-- register_orchestrator alone.
 
 -- Writes the options of tasks; the last code to register wins. p_tasks: [{name, queue, max_attempts, max_crashes,
 -- keep_completed?, keep_failed? (seconds; below zero is for ever), and what flow_as_declared takes}]
@@ -12,6 +13,10 @@ declare
 begin
   insert into queue (name)
   select distinct t.queue from json_to_recordset(p_tasks) as t(queue text) order by 1 on conflict do nothing;
+  perform lock_limits(array(
+    select k.id from json_to_recordset(p_tasks) as t(name text, limits json) join task k on k.name = t.name
+    where k.registered_at is null or json_typeof(t.limits) = 'array'
+      or exists (select from task_limit l where l.task_id = k.id)));
   -- what was enqueued before anybody knew the task's queue moves with its lane
   update lane l set queue_id = q.id
   from json_to_recordset(p_tasks) as t(name text, queue text)
@@ -49,17 +54,26 @@ begin
   return (select json_agg(json_build_object('name', name, 'id', id)) from queue where name = any(p_names));
 end $$;
 
--- Returns what told_places has to tell, for a process that has no places of its own yet.
+-- Returns what told_places has to tell, for a process that has no places of its own yet. p_migration: the last one that it
+-- knows; null asks for nothing. Errors: PC011 for a process that a later migration breaks; it is not registered. One that
+-- is under way is waited for, by the insert: it holds this table against it.
 create or replace function register_orchestrator(
-  p_id uuid, p_name text, p_version text, p_host text, p_pid int, p_queues text[], p_now timestamptz default null
+  p_id uuid, p_name text, p_version text, p_host text, p_pid int, p_queues text[], p_now timestamptz default null,
+  p_migration int default null
 ) returns json
 language plpgsql volatile set search_path from current set enable_seqscan = off set enable_mergejoin = off set jit = off set plan_cache_mode = force_generic_plan as $$
 declare
   v_now timestamptz := instant(p_now);
+  v_release text;
 begin
   insert into orchestrator (id, name, version, host, pid, queues, started_at, beat_at)
   values (p_id, p_name, p_version, p_host, p_pid, p_queues, v_now, v_now)
   on conflict (id) do nothing;
+  select release into v_release from migration where breaking and version > p_migration order by version desc limit 1;
+  if found then
+    raise exception 'the schema was migrated by release %, with which % cannot work; upgrade pgconductor in this process',
+      v_release, p_version using errcode = 'PC011';
+  end if;
   return told_places(v_now);
 end $$;
 

@@ -529,6 +529,7 @@ begin
   if v_task is null then
     return false;
   end if;
+  perform lock_limits(array[v_task]);  -- before any row, as register_tasks does
   if p_max is null then
     update task_limit set operator_max = null, operator_period = null
     where task_id = v_task and kind = p_kind and key_path is not distinct from p_key_path and declared_max is not null;
