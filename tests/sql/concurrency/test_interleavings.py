@@ -188,8 +188,8 @@ def test_a_limit_is_set_while_a_task_with_one_is_registered_for_the_first_time(
     register(db, "known")
     enqueue(db, "late")
     assert call(db, "set_limit", "late", 5) is True
-    declared = [{"name": name, "queue": "mail", "max_attempts": 3, "max_crashes": 5} for name in ("known", "late")]
-    declared[1]["limits"] = [{"kind": "concurrency", "key_path": None, "max": 2}]
+    known = {"name": "known", "queue": "mail", "max_attempts": 3, "max_crashes": 5}
+    declared = [known, known | {"name": "late", "limits": [{"kind": "concurrency", "key_path": None, "max": 2}]}]
     with session(database) as blocker:
         blocker.execute("begin")
         blocker.execute("select from task where name = 'known' for update")
