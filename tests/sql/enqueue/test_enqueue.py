@@ -274,3 +274,17 @@ def test_the_clock_is_the_databases_unless_a_test_moves_it(db: Db) -> None:
     created: datetime = row(db, str(id))["created_at"]
     found = db.execute("select clock_timestamp() - %s < interval '1 minute' as recent", (created,)).fetchone()
     assert found == {"recent": True}
+
+
+@pytest.mark.covers("F56")
+@pytest.mark.parametrize("bad", [r'{"tenant": "\u0000"}', r'{"tenant": "\ud800"}'])
+def test_a_payload_that_text_cannot_hold_is_refused_by_whatever_takes_it(db: Db, bad: str) -> None:
+    register(db, "work")
+    one = "select enqueue_one(uuid7(), 'work', null, 0::smallint, %s::json)"
+    alike = "select enqueue_alike(array[uuid7()], 'work', null, 0::smallint, json_build_array(%s::json))"
+    many = "select enqueue(json_build_array(json_build_object('id', uuid7(), 'task', 'work', 'payload', %s::json)))"
+    for statement in (one, alike, many):
+        with pytest.raises(psycopg.DataError, match=r"cannot be converted to text|low surrogate must follow"):
+            db.execute(statement.encode(), (bad,))
+        db.execute(statement.encode(), (r'{"tenant": "\u001f \\u0000"}',))
+    assert len(db.execute("select payload from executions").fetchall()) == 3

@@ -321,7 +321,8 @@ end $$;
 -- The plain call, as most calls are: no key, time, throttle or debounce, for a lane that is there and has neither limit
 -- nor expiry. Everything else, a repetition after a lost reply, and what is to be refused, is left to enqueue: the
 -- effect is the same.
--- Two inserts and one lookup, two where a queue is named; half the cost of enqueue.
+-- Two inserts and one lookup, two where a queue is named; half the cost of enqueue. An escaped character may be one that text
+-- cannot hold (NUL, half of a pair): type json takes it, but enqueue does not, since whatever reads it as jsonb would fail.
 -- p_hint: 'queue', as enqueue takes it, or 'named': see send_names. What is left to enqueue is not hinted.
 create or replace function enqueue_one(
   p_id uuid, p_task text, p_queue text, p_priority smallint, p_payload json, p_hint text default null,
@@ -340,7 +341,7 @@ begin
   from task t join lane l on l.task_id = t.id
   where t.name = p_task and not l.is_limited and t.expires_in is null
     and l.queue_id = coalesce(v_queue, t.queue_id);
-  if p_again or not found or octet_length(p_payload::text) > 1048576 then
+  if p_again or not found or octet_length(p_payload::text) > 1048576 or position(E'\\u' in p_payload::text) > 0 then
     return enqueue(json_build_array(json_build_object(
       'id', p_id, 'task', p_task, 'queue', p_queue, 'priority', p_priority, 'payload', p_payload)),
       p_lock_seconds => 2, p_again => p_again, p_now => p_now);
@@ -391,6 +392,7 @@ begin
     and l.queue_id = coalesce(v_queue, t.queue_id);
   if p_again or not found or octet_length(p_payloads::text) > 1048576 and exists (
     select from json_array_elements(p_payloads) p where octet_length(p.value::text) > 1048576)
+    or position(E'\\u' in p_payloads::text) > 0
   then
     return enqueue((
       select json_agg(json_build_object(

@@ -106,8 +106,8 @@ begin
 end $$;
 
 -- Locks, in one look, what outcomes and plain completions touch: their executions and parents, and the open descendants
--- of those that end. p_opening: who opens operations; p_tied: plain completions that have a parent, and it.
-create or replace function lock_for_settle(p_held settlement[], p_opening uuid[], p_tied uuid[]) returns void
+-- of those that end. p_opening: who opens operations; p_plain: plain completions, and the parents of those that have one.
+create or replace function lock_for_settle(p_held settlement[], p_opening uuid[], p_plain uuid[]) returns void
 language plpgsql volatile set search_path from current as $$
 declare
   v_creating uuid[];
@@ -125,7 +125,7 @@ begin
   into v_creating, v_cancelling, v_ids
   from unnest(p_held) h cross join lateral (select * from execution k where k.id = h.id offset 0) e;
   perform lock_trees(v_creating, v_cancelling);
-  perform lock_executions(v_ids || array(select open_descendants(v_ending)) || p_tied);
+  perform lock_executions(v_ids || array(select open_descendants(v_ending)) || p_plain);
 end $$;
 
 -- Parks: opens what is new, then waits, unless something awaited has been answered already.
@@ -285,7 +285,7 @@ begin
       on l.token = o.token and l.orchestrator_id = p_orchestrator;
   end if;
   if v_held is not null or cardinality(p_tied) > 0 then  -- completions of roots alone lock what they update
-    perform lock_for_settle(v_held, array(select id from json_to_recordset(p_ops) as o(id uuid)), p_tied);
+    perform lock_for_settle(v_held, array(select id from json_to_recordset(p_ops) as o(id uuid)), p_tied || p_completed);
   end if;
   if cardinality(p_completed) > 0 then
     select * into v_plain from settle_plain(p_orchestrator, p_completed, p_tokens, p_results, v_now, v_lost);

@@ -110,6 +110,7 @@ declare
   v_lanes int[];
   v_awaited boolean;
 begin
+  perform check_sizes(p_events);
   v_lanes := write_events(p_events, v_now);
   v_awaited := is_awaited(array(select e.name from json_to_recordset(p_events) as e(name text)));
   if p_notify and v_awaited then
@@ -235,15 +236,18 @@ language sql stable set search_path from current as $$
   order by e.ord limit 1
 $$;
 
--- The first event that answers a wait and that its first look could not see. Few events are that young, so only the index
--- on transactions leads to them: that on names leads to all. What came with a restore from a server that had counted its
+-- The first event that answers a wait and that its first look could not see: of a transaction that was under way then, or
+-- came later. Few events are that young, so only the index on transactions leads to them: that on names leads to all, and all
+-- since the oldest transaction of that time may be many, too, beside one that takes hours. What came with a restore from a server that had counted its
 -- transactions further is not young: no snapshot of this one can have missed it.
 create or replace function event_unseen(p_wait event_wait) returns event
 language sql stable set search_path from current as $$
   select e::event
-  from (select * from event where xact >= pg_snapshot_xmin(p_wait.snapshot)
-        and xact < pg_snapshot_xmax(pg_current_snapshot()) order by xact offset 0) e
-  where not pg_visible_in_snapshot(e.xact, p_wait.snapshot) and e.name = p_wait.event
+  from (select * from event where xact >= pg_snapshot_xmax(p_wait.snapshot)
+        and xact < pg_snapshot_xmax(pg_current_snapshot())
+        union all
+        select * from event where xact = any(array(select pg_snapshot_xip(p_wait.snapshot))) offset 0) e
+  where e.name = p_wait.event
     and case when p_wait.probe = any(e.probes) then coalesce(e.payload::jsonb @> p_wait.predicate, true) end
     and not exists (select from step s where s.execution_id = p_wait.execution_id and s.event_id = e.id)
   order by e.ord limit 1
@@ -330,9 +334,11 @@ language sql volatile set search_path from current as $$
           select * from event_wait k
           where k.execution_id = p.execution_id and k.name = p.name and k.round = p.round offset 0) w
         cross join lateral (
-          select * from event where xact >= pg_snapshot_xmin(w.snapshot)
-          and xact < pg_snapshot_xmax(pg_current_snapshot()) order by xact offset 0) e
-        where e.name = w.event and not pg_visible_in_snapshot(e.xact, w.snapshot) offset 0)))
+          select name from event where xact >= pg_snapshot_xmax(w.snapshot)
+          and xact < pg_snapshot_xmax(pg_current_snapshot())
+          union all
+          select name from event where xact = any(array(select pg_snapshot_xip(w.snapshot))) offset 0) e
+        where e.name = w.event offset 0)))
 $$;
 
 -- Gives one event to the first wait of each execution that it answers. is_done: nobody is left.
