@@ -4,7 +4,12 @@ A child process serves one run at a time. It is sent what was claimed, runs the 
 a database connection of its own, and sends back the outcome, which is settled with all the others. Both directions
 carry one JSON message a line; nothing is pickled, and the child finds the task by importing the module that defines
 it. A child that dies during a run costs that execution one crash, unless this process is stopping; one whose handler
-outlives its run is replaced. When this process dies, its children see the end of their pipe and exit.
+outlives its run is replaced.
+
+**Who ends whom.** A handler may block its loop, and then nothing that runs there, be it the task's timeout, a cancel or
+the news that this process is gone, reaches it. So this process counts, too: a run that has not answered a few seconds
+after its timeout, or after it was told of a cancel, loses its process. And a thread of each child does nothing but wait
+for the end of a pipe that this process alone holds open, its *lifeline*, and exits with it.
 
 **A child's first word** is that it serves: its module is imported, its lifespan open. One that cannot come so far says
 why, or just ends. That is no crash, since the handler was not called: the execution goes back for a while, at no cost.
@@ -20,16 +25,19 @@ import os
 import socket
 import sys
 from collections import deque
+from io import FileIO
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Final, Literal
+from weakref import WeakSet
 
 import msgspec
 from msgspec import Raw, Struct
 
+from pgconductor import logs
 from pgconductor.attempt import Attempt
 from pgconductor.claimed import Claimed
-from pgconductor.errors import ConductorError, ConfigurationError, EncodeError
+from pgconductor.errors import AttemptTimeout, ConductorError, ConfigurationError, EncodeError
 from pgconductor.membership import Timing
 from pgconductor.stored_error import error_from_json, error_to_json
 from pgconductor.written import Completion, Outcome
@@ -38,10 +46,19 @@ log = logging.getLogger("pgconductor.isolated")
 LINE_BYTES_MAX = 256 * 1024 * 1024
 START_RETRY_SECONDS: Final = 5.0
 """How long an execution goes back when its process cannot start."""
+MARGIN_SECONDS: Final = 5.0
+"""How long after its task's timeout a run may take to say so, before its process is ended."""
+CANCEL_SECONDS: Final = 10.0
+"""How long a run that is told of a cancel may take to leave, before its process is ended."""
+_lifelines: Final[WeakSet[FileIO]] = WeakSet()
+"""What this process holds open for its children to live."""
 
 
 class Home(Struct):
-    """Where a child finds the database and the code. `main_path`: the script, where the module is `__main__`."""
+    """Where a child finds the database and the code, and how it logs.
+
+    `main_path`: the script, where the module is `__main__`. `log_setup`: None, where that is the code's own affair.
+    """
 
     dsn: str
     schema: str
@@ -49,6 +66,7 @@ class Home(Struct):
     main_path: str | None
     search_path: list[str]
     timing: Timing
+    log_setup: logs.LogSetup | None
 
 
 class Start(Struct, tag="start"):
@@ -74,12 +92,17 @@ class Up(Struct):
 
 
 class Answer(Struct):
-    """What became of the run. `spent`: its handler still runs, the process is of no further use."""
+    """What became of the run.
+
+    `spent`: its handler still runs, the process is of no further use. `goes_on`: this is not it yet; the handler has
+    returned, and steps that it left behind have as long as it had.
+    """
 
     completion: Completion | None = None
     outcome: Outcome | None = None
     error: str | None = None
     spent: bool = False
+    goes_on: bool = False
 
 
 Message = Start | Control
@@ -97,21 +120,24 @@ class _StartFailed(Exception):
 
 
 class _Child:
-    """One child process and the pipe to it."""
+    """One child process, the pipe to it, and its lifeline."""
 
     def __init__(
-        self, process: asyncio.subprocess.Process, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
+        self, process: asyncio.subprocess.Process, lifeline: FileIO,
+        reader: asyncio.StreamReader, writer: asyncio.StreamWriter,
+    ) -> None:  # fmt: skip
         self.process = process
         self.reader = reader
         self.writer = writer
+        self.is_ended = False
+        self._lifeline = lifeline
         self._is_up = False
 
     def send(self, message: Message | Home) -> None:
         self.writer.write(_encode(message) + b"\n")
 
-    async def run(self, order: bytes) -> Answer | None:
-        """Have one run done, a `Start` as JSON; None when the process died under it.
+    async def begin(self, order: bytes) -> None:
+        """Have one run begun, a `Start` as JSON.
 
         Raises:
             _StartFailed: The process has never come so far.
@@ -119,6 +145,9 @@ class _Child:
         self.writer.write(order + b"\n")
         if not self._is_up:
             await self._come_up()
+
+    async def answer(self) -> Answer | None:
+        """Return what the process says of the run; None when it has died under it."""
         line = await self._hear()
         return _answer.decode(line) if line else None
 
@@ -140,9 +169,11 @@ class _Child:
         return b""
 
     def kill(self) -> None:
+        self.is_ended = True
         with contextlib.suppress(ProcessLookupError):
             self.process.kill()
         self.writer.close()
+        self._lifeline.close()
 
 
 class Processes:
@@ -190,18 +221,37 @@ class Processes:
 
     async def _start(self, module: str) -> _Child:
         search_path = [each or os.getcwd() for each in sys.path]  # noqa: PTH109
-        home = Home(self._dsn, self._schema, *locate(module), search_path, self._timing)
-        ours, theirs = socket.socketpair()
-        with theirs:
+        home = Home(self._dsn, self._schema, *locate(module), search_path, self._timing, logs.told)
+        (ours, theirs), (lifeline, its_end) = socket.socketpair(), _open_lifeline()
+        with theirs, its_end:
+            passed = [theirs.fileno(), its_end.fileno()]
             process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "pgconductor.isolated_child", str(theirs.fileno()),
-                pass_fds=[theirs.fileno()], stdin=asyncio.subprocess.DEVNULL,
+                sys.executable, "-m", "pgconductor.isolated_child", *map(str, passed),
+                pass_fds=passed, stdin=asyncio.subprocess.DEVNULL,
             )  # fmt: skip
         reader, writer = await asyncio.open_connection(sock=ours, limit=LINE_BYTES_MAX)
-        child = _Child(process, reader, writer)
+        child = _Child(process, lifeline, reader, writer)
         self._all.add(child)
         child.send(home)
         return child
+
+
+def _open_lifeline() -> tuple[FileIO, FileIO]:
+    """Return the end of a pipe that only this process holds, and the one for a child to wait at."""
+    its_end, lifeline = os.pipe()
+    opened = FileIO(lifeline, "wb")
+    _lifelines.add(opened)
+    return opened, FileIO(its_end, "rb")
+
+
+def _drop_lifelines() -> None:
+    """Let a copy of this process, which may outlive it, keep no child alive."""
+    for lifeline in list(_lifelines):
+        lifeline.close()
+
+
+if sys.platform != "win32":
+    os.register_at_fork(after_in_child=_drop_lifelines)
 
 
 def locate(module: str) -> tuple[str, str | None]:
@@ -224,15 +274,18 @@ def locate(module: str) -> tuple[str, str | None]:
 class IsolatedAttempt(Attempt):
     """A run whose handler is in a child process."""
 
-    __slots__ = ("_child", "_processes")
+    __slots__ = ("_child", "_is_overdue", "_processes", "_timer")
 
     def __init__(self, processes: Processes, *args: Any) -> None:
         super().__init__(*args)
         self._processes = processes
         self._child: _Child | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._is_overdue = False
 
     async def run(self) -> Completion | Outcome | None:
         """Have the handler run in a child process; see `Attempt.run`."""
+        logs.current_run.set(self)
         if self.is_over():
             return self.leave(self.exit or "released")
         module = str(getattr(self.task.fn, "__module__", "__main__"))
@@ -247,16 +300,28 @@ class IsolatedAttempt(Attempt):
         self._child = child
         answer: Answer | None = None
         try:
-            answer = await child.run(order)
+            await child.begin(order)
+            answer = await self._wait_for_answer(child)
         except _StartFailed as failure:
             return self._not_started(failure)
         finally:
             self._child = None
-            if answer is None or answer.spent:
+            self._stop_timer()
+            if answer is None or answer.spent or child.is_ended:
                 self._processes.discard(child)
             else:
                 self._processes.give_back(module, child)
         return self._outcome(answer)
+
+    async def _wait_for_answer(self, child: _Child) -> Answer | None:
+        """Return what became of the run; None when its process has died, or was ended for not answering in time."""
+        timeout = self.task.config.timeout
+        while True:
+            if timeout is not None and not self.cancelled:
+                self._allow(timeout.total_seconds(), MARGIN_SECONDS)
+            answer = await child.answer()
+            if answer is None or not answer.goes_on:
+                return answer
 
     def _order(self) -> bytes:
         """Write what the process is told.
@@ -279,10 +344,17 @@ class IsolatedAttempt(Attempt):
         if self.exit == "abandoned":
             return None
         if answer is None:
-            return self.leave(self.exit or "released") if self._was_to_leave else self._crashed()
+            return self._ended()
         if answer.error is not None:
             return self._failed(ConductorError(f"it could not run in a process of its own: {answer.error}"))
         return answer.completion or answer.outcome
+
+    def _ended(self) -> Outcome | None:
+        """Return what is to be settled of a run whose process has ended under it."""
+        timeout = self.task.config.timeout
+        if self._is_overdue and timeout is not None and not self.is_over():
+            return self._failed(AttemptTimeout(self.task.name, timeout))
+        return self.leave(self.exit or "released") if self._was_to_leave else self._crashed()
 
     @property
     def _was_to_leave(self) -> bool:
@@ -302,12 +374,41 @@ class IsolatedAttempt(Attempt):
         log.error("%s: its process died, crash %d of %d", self.label, count, self.task.config.max_crashes)
         return Outcome(self.claimed.id, self.token, "crashed")
 
+    # ------------------------------------------------------------ how long it may take
+
+    def _allow(self, seconds: float, margin: float) -> None:
+        """End the process unless it answers within a time and a margin.
+
+        Half of the margin begins when this loop comes to the end of the rest: where something blocks this loop, what
+        the process has answered in time is still to be read.
+        """
+        self._stop_timer()
+        self._timer = self.host.loop.call_later(seconds + margin / 2, self._allow_last, margin / 2)
+
+    def _allow_last(self, seconds: float) -> None:
+        self._timer = self.host.loop.call_later(seconds, self._end_process)
+
+    def _end_process(self) -> None:
+        if self._child is not None:
+            what = "a cancel" if self.cancelled else "its timeout"
+            log.warning("%s: its process does not answer to %s, and is ended", self.label, what)
+            self._is_overdue = True
+            self._child.kill()
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
     # ------------------------------------------------------------ from outside
 
     def request_cancel(self) -> None:
-        """Pass the request on."""
+        """Pass the request on; a process that does not heed it is ended."""
+        if self.cancelled:
+            return
         self.cancelled = True
-        self._tell("cancel")
+        if self._child is not None:
+            self._tell("cancel")
+            self._allow(0, CANCEL_SECONDS)
 
     def request_release(self, *, hard: bool = False) -> None:
         """Pass the request on; with `hard`, end the process."""

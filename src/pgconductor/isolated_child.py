@@ -7,12 +7,14 @@ import runpy
 import signal
 import socket
 import sys
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from typing import Any, Final, cast
 
 import msgspec
 
+from pgconductor import logs
 from pgconductor.attempt import Attempt
 from pgconductor.conductor import Conductor
 from pgconductor.engine import Engine
@@ -65,6 +67,18 @@ class _DirectSaver:
             raise StaleLease
 
 
+class _ChildAttempt(Attempt):
+    """A run that tells when its handler has returned and steps which it left behind still run."""
+
+    __slots__ = ("on_rest",)
+    on_rest: Callable[[], None]
+
+    async def _finish_work(self) -> None:
+        if not (self._is_left or self.is_over()):
+            self.on_rest()
+        await super()._finish_work()
+
+
 class _Runner:
     """Serves the parent: reads its messages, keeps the current run."""
 
@@ -98,8 +112,9 @@ class _Runner:
         if task is None or task.fn is None:
             self._send(Answer(error=f"its module defines no task {start.task!r} when it is imported"))
             return
-        self._attempt = Attempt(start.claimed, start.token, task, start.queue, self._host)
-        self._running = asyncio.create_task(self._run(self._attempt))
+        self._attempt = attempt = _ChildAttempt(start.claimed, start.token, task, start.queue, self._host)
+        attempt.on_rest = lambda: self._send(Answer(goes_on=True))
+        self._running = asyncio.create_task(self._run(attempt))
 
     def _control(self, message: Control) -> None:
         if self._attempt is None:
@@ -151,9 +166,12 @@ def _load(home: Home) -> Conductor[Any]:
 async def _main(descriptor: int) -> None:
     reader, writer = await asyncio.open_connection(sock=socket.socket(fileno=descriptor), limit=LINE_BYTES_MAX)
     home = msgspec.json.decode(await reader.readline(), type=Home)
+    if home.log_setup is not None:
+        logs.set_up(home.log_setup)
     async with AsyncExitStack() as stack:
         try:
             app = _load(home)
+            app.use_address(home.dsn)
             deps = await stack.enter_async_context(app.lifespan_context())
         except BaseException as error:  # noqa: BLE001 (a module that is imported may even exit)
             await _say_why(writer, error)
@@ -202,7 +220,19 @@ def _heed_stops() -> None:
             signal.signal(number, usual)
 
 
+def _end_with_parent(lifeline: int) -> None:
+    """Exit when the parent is gone, and every lease with it, whatever a handler does to the loop."""
+    os.set_inheritable(lifeline, False)
+    threading.Thread(target=_wait_for_end, args=[lifeline], name="pgconductor lifeline", daemon=True).start()
+
+
+def _wait_for_end(lifeline: int) -> None:
+    os.read(lifeline, 1)  # nothing is ever written
+    os._exit(0)
+
+
 if __name__ == "__main__":
     _outlive_stops()
+    _end_with_parent(int(sys.argv[2]))
     asyncio.run(_main(int(sys.argv[1])))
     os._exit(0)  # threads of handlers that outlived their run must not keep the process

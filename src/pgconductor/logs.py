@@ -2,15 +2,20 @@
 
 `ctx.logger` puts the ids on its own lines. Lines of other loggers, written inside a handler or a step by any code, get
 them from `RunFilter` or `JsonFormatter`, which look up the run that is going on.
+
+What the command line was told of logging holds for the processes of handlers, too: see `set_up`.
 """
 
 import json
 import logging
 import math
+import sys
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import Any, Final, Protocol, TypeAlias, cast
+
+from msgspec import Struct
 
 Redact: TypeAlias = Callable[[dict[str, Any]], dict[str, Any]]
 
@@ -30,6 +35,31 @@ class HasIds(Protocol):
 
 
 current_run: ContextVar[HasIds | None] = ContextVar("current_run", default=None)
+
+
+class LogSetup(Struct, frozen=True):
+    """From which level on lines are written to stderr, and how."""
+
+    level: int
+    is_json: bool
+
+
+told: LogSetup | None = None
+"""What the command line told this process; None where a program sees to its logging by itself."""
+
+
+def set_up(setup: LogSetup) -> None:
+    """Write lines to stderr, unless something else was configured, and let this process's children do so alike."""
+    global told  # noqa: PLW0603 (logging is the process')
+    told = setup
+    handler: logging.Handler = logging.StreamHandler()
+    if setup.is_json:
+        handler.setFormatter(JsonFormatter())
+    elif sys.stderr.isatty():
+        from rich.logging import RichHandler  # which takes longer to load than all that is here
+
+        handler = RichHandler(show_path=False, markup=False)
+    logging.basicConfig(level=setup.level, handlers=[handler], format="%(levelname)s %(name)s: %(message)s")
 
 
 def ids_of(record: logging.LogRecord) -> dict[str, Any]:

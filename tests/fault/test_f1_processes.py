@@ -4,10 +4,12 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
+from pgconductor import Task
 from pgconductor.engine import Engine
 from tests.fault import pool_app
 from tests.fault.programs import gate, program, step
@@ -49,16 +51,25 @@ async def test_f1_17_a_worker_whose_output_nobody_reads_goes_on(world: World, tm
     assert world.facts(run.id) == UNHARMED
 
 
-@pytest.mark.covers("F22")
-async def test_f1_22_a_child_process_whose_parent_was_killed_ends_though_its_handler_does_not(
-    world: World, tmp_path: Path
-) -> None:
-    with pool_app.app.bound_to(world.dsn, Engine("pgconductor")):
-        run = await pool_app.held.invoke(str(tmp_path))
-        await pool_app.app.close()
+@pytest.fixture
+async def parent(world: World) -> AsyncIterator["subprocess.Popen[bytes]"]:
+    """A worker of the app whose handlers have processes of their own, while the app leads to the world."""
     environment = os.environ | {"PGCONDUCTOR_URL": world.dsn}
     command = [sys.executable, "-m", "tests.fault.pool_app"]
-    parent = subprocess.Popen(command, cwd=ROOT, env=environment)  # noqa: ASYNC220
+    with pool_app.app.bound_to(world.dsn, Engine("pgconductor")):
+        process = subprocess.Popen(command, cwd=ROOT, env=environment)  # noqa: ASYNC220
+        yield process
+        process.kill()
+        process.wait()
+        await pool_app.app.close()
+
+
+@pytest.mark.covers("F22")
+@pytest.mark.parametrize("task", [pool_app.held, pool_app.held_on_its_loop, pool_app.held_beside_its_loop])
+async def test_f1_22_a_child_process_whose_parent_was_killed_ends_though_its_handler_does_not(
+    world: World, parent: "subprocess.Popen[bytes]", tmp_path: Path, task: Task[[str], None]
+) -> None:
+    run = await task.invoke(str(tmp_path))
     await until((tmp_path / "pid").exists)
     parent.kill()
     parent.wait()
@@ -66,6 +77,24 @@ async def test_f1_22_a_child_process_whose_parent_was_killed_ends_though_its_han
     await until(lambda: not is_alive(child))
     await world.declared_dead(parent.pid)
     assert world.execution(run.id)["error"]["type"] == "pgconductor.errors.WorkerLost"
+
+
+@pytest.mark.covers("F22")
+async def test_f1_22_a_copy_of_the_parent_that_outlives_it_keeps_no_child_alive(
+    world: World, parent: "subprocess.Popen[bytes]", tmp_path: Path
+) -> None:
+    await pool_app.held_on_its_loop.invoke(str(tmp_path))
+    await until((tmp_path / "pid").exists)
+    copy = await (await pool_app.copy.invoke()).result(30)
+    try:
+        parent.kill()
+        parent.wait()
+        child = int((tmp_path / "pid").read_text())
+        await until(lambda: not is_alive(child))
+        assert is_alive(copy)
+    finally:
+        os.kill(copy, signal.SIGKILL)
+    await world.declared_dead(parent.pid)
 
 
 @pytest.mark.covers("P8")

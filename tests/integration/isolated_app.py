@@ -4,6 +4,7 @@
 """
 
 import asyncio
+import logging
 import multiprocessing
 import os
 import signal
@@ -14,8 +15,9 @@ from contextlib import asynccontextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from pgconductor import Conductor, Context, Orchestrator, SyncContext
+from pgconductor import Conductor, Context, Orchestrator, RetryPolicy, SyncContext
 from pgconductor.membership import Timing
+from tests.waiting import until
 
 BROKEN = "PGCONDUCTOR_TEST_BROKEN"
 """How processes that start now cannot come to serve: they `raise` or `exit`."""
@@ -63,6 +65,53 @@ def deadly(ctx: SyncContext) -> None:
 def endless(ctx: SyncContext) -> None:
     while True:
         time.sleep(0.01)
+
+
+@app.task(executor="process", timeout=0.2, max_attempts=2, retry=RetryPolicy(first=0.01, max=0.01))
+async def blocks_its_loop_too_long(ctx: Context, directory: str) -> None:
+    hang(directory)
+
+
+@app.task(executor="process")
+async def blocks_its_loop(ctx: Context, directory: str) -> None:
+    hang(directory)
+
+
+def hang(directory: str) -> None:
+    """Say in the directory which process this is, and never return."""
+    Path(directory, f"{os.getpid()}.pid").touch()
+    while True:
+        time.sleep(0.01)
+
+
+@app.task(executor="process", timeout=0.2, max_attempts=1)
+async def leaves_at_its_timeout(ctx: Context) -> None:
+    await asyncio.Event().wait()
+
+
+@app.task(executor="process", timeout=30, max_attempts=1)
+async def leaves_a_step_behind(ctx: Context, directory: str) -> int:
+    begun = asyncio.Event()
+    late = asyncio.create_task(ctx.step("late", wait_at_gate, Path(directory, "open"), begun))
+    await begun.wait()
+    assert not late.done()
+    return os.getpid()
+
+
+async def wait_at_gate(gate: Path, begun: asyncio.Event) -> int:
+    begun.set()
+    await until(gate.exists)
+    return 1
+
+
+@app.task(executor="process")
+async def process_id(ctx: Context) -> int:
+    return os.getpid()
+
+
+@app.task(executor="process")
+async def log_handler_count(ctx: Context) -> int:
+    return len(logging.getLogger().handlers)
 
 
 @app.task(executor="process")

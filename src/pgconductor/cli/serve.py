@@ -11,7 +11,6 @@ from types import ModuleType
 from typing import Any, cast
 
 import click
-from rich.logging import RichHandler
 from rich.text import Text
 
 from pgconductor.cli.devote import devote_process
@@ -19,7 +18,7 @@ from pgconductor.cli.loop import run
 from pgconductor.cli.session import SCHEMA, Settings, pass_settings
 from pgconductor.cli.text import console, line, marked, redacted_dsn
 from pgconductor.conductor import Conductor
-from pgconductor.logs import JsonFormatter
+from pgconductor.logs import LogSetup, set_up
 from pgconductor.orchestrator import Orchestrator
 from pgconductor.route import is_absent
 
@@ -128,8 +127,4 @@ def _log(level: str, form: str) -> None:
     number = logging.getLevelNamesMapping().get(level.upper())
     if number is None:
         raise click.BadParameter(f"{level!r} is not a level", param_hint="--log-level")
-    is_pretty = sys.stderr.isatty() and form == "text"
-    handler = RichHandler(show_path=False, markup=False) if is_pretty else logging.StreamHandler()
-    if form == "json":
-        handler.setFormatter(JsonFormatter())
-    logging.basicConfig(level=number, handlers=[handler], format="%(levelname)s %(name)s: %(message)s")
+    set_up(LogSetup(number, form == "json"))
