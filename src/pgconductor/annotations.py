@@ -119,7 +119,9 @@ def written_function(fn: Callable[..., Any]) -> Callable[..., Any]:
     """Return the function whose annotations hold for a callable: that inside a partial, `__call__` of an object."""
     while hasattr(fn, "func") and hasattr(fn, "keywords"):
         fn = cast("Any", fn).func
-    if not hasattr(fn, "__annotations__") and hasattr(type(fn).__call__, "__annotations__"):
+    # an object has those of its class, too: they speak of its fields
+    is_annotated = isinstance(fn, type) or "__annotations__" in getattr(fn, "__dict__", ())
+    if not is_annotated and hasattr(type(fn).__call__, "__annotations__"):
         return type(fn).__call__
     return fn
 
@@ -137,15 +139,24 @@ def return_type(fn: Callable[..., Any]) -> Any:
     if isinstance(fn, type):
         return fn if fn.__module__ != "builtins" else inspect.Parameter.empty
     written = getattr(fn, "__annotations__", {}).get("return", inspect.Parameter.empty)
-    if isinstance(written, str):
+    if _has_text(written):
         written = _written_return(fn)
     if written is None:
         return type(None)
     return get_args(written)[-1] if get_origin(written) in _AWAITABLES else written
 
 
+def _has_text(annotation: Any) -> bool:
+    """Tell whether an annotation is a string, or one stands for a type inside it, as in `list["Order"]`."""
+    if annotation is None or isinstance(annotation, type):
+        return False
+    if isinstance(annotation, str | typing.ForwardRef):
+        return True
+    return any(_has_text(each) for each in getattr(annotation, "__args__", ()))
+
+
 def _written_return(fn: Callable[..., Any]) -> Any:
-    """Resolve a return annotation that is a string; of a module's function only once, since each run of a step asks.
+    """Resolve a return annotation with a string in it; of a module's function only once, since each run of a step asks.
 
     A function that a handler defines is another one in each run, and so may be the class that it returns.
     """

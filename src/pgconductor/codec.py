@@ -41,6 +41,7 @@ VALUE_BYTES_MAX = 1024 * 1024
 NAME_BYTES_MAX = 200
 """The most bytes of UTF-8 that the name of a task, queue, step, event or schedule may have."""
 
+_PYDANTIC_MIN = (2, 11)
 _BACKSLASH = ord("\\")
 _BRACKETS = bytes.maketrans(b"[{]}", b"(())")
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
@@ -60,17 +61,19 @@ class Codec(Generic[T]):
     """
 
     def __init__(
-        self, annotation: Any, dump: Callable[[Any], bytes], read: Callable[[Any], T], *, is_pydantic: bool = False
+        self,
+        annotation: Any,
+        dump: Callable[[Any], bytes],
+        read: Callable[[Any], T],
+        *,
+        is_pydantic: bool = False,
+        remedy: str = "",
     ) -> None:
         self.annotation = annotation
         self.is_pydantic = is_pydantic
         self._dump = dump
         self.read: Callable[[Any], T] = read
-        self._remedy = (
-            "annotate the parameter or the return value with its type"
-            if annotation is Any
-            else f"its annotation is {describe_type(annotation)}: make the two agree"
-        )
+        self._remedy = remedy or f"its annotation is {describe_type(annotation)}: make the two agree"
 
     def encode(self, value: T, where: str = "$") -> str:
         """Write a value as JSON text that decodes to an equal value.
@@ -295,7 +298,18 @@ def _build_codec(annotation: Any) -> Codec[Any]:
 _cached_codec: Callable[[Any], Codec[Any]] = lru_cache(maxsize=4096)(_build_codec)
 
 
+def _check_pydantic() -> None:
+    """Refuse a pydantic that cannot read a field by its name and by its alias."""
+    from pydantic import VERSION
+
+    if tuple(map(int, VERSION.split(".")[:2])) < _PYDANTIC_MIN:
+        raise ConfigurationError(
+            f"pydantic {VERSION}", "is too old, at least 2.11 is needed", 'install "pgconductor[pydantic]"'
+        )
+
+
 def _pydantic_codec(annotation: Any) -> Codec[Any]:
+    _check_pydantic()
     from pydantic import ConfigDict, PydanticUserError, TypeAdapter
 
     base64 = ConfigDict(ser_json_bytes="base64", val_json_bytes="base64")
@@ -318,7 +332,12 @@ def _pydantic_codec(annotation: Any) -> Codec[Any]:
     return Codec(annotation, dump, load, is_pydantic=True)
 
 
-UNTYPED: Codec[Any] = Codec(Any, write_json, msgspec.json.Decoder().decode)
+def untyped_codec(remedy: str) -> Codec[Any]:
+    """Return a codec of what equals its own plain JSON round trip; `remedy` is what errors say of all else."""
+    return Codec(Any, write_json, msgspec.json.Decoder().decode, remedy=remedy)
+
+
+UNTYPED: Codec[Any] = untyped_codec("annotate the parameter or the return value with its type")
 """The codec where there is no annotation: what equals its own plain JSON round trip."""
 
 MISSING = inspect.Parameter.empty

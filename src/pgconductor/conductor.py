@@ -370,7 +370,7 @@ class Conductor(Generic[D]):
             reason: Stored with the execution; at most 1,000 characters are kept.
 
         Returns:
-            False if it had already ended, or is not known.
+            False if it had already ended, or is not known; where a reply was lost, also if this very call has ended it.
 
         Raises:
             ConfigurationError: A task without a key, an id with one, or neither a task nor an id.
@@ -395,6 +395,9 @@ class Conductor(Generic[D]):
 
         Returns:
             False if it has not ended, was completed, or is not known.
+
+        Raises:
+            ServerError: Postgres cannot be reached or refuses. A lost reply is not asked for again: it says so.
 
         Source: sql/functions/50_cancel.sql, `redrive`
         """
@@ -570,10 +573,7 @@ class Conductor(Generic[D]):
         return ids_of(rows, query.read(answer))
 
     async def _address(self) -> str:
-        return self._dsn if self._dsn is not None else await asyncio.to_thread(self._resolve)
-
-    def _resolve(self) -> str:
-        return self.dsn
+        return self._dsn if self._dsn is not None else await asyncio.to_thread(lambda: self.dsn)
 
     async def _migrate_development_server(self) -> bool:
         """Install the engine in a development server of ours; in any other database that is the user's to do."""

@@ -370,8 +370,8 @@ class Engine(Reports):
         return self._query("list_schedules", "", (), many_reports)
 
     def redrive(self, id: str) -> Query[Moved]:
-        """See 50_cancel.sql."""
-        return self._query("redrive", "uuid", (id,), _moved)
+        """See 50_cancel.sql. Not harmless: done again after its new life has failed too, it would open another one."""
+        return self._query("redrive", "uuid", (id,), _moved, harmless=False)
 
     def pause_queue(self, queue: str) -> Query[None]:
         """See 50_cancel.sql."""

@@ -1,19 +1,21 @@
 """Events as code writes them: what is emitted, what is waited for, and which tasks they start."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeVar, cast, get_args, get_origin
+from typing import Any, Final, NamedTuple, TypeVar, cast, get_args, get_origin
 
 import msgspec
 from msgspec import Raw, Struct
 
 from pgconductor.annotations import admits, describe_type, is_model, is_untyped, union_members
-from pgconductor.codec import UNTYPED, codec_for
+from pgconductor.codec import codec_for, untyped_codec
 from pgconductor.errors import ConfigurationError
 from pgconductor.ids import new_id
 from pgconductor.model import Change, Event, EventDef, OnChange, OnEvent, check_event
 from pgconductor.task import Task
 
 E = TypeVar("E")
+
+_WHERE: Final = untyped_codec("write it as the payload's JSON has it, such as `str(order.id)`")
 
 
 class NewEvent(Struct):
@@ -61,7 +63,7 @@ def encode_where(name: str, where: Mapping[str, Any]) -> Raw:
     """
     if not isinstance(cast("object", where), dict):
         raise ConfigurationError(f"wait_for {name!r}: where", f"{where!r} is not a dict", 'write {"order_id": 7}')
-    return Raw(UNTYPED.encode(where, f"wait_for {name!r}: where").encode())
+    return Raw(_WHERE.encode(where, f"wait_for {name!r}: where").encode())
 
 
 def subscriptions_of(tasks: Iterable[Task[..., Any]]) -> list[Subscription]:
@@ -88,8 +90,9 @@ def check_fields(trigger: OnEvent, parameters: Mapping[str, Any], place: str) ->
     if trigger.fields is None:
         return
     place = f"{place}: event({trigger.event.name!r}): fields"
-    carried = _members(trigger.event.payload)
-    unknown = [] if carried is None else [name for name in trigger.fields if name not in carried]
+    members = _members(trigger.event.payload)
+    carried = trigger.fields if members is None else [member.names[0] for member in members]
+    unknown = [name for name in trigger.fields if name not in carried]
     if unknown:
         raise ConfigurationError(place, f"{unknown[0]!r} is not a field of the event's payload", "check its spelling")
     _refuse_missing(trigger.fields, parameters, Event, place)
@@ -103,8 +106,8 @@ def check_columns(trigger: OnChange, parameters: Mapping[str, Any], place: str) 
 def _refuse_missing(given: Sequence[str], parameters: Mapping[str, Any], holder: type, place: str) -> None:
     for name, annotation in parameters.items():
         for kind in _carried_types(annotation, holder):
-            missing = [each for each, is_required in (_members(kind) or {}).items() if is_required]
-            missing = [each for each in missing if each not in given]
+            required = [member.names for member in _members(kind) or () if member.is_required]
+            missing = [names[0] for names in required if not set(names) & set(given)]
             if missing:
                 raise ConfigurationError(
                     place,
@@ -121,13 +124,28 @@ def _carried_types(annotation: Any, holder: type) -> list[Any]:
     return [kind for kind in found if not is_untyped(kind)]
 
 
-def _members(kind: Any) -> dict[str, bool] | None:
-    """Return the names of a model's fields in JSON, and whether each must be there; None for what has no fields."""
+class _Member(NamedTuple):
+    """A field of a model: the names under which it is read, first the one under which it is written."""
+
+    names: tuple[str, ...]
+    is_required: bool
+
+
+def _members(kind: Any) -> list[_Member] | None:
+    """Return a model's fields as its JSON has them; None for what has no fields."""
     plain: Any = get_origin(kind) or kind
     if not is_model(kind):
         return None
     fields: Mapping[str, Any] | None = getattr(plain, "model_fields", None)
     if fields is not None:
-        return {field.alias or name: field.is_required() for name, field in fields.items()}
+        return [
+            _Member((name, *_aliases(field.validation_alias)), field.is_required()) for name, field in fields.items()
+        ]
     info: Any = msgspec.inspect.type_info(kind)
-    return {field.encode_name: field.required for field in info.fields}
+    return [_Member((field.encode_name,), field.required) for field in info.fields]
+
+
+def _aliases(alias: Any) -> list[str]:
+    """Return the members of an object that pydantic reads a field from: of a path the first, of choices each."""
+    tops = [getattr(each, "path", [each])[0] for each in getattr(alias, "choices", [alias])]
+    return [top for top in tops if isinstance(top, str)]

@@ -113,7 +113,8 @@ class Queries:
         now = self._now()
         instant = "null" if now is None else f"cast('{now.isoformat()}' as timestamptz)"
         schema = quote(self.schema).replace("%", "%%")
-        statement = f"select cast({schema}.{function}(cast(%s as json), {flags}, {instant}) as text)"
+        # sent as text: a caller's connection may have a codec of its own for json, which would encode it once more
+        statement = f"select cast({schema}.{function}(cast(cast(%s as text) as json), {flags}, {instant}) as text)"
         return Query(statement, (as_text(items),), read, harmless=False)
 
 

@@ -34,6 +34,7 @@ def make_task(fn: Callable[..., Any], options: TaskOptions, client: Client) -> T
         raise ConfigurationError("task: name", "a lambda has none", "give name=")
     config = configure_task(name, is_async=_is_async(fn), options=options)
     _check_kind(written, config)
+    _check_batch(config)
     signature = signature_of(
         fn, config.name, is_batch=config.batch is not None, is_trigger=lambda kind: admits(kind, _HANDED_OVER)
     )
@@ -124,7 +125,7 @@ def _check_trigger(trigger: Trigger, config: TaskConfig, signature: Signature) -
         check_fields(trigger, signature.triggers, place)
     if isinstance(trigger, OnChange):
         check_columns(trigger, signature.triggers, place)
-    if isinstance(trigger, Invocable) or config.batch is not None:
+    if isinstance(trigger, Invocable):
         return
     for parameter in signature.parameters:
         if parameter.default is inspect.Parameter.empty:
@@ -136,15 +137,33 @@ def _check_trigger(trigger: Trigger, config: TaskConfig, signature: Signature) -
 
 
 def _check_schedules(config: TaskConfig) -> None:
-    """Refuse expressions that cannot be read or never fire, and schedules of tasks that take batches of payloads."""
+    """Refuse expressions that cannot be read or never fire."""
     for trigger in config.triggers:
         if isinstance(trigger, Cron):
             recurrence(trigger.expr, trigger.tz)
-            if config.batch is not None:
-                place = f"task {config.name!r}: cron({trigger.expr!r})"
-                raise ConfigurationError(
-                    place, "a schedule brings no payload for a batch", "schedule a task that invokes this one"
-                )
+
+
+def _check_batch(config: TaskConfig) -> None:
+    """Refuse what brings no payload, all but an invocation, as the start of a task that takes batches of payloads."""
+    for trigger in config.triggers if config.batch is not None else ():
+        if not isinstance(trigger, Invocable):
+            raise ConfigurationError(
+                f"task {config.name!r}: {_as_written(trigger)}",
+                f"{_described(trigger)} brings no payload for a batch",
+                "let it start another task, which invokes this one",
+            )
+
+
+def _as_written(trigger: Trigger) -> str:
+    match trigger:
+        case Cron():
+            return f"cron({trigger.expr!r})"
+        case OnEvent():
+            return f"event({trigger.event.name!r})"
+        case OnChange():
+            return f"table({trigger.table!r}, {trigger.op!r})"
+        case _:
+            return "on"
 
 
 def _described(trigger: Trigger) -> str:

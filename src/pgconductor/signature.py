@@ -267,14 +267,14 @@ def signature_of(
         The signature.
 
     Raises:
-        ConfigurationError: There is no context parameter, `*args` or `**kwargs` are taken, a type cannot be stored,
-        or an
-            annotation cannot be resolved.
+        ConfigurationError: There is no context parameter, `*args` or `**kwargs` are taken, a trigger object is taken
+            by position only, a type cannot be stored, or an annotation cannot be resolved.
     """
     place = f"task {task!r}"
     hints = hints_of(fn, place)
     declared = _declared(fn, place)
     triggers = {each.name: hints[each.name] for each in declared if is_trigger(hints.get(each.name, _EMPTY))}
+    _refuse_positional_only([each for each in declared if each.name in triggers], place)
     kept = [each for each in declared if each.name not in triggers]
     types = {each.name: _resolved(hints.get(each.name, _EMPTY)) for each in kept}
     returns = return_type(fn)
@@ -365,6 +365,16 @@ def _declared(fn: Callable[..., Any], place: str) -> list[inspect.Parameter]:
                 place, f"the handler takes {each}, which no payload can name", "take a dict or list parameter instead"
             )
     return declared[1:]
+
+
+def _refuse_positional_only(triggers: list[inspect.Parameter], place: str) -> None:
+    for each in triggers:
+        if each.kind is each.POSITIONAL_ONLY:
+            raise ConfigurationError(
+                f"{place}: parameter {each.name!r}",
+                "what a trigger brings is passed by name, and a parameter before the `/` takes none",
+                "drop the `/`",
+            )
 
 
 def _parameter(declared: inspect.Parameter, annotation: Any, place: str) -> Parameter:

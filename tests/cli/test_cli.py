@@ -353,6 +353,20 @@ def test_a_worker_that_cannot_be_understood_exits_2(
     assert message in result.stderr
 
 
+@pytest.mark.parametrize("arguments", [["status", "--json"], ["runs", "list"], ["runs", "--help"]])
+def test_a_reader_that_has_gone_is_no_error(database: str, arguments: list[str]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)  # as `head` does once it has what it wants
+    try:
+        result = subprocess.run(
+            command(database, *arguments), stdout=writer, stderr=subprocess.PIPE, text=True, check=False
+        )
+    finally:
+        os.close(writer)
+
+    assert (result.returncode, result.stderr) == (1, "")
+
+
 def test_help_and_unknown_commands() -> None:
     assert CliRunner().invoke(main, ["--help"]).exit_code == 0
     assert CliRunner().invoke(main, ["explode"]).exit_code == 2

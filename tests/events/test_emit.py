@@ -220,6 +220,6 @@ def test_the_reports_show_events_and_who_listens(db: Db) -> None:
 
 def test_events_that_come_together_are_held_to_the_same_size(db: Db) -> None:
     events = [{"id": str(uuid4()), "name": "order.paid", "payload": {"x": "y" * 1_048_576}}]
-    with pytest.raises(psycopg.Error, match="a payload is .* bytes of JSON, at most 1048576") as refused:
+    with pytest.raises(psycopg.Error, match=r"a payload is .* bytes of JSON, at most 1048576") as refused:
         call(db, "emit_events", events)
     assert refused.value.sqlstate == "PC003"

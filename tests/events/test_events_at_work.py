@@ -4,13 +4,15 @@ import asyncio
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
+from uuid import UUID
 
 import psycopg
 import pytest
-from pydantic import BaseModel
+from pydantic import AliasChoices, AliasPath, BaseModel, Field
 
 from pgconductor import (
     BatchContext,
+    Change,
     Conductor,
     Context,
     EncodeError,
@@ -22,6 +24,7 @@ from pgconductor import (
     WaitTimeout,
     event,
     invocable,
+    table,
 )
 from pgconductor.errors import ConfigurationError
 from tests.events.support import emit as emit_by_sql
@@ -47,6 +50,15 @@ class Amount:
 
 class Shipped(BaseModel):
     order_id: int
+
+
+class Numbered(BaseModel):
+    order_id: int = Field(alias="orderId")
+
+
+class Billed(Numbered):
+    cents: int = Field(validation_alias=AliasChoices("amount", AliasPath("price", "cents")))
+    note: str = ""
 
 
 WAITS = "select 1 from event_wait"
@@ -128,6 +140,36 @@ def test_fields_that_are_not_there_or_not_enough_are_refused(app: App) -> None:
     with pytest.raises(ConfigurationError, match="'n' is not a field"):
         app.create_task(takes_shipped, on=event(shipped, fields=["n"]))
     app.create_task(takes_paid, on=event(paid, fields=["order_id"]))
+
+
+async def test_fields_of_a_model_with_aliases_are_handed_on_by_name(app: App, working: Working) -> None:
+    billed = app.event("order.billed", Billed)
+    seen: asyncio.Queue[Numbered] = asyncio.Queue()
+
+    @app.task(on=event(billed, fields=["order_id"]))
+    async def handle(ctx: Context, it: Event[Numbered]) -> None:
+        await seen.put(it.payload)
+
+    async with working():
+        await app.emit(billed, Billed.model_validate({"orderId": 7, "amount": 500}))
+        assert (await asyncio.wait_for(seen.get(), 20)).order_id == 7
+
+
+def test_what_a_model_with_aliases_needs_may_be_given_by_either_name(app: App) -> None:
+    billed = app.event("order.billed", Billed)
+
+    async def takes_billed(ctx: Context, it: Event[Billed]) -> None: ...
+    async def takes_row(ctx: Context, it: Change[Billed]) -> None: ...
+
+    with pytest.raises(ConfigurationError, match="'orderId' is not a field"):
+        app.create_task(takes_billed, on=event(billed, fields=["orderId", "cents"]))
+    with pytest.raises(ConfigurationError, match="needs 'order_id' too"):
+        app.create_task(takes_billed, on=event(billed, fields=["cents", "note"]))
+    with pytest.raises(ConfigurationError, match="needs 'cents' too"):
+        app.create_task(takes_row, on=table("bill", "insert", columns=["orderId", "note"]))
+    app.create_task(takes_billed, on=event(billed, fields=["order_id", "cents"]))
+    for number, columns in enumerate([["orderId", "amount"], ["order_id", "price"], ["order_id", "cents"]]):
+        app.create_task(takes_row, on=table("bill", "insert", columns=columns), name=f"row {number}")
 
 
 def test_a_type_that_no_json_can_hold_is_no_events(app: App) -> None:
@@ -379,7 +421,14 @@ async def test_a_wait_that_now_means_another_event_is_a_mismatch(app: App, db: D
             await run.result(20)
 
 
-@pytest.mark.parametrize(("where", "fault"), [([1], "is not a dict"), ({"a": float("nan")}, "not a JSON number")])
+@pytest.mark.parametrize(
+    ("where", "fault"),
+    [
+        ([1], "is not a dict"),
+        ({"a": float("nan")}, "not a JSON number"),
+        ({"a": UUID(int=7)}, r"where\.a: .* as the str .*; write it as the payload's JSON has it, such as `str\(order"),
+    ],
+)
 async def test_where_must_be_a_dict_of_plain_values(app: App, working: Working, where: Any, fault: str) -> None:
     paid = app.event("order.paid", Paid)
 

@@ -283,15 +283,16 @@ async def test_one_refused_call_fails_alone(app: Conductor, db: Db, monkeypatch:
 class _Cutter:
     """Cuts the connection after the server has committed and before the client reads the reply."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, cuts: int) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, cuts: int, function: str = "enqueue") -> None:
         self.cuts = cuts
+        self._function = function
         self._ask = Wire.ask
         monkeypatch.setattr(Wire, "ask", self._cutting())
 
     def _cutting(self) -> Callable[[Wire, Any], Awaitable[Any]]:
         async def ask(wire: Wire, query: Any) -> Any:
             answer = await self._ask(wire, query)
-            if self.cuts and "enqueue" in query.statement:
+            if self.cuts and self._function in query.statement:
                 self.cuts -= 1
                 wire.close()
                 raise psycopg.OperationalError("server closed the connection unexpectedly")
@@ -351,6 +352,34 @@ async def test_a_lost_reply_of_calls_of_one_kind_makes_each_execution_once(
     assert cutter.cuts == 0
     assert [row["id"] for row in executions(db)] == [run.id for run in runs]
     assert [row["payload"]["a"] for row in executions(db)] == [0, 1, 2]
+
+
+@pytest.mark.fault
+async def test_a_retry_whose_reply_was_lost_says_so_and_is_not_repeated(
+    app: Conductor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = await app.create_task(add).invoke(1)
+    await run.cancel()
+    cutter = _Cutter(monkeypatch, cuts=2, function="redrive")
+
+    with pytest.raises(ServerError, match=r"was carried out is unknown .*; look before you repeat it"):
+        await app.retry(run.id)
+
+    assert cutter.cuts == 1
+    assert await run.state() == "ready"
+
+
+@pytest.mark.fault
+async def test_a_cancel_whose_reply_was_lost_is_repeated(
+    app: Conductor, db: Db, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = await app.create_task(add).invoke(1)
+    cutter = _Cutter(monkeypatch, cuts=1, function="cancel")
+
+    assert not await run.cancel("too late")  # it had ended when the second try came to it
+
+    assert cutter.cuts == 0
+    assert [(row["state"], row["cancel_reason"]) for row in executions(db)] == [("cancelled", "too late")]
 
 
 async def test_a_repetition_that_is_refused_does_not_hide_that_the_first_try_may_have_been_carried_out(

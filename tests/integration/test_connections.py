@@ -1,6 +1,7 @@
 """`conn=`: the execution exists when the caller's transaction commits, and never existed when it rolls back."""
 
 import asyncio
+import json
 from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager, contextmanager
 from typing import Any, TypeAlias
@@ -124,6 +125,13 @@ async def asyncpg_connection(dsn: str) -> AsyncGenerator[Any]:
 
 
 @asynccontextmanager
+async def asyncpg_with_codec(dsn: str) -> AsyncGenerator[Any]:
+    async with asyncpg_connection(dsn) as conn:
+        await conn.set_type_codec("json", encoder=json.dumps, decoder=json.loads, schema="pg_catalog")
+        yield conn
+
+
+@asynccontextmanager
 async def asyncpg_from_pool(dsn: str) -> AsyncGenerator[Any]:
     async with (
         asyncpg.create_pool(min_size=1, max_size=1, **_asyncpg_options(dsn)) as pool,
@@ -175,6 +183,7 @@ SYNC: list[SyncOpener] = [
 ASYNC: list[AsyncOpener] = [
     psycopg_async,
     asyncpg_connection,
+    asyncpg_with_codec,
     asyncpg_from_pool,
     sqlalchemy_async_connection,
     sqlalchemy_async_session,

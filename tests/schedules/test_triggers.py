@@ -8,7 +8,21 @@ from typing import Any
 import msgspec
 import pytest
 
-from pgconductor import Batch, BatchContext, Change, Conductor, ConductorError, Context, Event, Tick, cron, invocable
+from pgconductor import (
+    Batch,
+    BatchContext,
+    Change,
+    Conductor,
+    ConductorError,
+    Context,
+    Event,
+    Tick,
+    Trigger,
+    cron,
+    event,
+    invocable,
+    table,
+)
 from pgconductor.claimed import Claimed, TriggerKind
 from pgconductor.errors import ConfigurationError
 from pgconductor.triggers import handed_over
@@ -82,12 +96,26 @@ def test_two_schedules_of_a_task_need_two_names() -> None:
         async def morning(ctx: Context) -> None: ...
 
 
-def test_a_batch_has_no_schedule() -> None:
-    app = Conductor("postgresql://nowhere")
-    with pytest.raises(ConfigurationError, match="batch"):
+paid = Conductor("postgresql://nowhere").event("paid", Paid)
 
-        @app.task(on=cron("@daily"), batch=Batch(10, 1))
-        async def index(ctx: BatchContext, items: list[Paid]) -> None: ...
+
+@pytest.mark.parametrize(
+    ("trigger", "place", "reason"),
+    [
+        (cron("@daily"), "cron('@daily')", "a schedule brings no payload for a batch"),
+        (event(paid), "event('paid')", "an event brings no payload for a batch"),
+        (table("bill", "insert", columns=["cents"]), "table('bill', 'insert')", "a row change brings no payload for a"),
+    ],
+)
+def test_a_batch_is_started_by_calls_alone(trigger: Trigger, place: str, reason: str) -> None:
+    app = Conductor("postgresql://nowhere")
+
+    async def index(ctx: BatchContext, items: list[Paid]) -> None: ...
+
+    with pytest.raises(ConfigurationError, match=reason) as refused:
+        app.task(on=[invocable(), trigger], batch=Batch(10, 1))(index)
+    assert refused.value.place == f"task 'index': {place}"
+    assert app.task(on=invocable(), batch=Batch(10, 1))(index).name == "index"
 
 
 def test_a_required_tick_needs_a_schedule() -> None:

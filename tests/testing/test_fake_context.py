@@ -1,8 +1,13 @@
 """Handlers alone, without a database. These tests double as examples."""
 
 import asyncio
+import inspect
+import re
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
@@ -14,13 +19,17 @@ from pgconductor import (
     Context,
     DuplicateStep,
     EncodeError,
+    Fail,
+    Retry,
     RetryPolicy,
     SyncContext,
 )
+from pgconductor.errors import ConfigurationError
 from pgconductor.testing import FakeContext, FakeSyncContext
 from tests.testing.orders_app import Bank, Deps, Receipt, archive, charge, checkout, close_day, place, ship_soon
 
 app = Conductor(name="fakes")
+WRONG: Any = "five"
 
 
 async def test_checkout_without_a_database() -> None:
@@ -185,6 +194,81 @@ async def careless(ctx: Context, how: str) -> object:
 async def test_what_production_refuses_is_refused(how: str, error: type[Exception]) -> None:
     with pytest.raises(error):
         await careless(FakeContext(), how)
+
+
+@pytest.mark.parametrize(
+    ("error", "tries"), [(ValueError("later"), 3), (KeyError("never"), 1), (Fail("at once"), 1), (Retry("1h"), 1)]
+)
+async def test_a_step_is_tried_as_often_as_in_production(error: Exception, tries: int) -> None:
+    steady = RetryPolicy(first="1h", give_up_on=[KeyError])
+    tried: list[str] = []
+
+    def fail(kind: str) -> None:
+        tried.append(kind)
+        raise error
+
+    with pytest.raises(type(error)):
+        await FakeContext[None]().step_options(max_attempts=3, retry=steady).step("one", fail, "async")
+    with pytest.raises(type(error)):
+        FakeSyncContext[None]().step_options(max_attempts=3, retry=steady).step("one", fail, "plain")
+    assert tried == ["async"] * tries + ["plain"] * tries
+
+
+def test_a_step_that_would_end_the_process_fails() -> None:
+    with pytest.raises(ConductorError, match="step 'one' raised SystemExit"):
+        FakeSyncContext[None]().step("one", sys.exit)
+
+
+async def answered(asked: Callable[[Any], Any], ctx: Any) -> None:
+    answer = asked(ctx)
+    if inspect.isawaitable(answer):
+        await answer
+
+
+CALL = ship_soon.bind(1)
+KEYED = ship_soon.with_options(dedupe_key="k").bind(1)
+REFUSED: list[tuple[Callable[[Any], Any], type[Exception], str]] = [
+    (lambda ctx: ctx.emit(paid, Paid(WRONG)), EncodeError, "event 'paid'.cents"),
+    (lambda ctx: ctx.emit("paid", Paid(5)), ConfigurationError, "emit: 'paid' is not an event definition"),
+    (lambda ctx: ctx.invoke("ship", KEYED), ConfigurationError, "invoke 'ship': dedupe_key: cannot be given to a"),
+    (lambda ctx: ctx.invoke_all("ships", [KEYED]), ConfigurationError, "invoke_all 'ships': dedupe_key: cannot be"),
+    (lambda ctx: ctx.start("ship", KEYED), ConfigurationError, "start 'ship': dedupe_key: cannot be given to a child"),
+    (
+        lambda ctx: ctx.start("ship", ship_soon.with_options(conn={}).bind(1)),
+        ConfigurationError,
+        "start 'ship': conn: cannot be given to a child",
+    ),
+    (lambda ctx: ctx.invoke("ship", CALL, timeout="soon"), ValueError, "invoke 'ship': timeout: 'soon' is not a"),
+    (lambda ctx: ctx.invoke("ship", CALL, on_timeout="drop"), ConfigurationError, "on_timeout: 'drop' is unknown"),
+    (lambda ctx: ctx.invoke_all("ships", [CALL], timeout=-1), ValueError, "invoke_all 'ships': timeout: -1 is"),
+    (lambda ctx: ctx.wait_for("payment", paid, timeout="soon"), ValueError, "wait_for 'payment': timeout: 'soon' is"),
+    (lambda ctx: ctx.sleep("nap", "soon"), ValueError, "sleep 'nap': duration: 'soon' is not a duration"),
+    (lambda ctx: ctx.step("", lambda: 1), ConfigurationError, "step: name: '' is not a text"),
+]
+
+
+@pytest.mark.parametrize("kind", [FakeContext, FakeSyncContext])
+@pytest.mark.parametrize(("asked", "error", "message"), REFUSED)
+async def test_what_an_operation_refuses_in_production_a_fake_refuses(
+    kind: type[Any], asked: Callable[[Any], Any], error: type[Exception], message: str
+) -> None:
+    ctx = kind(results={"ship": "parcel", "ships": ["parcel"], "payment": Paid(5)})
+    with pytest.raises(error, match=re.escape(message)):
+        await answered(asked, ctx)
+
+
+async def test_waits_for_children_are_refused_as_in_production() -> None:
+    ctx = FakeContext[None](results={"ship": "parcel", "apart": "parcel"})
+    child = await ctx.start("ship", CALL)
+    apart = await ctx.start("apart", CALL, detached=True)
+
+    with pytest.raises(ValueError, match="wait 'all': timeout: 'soon' is not a duration"):
+        await ctx.wait("all", [child], timeout="soon")
+    with pytest.raises(ValueError, match=r"wait 'ship\.result#1': timeout: 'soon' is not a duration"):
+        await child.result(timeout="soon")
+    with pytest.raises(ConfigurationError, match="child 'apart' is detached"):
+        await apart.result()
+    assert await child.result(timeout="5s") == "parcel"
 
 
 @app.task

@@ -3,13 +3,17 @@
 import gc
 import typing
 import weakref
-from collections.abc import Callable
-from typing import Any, cast
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Optional, cast
 
 import pytest
 
-from pgconductor.annotations import return_type
+from pgconductor import Conductor, Context
+from pgconductor.annotations import hints_of, return_type
+from pgconductor.codec import codec_for
 from pgconductor.errors import ConfigurationError
+from pgconductor.signature import return_codec_of
 
 
 class Tool:
@@ -17,9 +21,14 @@ class Tool:
         return self
 
 
+@dataclass
+class Order:
+    id: int
+
+
 def _module_function(returns: str) -> Callable[..., Any]:
     """Return a function as a module defines them, that no test has seen before."""
-    functions: dict[str, Any] = {"Tool": Tool}
+    functions: dict[str, Any] = {"Tool": Tool, "Order": Order}
     exec(f"def count() -> {returns!r}: ...", functions)  # noqa: S102
     return cast("Callable[..., Any]", functions["count"])
 
@@ -38,6 +47,60 @@ def test_a_function_of_a_module_is_resolved_once(monkeypatch: pytest.MonkeyPatch
         assert return_type(count) is int
     assert resolved == [count]
     assert return_type(Tool().look_up) is return_type(Tool().look_up) is Tool
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        (list["Order"], list[Order]),
+        (Optional["Order"], Order | None),
+        (dict[str, list["Order"]] | None, dict[str, list[Order]] | None),
+        (Awaitable["Order"], Order),
+        (Awaitable[list["Order"]], list[Order]),
+        (Annotated[list["Order"], "kept"], Annotated[list[Order], "kept"]),
+        (Literal["Order"], Literal["Order"]),
+    ],
+)
+def test_a_name_inside_a_type_is_resolved(written: Any, meant: Any) -> None:
+    count = _module_function("int")
+    count.__annotations__["return"] = written
+
+    assert return_type(count) == meant
+    assert return_codec_of(count).annotation == codec_for(meant).annotation
+
+
+def test_types_that_name_nothing_are_not_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> dict[str, Any]:
+        raise AssertionError("each run of a step would look it up")
+
+    monkeypatch.setattr(typing, "get_type_hints", refuse)
+    for written in (int, Order, None, Any, list[int], dict[str, Order] | None, Annotated[Order, "a word"]):
+        count = _module_function("int")
+        count.__annotations__["return"] = written
+        assert return_type(count) == (type(None) if written is None else written)
+
+
+@dataclass
+class Priced:
+    """Its fields are annotated, and so is what it does when it is called."""
+
+    cents: int
+    item: str = ""
+
+    async def __call__(self, ctx: Context, count: int) -> list["Order"]:
+        return [Order(self.cents)] * count
+
+
+def test_an_object_that_is_called_is_annotated_by_what_it_does() -> None:
+    assert return_type(Priced(5)) == list[Order]
+    assert hints_of(Priced(5), "task 'priced'") == {"ctx": Context, "count": int, "return": list[Order]}
+
+
+def test_a_handler_with_annotated_fields_is_asynchronous_as_it_is_written() -> None:
+    task = Conductor().create_task(Priced(5), name="priced")
+
+    assert task.config.executor == "loop"
+    assert task.bind(3).payload == '{"count":3}'
 
 
 def test_a_function_of_a_run_is_not_kept_by_what_it_returns() -> None:

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 from pydantic import BaseModel, ConfigDict, SecretStr
 
-from pgconductor.codec import NAME_BYTES_MAX, VALUE_BYTES_MAX, check_name, codec_for
+from pgconductor.codec import NAME_BYTES_MAX, VALUE_BYTES_MAX, check_name, codec_for, untyped_codec
 from pgconductor.errors import ConfigurationError, DecodeError, EncodeError, is_permanent
 
 NAN = float("nan")
@@ -222,6 +222,23 @@ def test_value_that_no_longer_fits_is_a_permanent_decode_error(annotation: Any, 
 def test_type_without_an_exact_form_is_refused_when_its_codec_is_built(annotation: Any, reason: str) -> None:
     with pytest.raises(ConfigurationError, match=reason):
         codec_for(annotation)
+
+
+@pytest.mark.parametrize("version", ["1.10.24", "2.9.2", "2.10.6"])
+def test_a_pydantic_that_is_too_old_is_refused_with_its_version(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Fresh(BaseModel):
+        price: float
+
+    monkeypatch.setattr("pydantic.VERSION", version)
+    with pytest.raises(ConfigurationError, match=rf'^pydantic {version}: .* 2\.11 .*"pgconductor\[pydantic\]"'):
+        codec_for(Fresh)
+    monkeypatch.setattr("pydantic.VERSION", "2.11.0b1")
+    assert codec_for(Fresh).decode('{"price": 1}') == Fresh(price=1)
+
+
+def test_the_remedy_is_that_of_who_asks() -> None:
+    with pytest.raises(EncodeError, match=r"^cannot store where\.id: .*; write it as text$"):
+        untyped_codec("write it as text").encode({"id": UUID(int=7)}, "where")
 
 
 @pytest.mark.parametrize(

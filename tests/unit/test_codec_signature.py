@@ -62,6 +62,9 @@ async def mixed(ctx: Any, number: int, doc: Doc, docs: list[Doc] | None = None) 
 async def leading(ctx: Any, a: int = 1, b: int = 2, /, c: int = 3) -> None: ...
 async def ticking(ctx: Any, tick: "Tick | None" = None, x: int = 1) -> None: ...
 async def waiting(ctx: Any, tick: Tick) -> None: ...
+async def ticking_first(ctx: Any, tick: Tick | None = None, x: int = 1, /) -> None: ...
+async def ticking_last(ctx: Any, x: int, tick: Tick, /, y: int = 1) -> None: ...
+async def ticking_by_name(ctx: Any, x: int, /, tick: Tick) -> None: ...
 async def index(ctx: Any, docs: list[Order]) -> list[bool] | None: ...
 async def numbers(ctx: Any, values: list[int]) -> None: ...
 async def pair(ctx: Any, pair: Pair) -> None: ...
@@ -197,6 +200,19 @@ def test_trigger_parameters_are_kept_out_of_the_payload() -> None:
     assert not _signature(ticking).required_triggers
     assert _signature(waiting).required_triggers == {"tick"}
     assert _signature(waiting).decode_payload("{}") == ((), {})
+
+
+@pytest.mark.parametrize("fn", [ticking_first, ticking_last])
+def test_a_trigger_parameter_that_takes_no_name_is_refused(fn: Any) -> None:
+    with pytest.raises(ConfigurationError, match=r"parameter 'tick': .* is passed by name, .*; drop the `/`"):
+        _signature(fn)
+
+
+def test_a_trigger_parameter_behind_positional_ones_is_passed_by_name() -> None:
+    signature = _signature(ticking_by_name)
+
+    assert signature.triggers == {"tick": Tick}
+    assert signature.decode_payload('{"x":1}') == ((1,), {})
 
 
 def test_batch_payload_is_one_element() -> None:

@@ -37,6 +37,8 @@ class _Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except BrokenPipeError:
+            raise  # whoever read along, such as `head`, has read enough: click ends the process without a word
         except (ConductorError, psycopg.Error, OSError, UnicodeEncodeError) as error:
             message = safe(redacted(str(error).strip()))
             click.echo(f"{click.style('error:', fg='red', bold=True)} {message}", err=True)

@@ -1,10 +1,9 @@
 """Contexts without a database, for unit tests of the bare handler: `await checkout(FakeContext(...), 7)`."""
 
-import contextlib
 import copy
 import inspect
 import logging
-from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
 from typing import Any, Concatenate, Literal, TypeVar, cast, overload
@@ -13,12 +12,24 @@ from uuid import UUID, uuid4
 from typing_extensions import ParamSpec
 from typing_extensions import TypeVar as DefaultTypeVar
 
-from pgconductor.attempt import inside_step
+from pgconductor.claimed import NULL, Claimed
 from pgconductor.context import Context
 from pgconductor.durations import Duration, parse_duration
 from pgconductor.errors import ConfigurationError
+from pgconductor.journal import Journal
+from pgconductor.memos import Memos
 from pgconductor.model import EventDef, RetryPolicy
-from pgconductor.operations import PLAIN, Child, RunFacts, StepOptions, check_instant, members_of, partition
+from pgconductor.operations import (
+    PLAIN,
+    Child,
+    Marked,
+    RunFacts,
+    StepOptions,
+    check_instant,
+    is_final,
+    members_of,
+    partition,
+)
 from pgconductor.signature import return_codec_of
 from pgconductor.sync_context import SyncContext
 from pgconductor.task import Call, Task
@@ -35,7 +46,10 @@ _NEEDS_DATABASE = "; to run it, test with the fixture conductor_test"
 
 
 class _Fake(RunFacts[D]):
-    """What both fakes share: the facts that the test sets, the script, and how a step's function is tried."""
+    """What both fakes share: the facts that the test sets, the script, and how a step's function is tried.
+
+    Operations are asked of a journal, too, which knows of no earlier run: it refuses what it refuses in production.
+    """
 
     _options: StepOptions = PLAIN
 
@@ -53,6 +67,7 @@ class _Fake(RunFacts[D]):
         self._given_attempt = attempt
         self._given_trigger = trigger
         self._id = uuid4()
+        self._journal = Journal(Claimed(str(self._id), 0, 0, NULL), 0, Memos())
 
     @property
     def calls(self) -> list[Asked]:
@@ -121,10 +136,39 @@ class _Fake(RunFacts[D]):
         return other
 
     def _gives_up(self, error: Exception, number: int) -> bool:
-        return number >= self._options.max_attempts or self._options.retry.gives_up_on(error)
+        return number >= self._options.max_attempts or is_final(error, self._options.retry)
 
-    def _began(self, name: str, calls: Sequence[Call[Any]], *, detached: bool = False) -> Any:
-        return Child(str(uuid4()), name, calls[0], self, detached=detached)
+    def _transacted(self, name: str, fn: Callable[..., Any], given: tuple[Any, ...]) -> Any:
+        self._script.note("transaction", name, given)
+        self._journal.begin(name, "transaction")
+        value = self._script.given("transaction", name, _NEEDS_DATABASE)
+        return copied(return_codec_of(fn), value, f"transaction {name!r}")
+
+    def _slept(self, name: str, duration: Duration) -> None:
+        slept = parse_duration(duration, f"sleep {name!r}: duration")
+        self._script.note("sleep", name, slept)
+        self._journal.sleep(name, due_in=slept.total_seconds())
+
+    def _slept_until(self, name: str, at: datetime) -> None:
+        self._script.note("sleep_until", name, check_instant(name, at))
+        self._journal.sleep(name, due_at=at)
+
+    def _invoked(self, name: str, call: Call[R], timeout: Duration | None, on_timeout: str) -> R:
+        self._script.note("invoke", name, call)
+        self._journal.invoke(name, call, timeout, on_timeout)
+        return cast("R", self._script.child_value("invoke", name, call))
+
+    def _invoked_all(
+        self, name: str, calls: Sequence[Call[R]], timeout: Duration | None, max_in_flight: int | None
+    ) -> list[R]:
+        self._script.note("invoke_all", name, list(calls))
+        self._journal.invoke_all(name, calls, timeout, max_in_flight)
+        return self._script.child_values(name, calls)
+
+    def _started(self, name: str, call: Call[R], *, detached: bool) -> Child[R]:
+        self._script.note("start", name, call)
+        child_id, _ = self._journal.start(name, call, detached=detached)
+        return Child(child_id, name, call, self, detached=detached)
 
     def _waited(
         self, name: str, children: Sequence[Child[R]], count: int | None, timeout: Duration | None
@@ -133,7 +177,25 @@ class _Fake(RunFacts[D]):
         if not children:
             return [], []
         self._script.note("wait", name, members)
+        self._journal.wait(name, members, needed, timeout)
         return partition(children, self._script.finished(name, children, needed, timeout))
+
+    def _resulted(self, child: Child[R], timeout: Duration | None) -> R:
+        members, needed = members_of("result", [child], 1)
+        if timeout is not None:
+            name = self._journal.numbered(f"{child.step}.result")
+            self._journal.wait(name, members, needed, timeout, is_ours=True)
+        return cast("R", self._script.child_value("start", child.step, child.call))
+
+    def _waited_for(self, name: str, event: EventDef[E], where: dict[str, Any] | None, timeout: Duration | None) -> E:
+        self._script.note("wait_for", name, where)
+        self._journal.wait_for(name, event, where, timeout)
+        return cast("E", self._script.of_type(event.payload, "wait_for", name))
+
+    def _emitted(self, event: EventDef[E], payload: E) -> UUID:
+        self._journal.emit(event, payload)
+        self._script.note("emit", event.name, payload, is_named=False)
+        return self._script.execution_id(self._script.numbered(f"emit:{event.name}"))
 
 
 class FakeContext(_Fake[D], Context[D]):
@@ -141,6 +203,7 @@ class FakeContext(_Fake[D], Context[D]):
 
     `ctx.step` runs its function, and the value goes through JSON as in production. Everything that reaches further
     gets its answer from `results`. Nothing waits: sleeps, and pauses between the tries of a step, are over at once.
+    Names, durations, the options of children and the payloads of events are refused where production refuses them.
 
         ctx = FakeContext(deps=Deps(...), results={"charge": Receipt("c1")})
         assert await checkout(ctx, 7) == "c1"
@@ -166,6 +229,7 @@ class FakeContext(_Fake[D], Context[D]):
     async def step(self, name: str, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Run the function, or give the result of that name."""
         self._script.note("step", name, arguments(args, kwargs))
+        self._journal.begin(name, "step")
         value = self._script.given("step", name) if self._script.has(name) else await self._try(name, fn, args, kwargs)
         return copied(return_codec_of(fn), value, f"step {name!r}")
 
@@ -173,7 +237,7 @@ class FakeContext(_Fake[D], Context[D]):
         number = 1
         while True:
             try:
-                with _marked(name):
+                with Marked(name):
                     value = fn(*args, **kwargs)
                     return await value if inspect.isawaitable(value) else value
             except Exception as error:
@@ -191,17 +255,15 @@ class FakeContext(_Fake[D], Context[D]):
         self, name: str, fn: Callable[Concatenate[Any, P], Awaitable[T]], /, *args: P.args, **kwargs: P.kwargs
     ) -> T:
         """Give the result of that name; the function, which needs a connection, does not run."""
-        self._script.note("transaction", name, arguments(args, kwargs))
-        value = self._script.given("transaction", name, _NEEDS_DATABASE)
-        return cast("T", copied(return_codec_of(fn), value, f"transaction {name!r}"))
+        return cast("T", self._transacted(name, fn, arguments(args, kwargs)))
 
     async def sleep(self, name: str, duration: Duration) -> None:
         """Note it."""
-        self._script.note("sleep", name, parse_duration(duration, f"sleep {name!r}: duration"))
+        self._slept(name, duration)
 
     async def sleep_until(self, name: str, at: datetime) -> None:
         """Note it."""
-        self._script.note("sleep_until", name, check_instant(name, at))
+        self._slept_until(name, at)
 
     async def checkpoint(self) -> None:
         """Note it."""
@@ -212,29 +274,26 @@ class FakeContext(_Fake[D], Context[D]):
         name: str,
         call: Call[R],
         *,
-        timeout: Duration | None = None,  # noqa: ARG002
-        on_timeout: Literal["cancel", "keep"] = "cancel",  # noqa: ARG002
+        timeout: Duration | None = None,
+        on_timeout: Literal["cancel", "keep"] = "cancel",
     ) -> R:
         """Give the result of that name."""
-        self._script.note("invoke", name, call)
-        return cast("R", self._script.child_value("invoke", name, call))
+        return self._invoked(name, call, timeout, on_timeout)
 
     async def invoke_all(
         self,
         name: str,
         calls: Sequence[Call[R]],
         *,
-        timeout: Duration | None = None,  # noqa: ARG002
-        max_in_flight: int | None = None,  # noqa: ARG002
+        timeout: Duration | None = None,
+        max_in_flight: int | None = None,
     ) -> list[R]:
         """Give the list of results of that name."""
-        self._script.note("invoke_all", name, list(calls))
-        return self._script.child_values(name, calls)
+        return self._invoked_all(name, calls, timeout, max_in_flight)
 
     async def start(self, name: str, call: Call[R], *, detached: bool = False) -> Child[R]:
         """Note it; the child gives the result of that name when it is awaited."""
-        self._script.note("start", name, call)
-        return cast("Child[R]", self._began(name, [call], detached=detached))
+        return self._started(name, call, detached=detached)
 
     async def wait(
         self, name: str, children: Sequence[Child[R]], *, count: int | None = None, timeout: Duration | None = None
@@ -242,26 +301,19 @@ class FakeContext(_Fake[D], Context[D]):
         """Find those children ended whose results are given."""
         return self._waited(name, children, count, timeout)
 
-    async def child_result(self, child: Child[R], timeout: Duration | None) -> R:  # noqa: ARG002
+    async def child_result(self, child: Child[R], timeout: Duration | None) -> R:
         """Give the result of a started child; `Child.result` calls this."""
-        return cast("R", self._script.child_value("start", child.step, child.call))
+        return self._resulted(child, timeout)
 
     async def wait_for(
-        self,
-        name: str,
-        event: EventDef[E],
-        *,
-        where: dict[str, Any] | None = None,
-        timeout: Duration | None = None,  # noqa: ARG002
+        self, name: str, event: EventDef[E], *, where: dict[str, Any] | None = None, timeout: Duration | None = None
     ) -> E:
         """Give the result of that name: the event's payload."""
-        self._script.note("wait_for", name, where)
-        return cast("E", self._script.of_type(event.payload, "wait_for", name))
+        return self._waited_for(name, event, where, timeout)
 
     async def emit(self, event: EventDef[E], payload: E) -> UUID:
-        """Note it."""
-        self._script.note("emit", event.name, payload, is_named=False)
-        return self._script.execution_id(self._script.numbered(f"emit:{event.name}"))
+        """Note it, if the payload is of the event's type."""
+        return self._emitted(event, payload)
 
     async def cancel(self, execution_id: UUID, reason: str = "") -> bool:
         """Note it; true, unless a result `cancel#1`, `cancel#2`, … is given."""
@@ -287,6 +339,7 @@ class FakeSyncContext(_Fake[D], SyncContext[D]):
     def step(self, name: str, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Run the function, or give the result of that name."""
         self._script.note("step", name, arguments(args, kwargs))
+        self._journal.begin(name, "step")
         value = self._script.given("step", name) if self._script.has(name) else self._try(name, fn, args, kwargs)
         return cast("T", copied(return_codec_of(fn), value, f"step {name!r}"))
 
@@ -294,7 +347,7 @@ class FakeSyncContext(_Fake[D], SyncContext[D]):
         number = 1
         while True:
             try:
-                with _marked(name):
+                with Marked(name):
                     return fn(*args, **kwargs)
             except Exception as error:
                 if self._gives_up(error, number):
@@ -309,17 +362,15 @@ class FakeSyncContext(_Fake[D], SyncContext[D]):
 
     def transaction(self, name: str, fn: Callable[Concatenate[Any, P], T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Give the result of that name; the function, which needs a connection, does not run."""
-        self._script.note("transaction", name, arguments(args, kwargs))
-        value = self._script.given("transaction", name, _NEEDS_DATABASE)
-        return cast("T", copied(return_codec_of(fn), value, f"transaction {name!r}"))
+        return cast("T", self._transacted(name, fn, arguments(args, kwargs)))
 
     def sleep(self, name: str, duration: Duration) -> None:
         """Note it."""
-        self._script.note("sleep", name, parse_duration(duration, f"sleep {name!r}: duration"))
+        self._slept(name, duration)
 
     def sleep_until(self, name: str, at: datetime) -> None:
         """Note it."""
-        self._script.note("sleep_until", name, check_instant(name, at))
+        self._slept_until(name, at)
 
     def checkpoint(self) -> None:
         """Note it."""
@@ -330,29 +381,26 @@ class FakeSyncContext(_Fake[D], SyncContext[D]):
         name: str,
         call: Call[R],
         *,
-        timeout: Duration | None = None,  # noqa: ARG002
-        on_timeout: Literal["cancel", "keep"] = "cancel",  # noqa: ARG002
+        timeout: Duration | None = None,
+        on_timeout: Literal["cancel", "keep"] = "cancel",
     ) -> R:
         """Give the result of that name."""
-        self._script.note("invoke", name, call)
-        return cast("R", self._script.child_value("invoke", name, call))
+        return self._invoked(name, call, timeout, on_timeout)
 
     def invoke_all(
         self,
         name: str,
         calls: Sequence[Call[R]],
         *,
-        timeout: Duration | None = None,  # noqa: ARG002
-        max_in_flight: int | None = None,  # noqa: ARG002
+        timeout: Duration | None = None,
+        max_in_flight: int | None = None,
     ) -> list[R]:
         """Give the list of results of that name."""
-        self._script.note("invoke_all", name, list(calls))
-        return self._script.child_values(name, calls)
+        return self._invoked_all(name, calls, timeout, max_in_flight)
 
     def start(self, name: str, call: Call[R], *, detached: bool = False) -> Child[R]:
         """Note it; the child gives the result of that name when it is asked for it."""
-        self._script.note("start", name, call)
-        return cast("Child[R]", self._began(name, [call], detached=detached))
+        return self._started(name, call, detached=detached)
 
     def wait(
         self, name: str, children: Sequence[Child[R]], *, count: int | None = None, timeout: Duration | None = None
@@ -360,26 +408,19 @@ class FakeSyncContext(_Fake[D], SyncContext[D]):
         """Find those children ended whose results are given."""
         return self._waited(name, children, count, timeout)
 
-    def child_result(self, child: Child[R], timeout: Duration | None) -> R:  # noqa: ARG002
+    def child_result(self, child: Child[R], timeout: Duration | None) -> R:
         """Give the result of a started child; `Child.result_sync` calls this."""
-        return cast("R", self._script.child_value("start", child.step, child.call))
+        return self._resulted(child, timeout)
 
     def wait_for(
-        self,
-        name: str,
-        event: EventDef[E],
-        *,
-        where: dict[str, Any] | None = None,
-        timeout: Duration | None = None,  # noqa: ARG002
+        self, name: str, event: EventDef[E], *, where: dict[str, Any] | None = None, timeout: Duration | None = None
     ) -> E:
         """Give the result of that name: the event's payload."""
-        self._script.note("wait_for", name, where)
-        return cast("E", self._script.of_type(event.payload, "wait_for", name))
+        return self._waited_for(name, event, where, timeout)
 
     def emit(self, event: EventDef[E], payload: E) -> UUID:
-        """Note it."""
-        self._script.note("emit", event.name, payload, is_named=False)
-        return self._script.execution_id(self._script.numbered(f"emit:{event.name}"))
+        """Note it, if the payload is of the event's type."""
+        return self._emitted(event, payload)
 
     def cancel(self, execution_id: UUID, reason: str = "") -> bool:
         """Note it; true, unless a result `cancel#1`, `cancel#2`, … is given."""
@@ -393,13 +434,3 @@ class FakeSyncContext(_Fake[D], SyncContext[D]):
     def unschedule(self, name: str, task: Task[..., Any]) -> None:
         """Note it."""
         self._script.note("unschedule", name, task.name, is_named=False)
-
-
-@contextlib.contextmanager
-def _marked(name: str) -> Generator[None]:
-    """Refuse operations of the context while a step's own code runs."""
-    entered = inside_step.set(name)
-    try:
-        yield
-    finally:
-        inside_step.reset(entered)
