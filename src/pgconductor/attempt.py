@@ -45,11 +45,12 @@ from msgspec import Raw
 
 from pgconductor.claimed import Claimed, Loaded, Missing, Recorded, StepKind
 from pgconductor.engine import Engine, Query
-from pgconductor.errors import AttemptTimeout, ConductorError, Crash, Retry, StaleLease, Suspend, is_permanent
+from pgconductor.errors import AttemptTimeout, ConductorError, Crash, StaleLease, Suspend, is_permanent
 from pgconductor.faults import fault
 from pgconductor.journal import Journal, check_match
 from pgconductor.logs import current_run
 from pgconductor.memos import Memos
+from pgconductor.model import delay_after
 from pgconductor.stored_error import error_to_json
 from pgconductor.task import Task
 from pgconductor.written import Completion, Fresh, Operation, Outcome, SavedStep
@@ -315,9 +316,10 @@ class Attempt:
         return Outcome(self.claimed.id, self.token, "released")
 
     def _failed(self, error: BaseException) -> Outcome | None:
-        if self.exit:
-            log.warning("task %r raised while it was being %s", self.task.name, self.exit, exc_info=error)
-            return self.leave(self.exit)
+        if self.exit or self._hard:
+            way = self.exit or "released"
+            log.warning("task %r raised while it was being %s", self.task.name, way, exc_info=error)
+            return self.leave(way)
         if isinstance(error, StaleLease):
             return None
         config, number = self.task.config, self.claimed.failures + 1
@@ -325,7 +327,7 @@ class Attempt:
         if is_permanent(error) or config.retry.gives_up_on(error) or number >= config.max_attempts:
             log.error("%s failed after %d attempt%s", self.label, number, "s" * (number > 1), exc_info=error)
             return Outcome(self.claimed.id, self.token, "failed", error=stored)
-        delay = error.after.total_seconds() if isinstance(error, Retry) else config.retry.delay(number, _chance)
+        delay = delay_after(error, config.retry, number, _chance)
         log.warning("%s failed, attempt %d; again in %.3gs", self.label, number, delay, exc_info=error)
         fresh = [Fresh(name, round_) for name, round_ in sorted(self.journal.timed_out_by(error))]
         return Outcome(self.claimed.id, self.token, "retried", error=stored, delay=delay, fresh=fresh or None)

@@ -94,7 +94,9 @@ class Batcher(Generic[Item]):
             return
         self._waiting.append(item)
         if self._flusher is None:
-            self._flusher = asyncio.get_running_loop().create_task(self._flush(), name=f"pgconductor {self.name}")
+            # not by the loop's task factory: one that starts tasks at once could end it before it is noted here
+            loop = asyncio.get_running_loop()
+            self._flusher = asyncio.Task(self._flush(), loop=loop, name=f"pgconductor {self.name}")
 
     async def flush(self) -> None:
         """Wait until everything added so far is stored, or rejected."""

@@ -118,7 +118,8 @@ class Context(RunFacts[D]):
         Args:
             retry: How long to wait between tries, on the worker.
             max_attempts: How often a step is tried within one attempt of the task; at least 1.
-            timeout: How long one try may run.
+            timeout: How long one try may run. A plain function then runs in a thread of its own, since nothing could
+                end it on the event loop, and may go on beside the next try.
 
         Returns:
             A context of the same run.

@@ -298,7 +298,7 @@ class Crew:
         self._release_alone(0.0)
         for worker in self.workers:
             self.release(worker.take_buffered())
-            worker.each(Attempt.request_release)
+            worker.each(lambda attempt: attempt.request_release())
 
     def abandon(self) -> None:
         """Drop everything: the leases are lost."""
@@ -307,7 +307,7 @@ class Crew:
         self._chosen = self._alone_id = None
         for worker in self.workers:
             worker.take_buffered()
-            worker.each(Attempt.abandon)
+            worker.each(lambda attempt: attempt.abandon())
 
     async def wait_until_empty(self, seconds: float) -> bool:
         """Wait until nothing runs; False when the time is over."""

@@ -562,6 +562,12 @@ def error_type_of(error: BaseException) -> str:
     return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
 
 
+def members_of(error: BaseException) -> tuple[BaseException, ...]:
+    """Return what a group holds; an error that is no group holds nothing."""
+    is_group = isinstance(error, BaseExceptionGroup)
+    return cast("BaseExceptionGroup[BaseException]", error).exceptions if is_group else ()
+
+
 _PERMANENT = (Fail, ChildFailed, EncodeError, DecodeError, DuplicateStep, DepthExceeded, TooMany)
 
 
@@ -570,9 +576,8 @@ def is_permanent(error: BaseException) -> bool:
 
     A `ChildTimeout` is not permanent; a group is when all of it is.
     """
-    if isinstance(error, BaseExceptionGroup):
-        group = cast("BaseExceptionGroup[BaseException]", error)
-        return all(is_permanent(each) for each in group.exceptions)
+    if members := members_of(error):
+        return all(map(is_permanent, members))
     return isinstance(error, _PERMANENT) and not isinstance(error, ChildTimeout)
 
 

@@ -26,7 +26,7 @@ from pgconductor.checks import (
     check_zone,
 )
 from pgconductor.durations import Duration
-from pgconductor.errors import ConfigurationError
+from pgconductor.errors import ConfigurationError, Retry, members_of
 
 E = TypeVar("E")
 E_co = TypeVar("E_co", covariant=True)
@@ -108,8 +108,9 @@ class RetryPolicy:
         return wait * (1 - self.jitter * rng.random())
 
     def gives_up_on(self, error: BaseException) -> bool:
-        """Tell whether an error leaves no further attempt by this policy."""
-        return isinstance(error, self.give_up_on)
+        """Tell whether an error leaves no further attempt by this policy; a group does if all of it does."""
+        members = members_of(error)
+        return isinstance(error, self.give_up_on) or (bool(members) and all(map(self.gives_up_on, members)))
 
     def _exponential(self, attempt_number: int) -> float:
         longest = self.max.total_seconds()
@@ -117,6 +118,18 @@ class RetryPolicy:
             return min(longest, self.first.total_seconds() * float(self.factor) ** (attempt_number - 1))
         except OverflowError:
             return longest
+
+
+def delay_after(error: BaseException, policy: RetryPolicy, attempt_number: int, rng: random.Random) -> float:
+    """Return how many seconds to wait after an error: what a `Retry` asks, the most in a group, else the policy's."""
+    asked = _asked_delay(error)
+    return policy.delay(attempt_number, rng) if asked is None else asked
+
+
+def _asked_delay(error: BaseException) -> float | None:
+    if isinstance(error, Retry):
+        return error.after.total_seconds()
+    return max((asked for each in members_of(error) if (asked := _asked_delay(each)) is not None), default=None)
 
 
 @dataclass(frozen=True, slots=True, init=False)

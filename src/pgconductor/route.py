@@ -54,9 +54,13 @@ class Timeline:
 
     Args:
         on_change: Called when a connection finds another one, before anything is asked of it.
+
+    Attributes:
+        change_count: How often one was found.
     """
 
     def __init__(self, on_change: Callable[[], None]) -> None:
+        self.change_count = 0
         self._on_change = on_change
         self._last: str | None = None
 
@@ -70,6 +74,7 @@ class Timeline:
             return
         before, self._last = self._last, found
         if before not in (None, found):
+            self.change_count += 1
             self._on_change()
             raise FailedOver(f"the database has failed over, from timeline {before} to {found}")
 

@@ -137,10 +137,15 @@ class Session:
     def __init__(self, dsn: str, name: str = "pgconductor", timeline: Timeline | None = None) -> None:
         self.name = name
         self.route = Route(dsn, name, timeline=timeline)
+        self._timeline = timeline
         self._wire: Wire | None = None
         self._lock = asyncio.Lock()
         self._judge = _Judge(name)
         self._closed = False
+
+    @property
+    def _change_count(self) -> int:
+        return 0 if self._timeline is None else self._timeline.change_count
 
     @property
     def failure_count(self) -> int:
@@ -166,20 +171,23 @@ class Session:
             ConductorError: The engine refused. Nothing happened.
             psycopg.Error: The server refused. Nothing happened.
         """
+        change_count = self._change_count
         async with asyncio.timeout(timeout), self._lock:
-            return await self._run(query, answer_timeout)
+            return await self._run(query, answer_timeout, change_count)
 
     async def close(self) -> None:
         """Close the connection; calls under way fail with `ConnectionLost`."""
         self._closed = True
         self._drop()
 
-    async def _run(self, query: "Query[T]", answer_timeout: float | None) -> T:
+    async def _run(self, query: "Query[T]", answer_timeout: float | None, change_count: int) -> T:
         while True:
             is_connecting = True
             try:
                 wire = await self._open_wire()
                 is_connecting = False
+                if self._change_count != change_count:  # another session noticed; whoever made this call has not heard
+                    raise FailedOver("the database has failed over since the call was made")
                 answer = await self._ask(wire, query, answer_timeout)
             except psycopg.Error as error:
                 await self._recover(error, is_connecting, query.harmless)

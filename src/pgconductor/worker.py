@@ -276,8 +276,11 @@ class Worker:
         return floor.attempt(claimed, token, floor.tasks[claimed.task_id], self.queue, memos)
 
     def _begin(self, run: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Start a task in the process's context: this may be called at the end of a run."""
-        return asyncio.get_running_loop().create_task(run, context=self._context.copy())
+        """Make a task in the process's context: this may be called at the end of a run.
+
+        Not by the loop's task factory: one that starts tasks at once would start it before its place here is taken.
+        """
+        return asyncio.Task(run, loop=asyncio.get_running_loop(), context=self._context.copy())
 
     def _serve_in_task(self, attempt: Attempt) -> None:
         task = self._begin(self._serve(attempt))
@@ -346,8 +349,9 @@ class Worker:
         except Exception as error:  # noqa: BLE001 (logged and released: the run has not begun)
             self._end(placeholder, self._broken(placeholder, error))
             return
-        if placeholder.exit or placeholder.cancelled:
-            self._end(placeholder, None if placeholder.exit else Outcome(claimed.id, token, "unstarted"))
+        if placeholder.is_over() or placeholder.is_leaving:
+            is_lost = placeholder.exit == "abandoned"
+            self._end(placeholder, None if is_lost else Outcome(claimed.id, token, "unstarted"))
             return
         attempt = self._attempt(claimed, token, memos)
         self.running[claimed.id] = (attempt, self.running[claimed.id][1])

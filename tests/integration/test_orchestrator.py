@@ -15,7 +15,9 @@ import pytest
 from psycopg.rows import DictRow
 
 from pgconductor import Batch, BatchContext, Conductor, Context, Orchestrator, SyncContext
+from pgconductor.claimed import Loaded, Missing
 from pgconductor.errors import ConfigurationError
+from pgconductor.host import ProcessHost
 from pgconductor.membership import Timing
 from pgconductor.notify import Listener
 from pgconductor.worker import Worker
@@ -124,6 +126,90 @@ async def test_a_handler_that_outlasts_the_grace_time_is_cut_short_at_no_cost(ap
     await orchestrator.stop(grace=0)
     rows = db.execute("select state, attempt, crashes from executions").fetchall()
     assert [tuple(row.values()) for row in rows] == [("ready", 1, 0)]
+
+
+async def test_a_handler_that_raises_when_it_is_cut_short_has_not_failed(app: App, db: Db) -> None:
+    started = asyncio.Event()
+
+    @app.task(max_attempts=1)
+    async def work(ctx: Context) -> None:
+        started.set()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            raise ConnectionError("closed") from None
+
+    await work.invoke()
+    orchestrator = Orchestrator(app)
+    await orchestrator.start()
+    await started.wait()
+    await orchestrator.stop(grace=0)
+    rows = db.execute("select state, attempt from executions").fetchall()
+    assert [tuple(row.values()) for row in rows] == [("ready", 1)]
+
+
+async def test_what_is_still_being_loaded_when_a_stop_is_asked_for_does_not_start(
+    app: App, db: Db, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_loading, may_load = asyncio.Event(), asyncio.Event()
+    runs: list[str] = []
+    load = ProcessHost.load
+
+    async def load_late(host: ProcessHost, missing: Missing) -> Loaded:
+        is_loading.set()
+        await may_load.wait()
+        return await load(host, missing)
+
+    monkeypatch.setattr(ProcessHost, "load", load_late)
+
+    @app.task
+    async def work(ctx: Context, text: str) -> None:
+        runs.append(text)
+
+    await work.invoke("x" * 10_000)
+    orchestrator = Orchestrator(app)
+    await orchestrator.start()
+    await is_loading.wait()
+    stopping = asyncio.create_task(orchestrator.stop(grace=20))
+    await until(lambda: orchestrator.is_shutting_down)
+    may_load.set()
+    await stopping
+    rows = db.execute("select state, attempt, started_at is null as is_fresh from executions").fetchall()
+    assert [tuple(row.values()) for row in rows] == [("ready", 1, True)]
+    assert runs == []
+
+
+async def test_a_batch_that_gathers_does_not_hold_up_a_stop(app: App, db: Db) -> None:
+    @app.task(batch=Batch(100, "1h"))
+    async def work(ctx: BatchContext, numbers: list[int]) -> list[int]:
+        return numbers
+
+    await work.invoke(1)
+    orchestrator = Orchestrator(app)
+    await orchestrator.start()
+    await until(lambda: bool(db.execute("select from lease").fetchall()))
+    async with asyncio.timeout(60):
+        await orchestrator.stop(grace="1h")
+    assert [row["state"] for row in db.execute("select state from executions")] == ["ready"]
+
+
+async def test_a_task_factory_that_starts_tasks_at_once_changes_nothing(app: App) -> None:
+    factory = getattr(asyncio, "eager_task_factory", None)
+    if factory is None:
+        pytest.skip("this Python has no eager tasks")
+    loop = asyncio.get_running_loop()
+
+    @app.task
+    async def work(ctx: Context, number: int) -> int:
+        return await ctx.step("n", lambda: number)
+
+    loop.set_task_factory(factory)
+    try:
+        async with Orchestrator(app):
+            runs = await app.invoke_many([work.bind(number) for number in range(20)])
+            assert [await run.result(20) for run in runs] == list(range(20))
+    finally:
+        loop.set_task_factory(None)
 
 
 @pytest.mark.covers("P8")

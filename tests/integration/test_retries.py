@@ -276,3 +276,30 @@ async def test_the_error_of_a_failed_attempt_is_kept_until_the_next_one(app: App
         await until(lambda: bool(rows(db, "select 1 from executions where state = 'scheduled'")))
     (row,) = rows(db, "select error ->> 'message' as message, attempt from executions")
     assert row == {"message": "look at me", "attempt": 2}
+
+
+async def test_a_group_asks_for_the_longest_delay_of_its_members(app: App, db: Db, working: Working) -> None:
+    @app.task(max_attempts=2)
+    async def work(ctx: Context) -> int:
+        if ctx.attempt == 1:
+            inner = ExceptionGroup("inner", [Retry(after="2h"), ValueError()])
+            raise ExceptionGroup("both", [Retry(after="1h"), inner])
+        return ctx.attempt
+
+    async with working():
+        (delay,) = await delays_of(app, db, 1)
+    assert 7200 - 5 < delay <= 7200
+
+
+async def test_a_group_of_what_is_given_up_on_is_given_up_on(app: App, working: Working) -> None:
+    attempts: list[int] = []
+
+    @app.task(max_attempts=5, retry=RetryPolicy(first=0.01, max=0.01, give_up_on=[KeyError]))
+    async def work(ctx: Context) -> None:
+        attempts.append(ctx.attempt)
+        raise ExceptionGroup("both", [KeyError("a"), KeyError("b")])
+
+    async with working():
+        with pytest.raises(ExecutionFailed):
+            await (await work.invoke()).result(20)
+    assert attempts == [1]

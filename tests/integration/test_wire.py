@@ -17,8 +17,8 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from pgconductor import Conductor
 from pgconductor.id_array import IdArray
 from pgconductor.queries import Query, as_is
-from pgconductor.route import Route
-from pgconductor.session import Session
+from pgconductor.route import Route, Timeline
+from pgconductor.session import ConnectionLost, Session
 from pgconductor.wire import Wire
 from tests.sql.support import Db
 from tests.waiting import until
@@ -246,4 +246,30 @@ async def test_a_connection_that_the_server_closes_while_it_is_idle_costs_no_cal
     await until(lambda: first.is_closed)
     assert await session.run(nothing) is None
     assert session._wire is not first
+    await session.close()
+
+
+class Deaf(Timeline):
+    """Hears of a failover from another session only."""
+
+    def note(self, found: str | None) -> None:
+        """Leave it to others."""
+
+
+async def test_a_call_that_a_failover_has_interrupted_is_not_made_again(
+    app: Conductor[Any], database: str, db: Db
+) -> None:
+    timeline = Deaf(lambda: None)
+    session = Session(database, "wire", timeline)
+    nothing = app.engine.settle("00000000-0000-0000-0000-000000000000", [], [])  # harmless: it may be made again
+    assert await session.run(nothing) is None
+    with psycopg.connect(database) as blocker:
+        blocker.execute("lock table pgconductor.orchestrator in access exclusive mode")
+        call = asyncio.create_task(session.run(nothing))
+        await until(lambda: bool(db.execute(f"{ACTIVE} and wait_event_type = 'Lock'").fetchall()))
+        timeline.change_count += 1
+        db.execute(KILL)
+        with pytest.raises(ConnectionLost, match="has failed over since the call was made"):
+            await call
+    assert await session.run(nothing) is None
     await session.close()
