@@ -22,9 +22,12 @@ from tests.sql.support import (
     enqueue,
     enqueue_many,
     invoke,
+    op,
+    park,
     register,
     release,
     row,
+    save,
     settle,
     state,
 )
@@ -248,3 +251,66 @@ def test_a_replaced_call_expires_by_its_new_time(db: Db) -> None:
 
     assert state(db, id) == "scheduled"
     assert count(db, "expiry") == 1
+
+
+@pytest.mark.parametrize(
+    ("window", "instant", "hours"),
+    [
+        ("22:00-02:30", "2030-10-27T00:29:00Z", 1 / 60),  # the first 02:29
+        ("22:00-02:30", "2030-10-27T01:15:00Z", None),  # the second 02:15
+        ("02:30-06:00", "2030-10-27T00:15:00Z", None),  # the first 02:15
+        ("02:30-06:00", "2030-10-27T00:30:00Z", 4.5),  # the first 02:30
+        ("02:30-06:00", "2030-10-27T01:15:00Z", 3.75),  # the second 02:15
+    ],
+)
+def test_in_the_doubled_hour_a_window_begins_and_ends_once(
+    db: Db, window: str, instant: str, hours: float | None
+) -> None:
+    start, end = window.split("-")
+    seconds = closes_in(db, {"window_start": start, "window_end": end, "window_zone": "Europe/Berlin"}, instant)
+    assert seconds == (None if hours is None else pytest.approx(hours * 3600))
+
+
+def test_what_is_held_when_it_expires_keeps_no_sleep_waiting(db: Db, database: str) -> None:
+    register(db, "work", expires=60)
+    enqueue(db, dedupe_key="k")
+    register(db, "sleeper")
+    sleeper = enqueue(db, "sleeper")
+    claim_one(db, tasks=["sleeper"])
+    park(db, sleeper, op(sleeper, "nap", "sleep", due_in=61))
+    with psycopg.Connection[DictRow].connect(database, row_factory=dict_row) as caller:
+        caller.execute("set search_path to pgconductor")
+        enqueue(caller, dedupe_key="k", replace=True)
+        db.execute("set lock_timeout = '5s'")
+        call(db, "fire_timers", at(62))
+        assert state(db, sleeper) == "ready"
+
+
+def test_a_replacement_that_comes_too_late_holds_no_lock(db: Db, database: str) -> None:
+    register(db, "work")
+    id = enqueue(db, dedupe_key="k")
+    claim(db)
+    park(db, id, op(id, "nap", "sleep", due_in=5))
+    running = enqueue(db, dedupe_key="r")
+    claim(db, token=2)
+    with psycopg.Connection[DictRow].connect(database, row_factory=dict_row) as caller:
+        caller.execute("set search_path to pgconductor")
+        assert enqueue(caller, dedupe_key="k", replace=True) == id
+        assert enqueue(caller, dedupe_key="r", replace=True) == running
+        free = db.execute("select id from execution for update skip locked").fetchall()
+        assert len(free) == 2
+
+
+def test_what_a_fenced_process_gives_back_is_neither_replaced_nor_expired(db: Db) -> None:
+    register(db, "work", expires=60)
+    id = enqueue(db, dedupe_key="k", payload={"n": 1})
+    claim(db)
+    save(db, id, "done")
+    call(db, "retire", WORKER, at(30))
+    enqueue(db, dedupe_key="k", replace=True, payload={"n": 2}, now=40)
+    call(db, "fire_timers", at(100))
+    assert state(db, id) == "ready"
+    register(db)
+    (claimed,) = claim(db, token=2, now=100)
+    assert claimed["payload"] == {"n": 1}
+    assert [each[0] for each in claimed["steps"]] == ["done"]

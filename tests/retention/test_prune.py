@@ -398,3 +398,17 @@ def test_what_was_removed_is_forgotten_after_an_hour(db: Db) -> None:
     assert count(db, "removed") == 1
     prune(db, 3_602)
     assert count(db, "removed") == 0
+
+
+def test_a_tree_of_which_somebody_holds_a_member_is_not_waited_for(db: Db, database: str) -> None:
+    keep(db)
+    parent, children = completed_tree(db, 2)
+    with session(database) as holder:
+        holder.execute("begin")
+        holder.execute("select from execution where id = %s for update", (children[0],))
+        db.execute("set lock_timeout = '5s'")
+        prune(db, 8 * DAY)
+        assert exists(db, parent, *children) == [True] * 3
+        holder.execute("commit")
+    prune(db, 9 * DAY)
+    assert exists(db, parent, *children) == [False] * 3

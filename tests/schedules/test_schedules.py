@@ -3,6 +3,7 @@
 import asyncio
 from datetime import UTC, datetime
 from typing import Any
+from uuid import UUID
 
 import psycopg
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from pgconductor import Conductor, Context, Orchestrator, SyncContext, Tick, cron, invocable
 from pgconductor.errors import ConfigurationError
 from tests.integration.conftest import Working
+from tests.sql.support import WORKER, call, claim, enqueue, register
 from tests.waiting import until
 
 App = Conductor[None]
@@ -243,3 +245,15 @@ async def test_ticks_go_on_while_every_slot_is_taken(app: App, working: Working,
         await hold.invoke()
         await until(lambda: len(rows(db, "select * from tick")) >= 2)
         release.set()
+
+
+def test_a_repetition_after_a_lost_reply_schedules_nothing_again(db: Db) -> None:
+    register(db, "work")
+    id = enqueue(db)
+    claim(db)
+    nightly = [{"task": "work", "name": "nightly", "expr": "0 3 * * *", "zone": "UTC", "catch_up": "latest"}]
+    assert call(db, "schedule_as_step", WORKER, UUID(id), 1, "schedule nightly", nightly) is True
+    assert call(db, "unschedule", "work", "nightly") is True
+    assert call(db, "schedule_as_step", WORKER, UUID(id), 1, "schedule nightly", nightly) is True
+    assert db.execute("select from schedule").fetchall() == []
+    assert call(db, "schedule_as_step", WORKER, UUID(id), 2, "schedule other", nightly) is False

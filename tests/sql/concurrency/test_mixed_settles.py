@@ -104,3 +104,23 @@ def test_plain_completions_lock_their_executions_in_the_order_of_their_ids(db: D
         blocker.rollback()
         assert settle.result()["lost"] == []
     assert {state(db, id) for id in ids} == {"completed"}
+
+
+def test_other_outcomes_and_plain_completions_are_locked_in_one_order(db: Db, database: str) -> None:
+    register(db, "work")
+    plain, failing = str(UUID(int=1)), str(UUID(int=2))
+    for id in (plain, failing):
+        enqueue(db, id=id)
+        assert claim_one(db) == id
+    failed = {"id": failing, "token": 1, "outcome": "failed", "error": BOOM}
+    with session(database) as settling, session(database) as blocker:
+        blocker.autocommit = False
+        blocker.execute("select from execution where id = %s for update", (plain,))
+        completed = [{"id": plain, "token": 1, "result": 1}]
+        settle = Background(partial(settle_both, settling, completed, [failed]))
+        wait_until_blocked(db, settling)
+        free = db.execute("select id from execution for update skip locked").fetchall()
+        assert [str(row["id"]) for row in free] == [failing]
+        blocker.rollback()
+        assert settle.result()["lost"] == []
+    assert [state(db, id) for id in (plain, failing)] == ["completed", "failed"]

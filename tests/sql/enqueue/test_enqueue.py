@@ -288,3 +288,18 @@ def test_a_payload_that_text_cannot_hold_is_refused_by_whatever_takes_it(db: Db,
             db.execute(statement.encode(), (bad,))
         db.execute(statement.encode(), (r'{"tenant": "\u001f \\u0000"}',))
     assert len(db.execute("select payload from executions").fetchall()) == 3
+
+
+@pytest.mark.parametrize("options", [{"dedupe_key": "k"}, {"dedupe_key": "k", "throttle": 60}])
+def test_a_repetition_of_equal_calls_begins_nothing_when_the_first_has_been_removed(
+    db: Db, options: dict[str, object]
+) -> None:
+    register(db, "work", keep_completed=0)
+    calls = [{"id": str(uuid4())} | options, {"id": str(uuid4())} | options]
+    first, second = enqueue_many(db, *calls)
+    assert first == second == calls[0]["id"]
+    claim(db)
+    complete(db, first)
+    assert count(db, "execution") == 0
+    assert enqueue_many(db, *calls, now=1, again=True) == [first, first]
+    assert count(db, "execution") == 0

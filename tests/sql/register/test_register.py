@@ -189,3 +189,26 @@ def test_a_watcher_that_comes_while_the_end_is_written_sees_it(db: Db, database:
         settler.execute("commit")
         assert answer.result()["outcome"] == "completed"
     assert (count(db, "watch"), state(db, id), row(db, id)["failures"]) == (0, "completed", 0)
+
+
+def test_what_is_being_enqueued_for_the_first_time_while_its_task_is_registered_moves_too(
+    db: Db, database: str
+) -> None:
+    register(db)
+    with session(database) as caller, session(database) as worker:
+        caller.execute("begin")
+        id = enqueue(caller, "late")
+        registering = Background(lambda: call(worker, "register_tasks", "d", [task("late", queue="mail")]))
+        wait_until_blocked(db, worker)
+        caller.execute("commit")
+        registering.result()
+    assert claim_one(db, queue="mail") == id
+
+
+def test_what_was_enqueued_before_moves_to_a_queue_that_others_had_named(db: Db) -> None:
+    register(db)
+    ids = [enqueue(db, "late"), enqueue(db, "late", queue="mail"), enqueue(db, "late", delay=5)]
+    call(db, "register_tasks", "d", [task("late", queue="mail")])
+    assert [each["id"] for each in claim(db, queue="mail")] == ids[:2]
+    call(db, "fire_timers", at(5))
+    assert claim_one(db, queue="mail", token=2, now=5) == ids[2]

@@ -125,29 +125,30 @@ begin
       (select p_now from event_pending order by ord limit 1)) - p_now));
 end $$;
 
--- In how many seconds a task's window closes; null while it is closed. The hours are local, and may cross midnight; a
--- local time that comes twice counts at its first occurrence.
+-- The instant of a local time. One that comes twice counts at its first occurrence, one that is left out an hour later.
+create or replace function first_instant(p_local timestamp, p_zone text) returns timestamptz
+language plpgsql stable set search_path from current as $$
+declare
+  v_instant timestamptz := p_local at time zone p_zone;
+begin
+  return case when (v_instant - interval '1 hour') at time zone p_zone = p_local then v_instant - interval '1 hour'
+    else v_instant end;
+end $$;
+
+-- In how many seconds a task's window closes; null while it is closed. The hours are local; a window that ends before it
+-- begins, or then, ends on the next day.
 create or replace function closes_in(p_task task, p_now timestamptz) returns float8
 language plpgsql stable set search_path from current as $$
 declare
-  v_local timestamp := p_now at time zone p_task.window_zone;
-  v_end timestamp := v_local::date + p_task.window_end;
-  v_is_late boolean := v_local::time >= p_task.window_start;
-  v_closes_at timestamptz;
+  v_day date := (p_now at time zone p_task.window_zone)::date;
+  v_end timestamptz;
 begin
-  if p_task.window_start < p_task.window_end then
-    if not v_is_late or v_local >= v_end then
-      return null;
+  for v_days_ago in 0..1 loop
+    v_end := first_instant(v_day - v_days_ago + p_task.window_end + case
+      when p_task.window_end <= p_task.window_start then interval '1 day' else interval '0' end, p_task.window_zone);
+    if p_now >= first_instant(v_day - v_days_ago + p_task.window_start, p_task.window_zone) and p_now < v_end then
+      return extract(epoch from v_end - p_now);
     end if;
-  elsif v_is_late then
-    v_end := v_end + interval '1 day';
-  elsif v_local >= v_end then
-    return null;
-  end if;
-  v_closes_at := v_end at time zone p_task.window_zone;
-  if (v_closes_at - interval '1 hour') at time zone p_task.window_zone = v_end
-     and v_closes_at - interval '1 hour' > p_now then
-    v_closes_at := v_closes_at - interval '1 hour';
-  end if;
-  return extract(epoch from v_closes_at - p_now);
+  end loop;
+  return null;
 end $$;

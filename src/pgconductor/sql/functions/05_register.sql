@@ -1,6 +1,6 @@
 -- register: what code and processes tell the database of themselves.
--- Called at start. Locks: the limits of the tasks named, before any row, as set_limit does; then the tasks' rows. Errors: of
--- register_orchestrator alone.
+-- Called at start. Locks: the limits of tasks that nobody knows yet or whose limits change, before any row that set_limit
+-- takes; then the tasks' rows. Errors: of register_orchestrator alone.
 
 -- Writes the options of tasks; the last code to register wins. p_tasks: [{name, queue, max_attempts, max_crashes,
 -- keep_completed?, keep_failed? (seconds; below zero is for ever), and what flow_as_declared takes}]
@@ -13,10 +13,13 @@ declare
 begin
   insert into queue (name)
   select distinct t.queue from json_to_recordset(p_tasks) as t(queue text) order by 1 on conflict do nothing;
-  perform lock_limits(array(
-    select k.id from json_to_recordset(p_tasks) as t(name text, limits json) join task k on k.name = t.name
-    where k.registered_at is null or json_typeof(t.limits) = 'array'
-      or exists (select from task_limit l where l.task_id = k.id)));
+  -- so that what somebody else is enqueueing for the first time is seen below
+  insert into task (name, queue_id)
+  select t.name, q.id from json_to_recordset(p_tasks) as t(name text, queue text) join queue q on q.name = t.queue
+  where not exists (select from task k where k.name = t.name) order by t.name on conflict do nothing;
+  perform lock_limits(limits_to_change(p_tasks) || array(
+    select k.id from json_to_recordset(p_tasks) as t(name text) join task k on k.name = t.name
+    where k.registered_at is null and exists (select from lane l where l.task_id = k.id)));
   -- what was enqueued before anybody knew the task's queue moves with its lane
   update lane l set queue_id = q.id
   from json_to_recordset(p_tasks) as t(name text, queue text)
@@ -24,15 +27,20 @@ begin
   join queue q on q.name = t.queue
   where l.task_id = k.id and l.queue_id = k.queue_id
     and not exists (select from lane o where o.task_id = k.id and o.queue_id = q.id);
-  insert into task as k (name, queue_id, deployment, max_attempts, max_crashes, registered_at)
-  select t.name, q.id, p_deployment, t.max_attempts, t.max_crashes, v_now
+  perform move_work(o.id, n.id)
+  from json_to_recordset(p_tasks) as t(name text, queue text)
+  join task k on k.name = t.name and k.registered_at is null
+  join queue q on q.name = t.queue and q.id <> k.queue_id
+  join lane o on o.task_id = k.id and o.queue_id = k.queue_id and not o.is_limited
+  join lane n on n.task_id = k.id and n.queue_id = q.id;
+  perform from task where name in (select t.name from json_to_recordset(p_tasks) as t(name text)) order by name for no key update;
+  update task k
+  set queue_id = q.id, deployment = p_deployment, max_attempts = t.max_attempts, max_crashes = t.max_crashes,
+      registered_at = v_now
   from json_to_recordset(p_tasks) as t(name text, queue text, max_attempts smallint, max_crashes smallint)
-  join queue q on q.name = t.queue order by t.name
-  on conflict (name) do update
-  set queue_id = excluded.queue_id, deployment = excluded.deployment, max_attempts = excluded.max_attempts,
-      max_crashes = excluded.max_crashes, registered_at = v_now
-  where (k.queue_id, k.deployment, k.max_attempts, k.max_crashes, k.registered_at is null)
-    is distinct from (excluded.queue_id, excluded.deployment, excluded.max_attempts, excluded.max_crashes, false);
+  join queue q on q.name = t.queue
+  where k.name = t.name and (k.queue_id, k.deployment, k.max_attempts, k.max_crashes, k.registered_at is null)
+    is distinct from (q.id, p_deployment, t.max_attempts, t.max_crashes, false);
   perform keep_as_declared(p_tasks);
   perform flow_as_declared(p_tasks);
   insert into lane (queue_id, task_id, is_limited)
@@ -42,6 +50,21 @@ begin
   order by 1, 2 on conflict do nothing;
   return (select json_agg(json_build_object('name', k.name, 'id', k.id)) from task k
           where k.name in (select t.name from json_to_recordset(p_tasks) as t(name text)));
+end $$;
+
+-- Puts what waits in one lane of a task into another one. Nobody knows the task yet, so nothing of it runs or has run.
+create or replace function move_work(p_from int, p_to int) returns void
+language plpgsql volatile set search_path from current as $$
+declare
+  v_ids uuid[] := array(select execution_id from ready where lane_id = p_from) || array(
+    select t.execution_id from timer t
+    cross join lateral (select lane_id from execution k where k.id = t.execution_id offset 0) e where e.lane_id = p_from);
+begin
+  perform lock_executions(v_ids);
+  update execution set lane_id = p_to where id = any(v_ids) and outcome is null;
+  perform put_ready(array(
+    select row(p_to, t.priority, t.ord, t.execution_id, null, null, null)::ready
+    from unnest(take_ready(whole_lane(p_from), 2147483647)) t));
 end $$;
 
 -- Makes queues that do not exist yet; returns [{name, id}].

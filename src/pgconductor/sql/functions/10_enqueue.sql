@@ -113,6 +113,11 @@ begin
   return query select k.id, k.kept from unnest(v_new, v_kept) as k(id, kept) where k.id <> k.kept;
 end $$;
 
+create or replace function has_started(p_execution execution) returns boolean
+language sql immutable parallel safe
+return p_execution.outcome is not null or p_execution.started_at is not null
+  or p_execution.failures + p_execution.crashes > 0;
+
 -- Gives an execution that has not started the payload, priority and time of a later call with the same key. Returns
 -- whether it could.
 create or replace function replace_unstarted(p_id uuid, p_with new_execution, p_now timestamptz) returns boolean
@@ -121,8 +126,12 @@ declare
   v_old execution;
   v_found boolean;
 begin
+  -- looked at first without a lock: the caller's transaction may stay open for long, and timers would wait for its locks
+  if has_started(e) or exists (select from lease where execution_id = p_id) from execution e where e.id = p_id then
+    return false;
+  end if;
   select * into v_old from execution where id = p_id for no key update;
-  if v_old.outcome is not null or v_old.started_at is not null or v_old.failures + v_old.crashes > 0 then
+  if has_started(v_old) then
     return false;
   end if;
   delete from timer where execution_id = p_id;
@@ -169,6 +178,30 @@ begin
   return v_earlier.execution_id;
 end $$;
 
+-- Which of these ids is there already, or was: of a first try whose reply was lost.
+create or replace function first_try(p_ids uuid[]) returns uuid
+language plpgsql stable set search_path from current as $$
+begin
+  return (select id from (select id from execution where id = any(p_ids)
+                          union all select execution_id from removed where execution_id = any(p_ids)) t limit 1);
+end $$;
+
+-- Of a repetition, the calls with keys whose first try is there or was, by itself or as another call with the same key:
+-- {id: the id that it means}. Else a second call with a key that has been removed since would begin afresh.
+create or replace function done_before(p_calls json) returns jsonb
+language plpgsql stable set search_path from current as $$
+begin
+  return (
+    select jsonb_object_agg(i.id, g.first_id)
+    from (select first_try(array_agg(c.id order by c.place)) as first_id, array_agg(c.id) as ids
+          from rows from (json_to_recordset(p_calls) as (id uuid, task text, dedupe_key text, throttle float8, debounce float8))
+            with ordinality as c(id, task, dedupe_key, throttle, debounce, place)
+          where c.dedupe_key is not null and num_nonnulls(c.throttle, c.debounce) = 0
+          group by c.task, c.dedupe_key) g
+    cross join lateral unnest(g.ids) as i(id)
+    where g.first_id is not null);
+end $$;
+
 -- The same for many calls: {id: the id that it means}, of all that are throttled or debounced. Of equal calls the first
 -- stands for all in a throttle, the last in a debounce. Keys in order, so that two batches do not deadlock.
 create or replace function thin_calls(p_calls json, p_new new_execution[], p_now timestamptz) returns jsonb
@@ -188,9 +221,8 @@ begin
     where c.throttle is not null or c.debounce is not null
     group by 1, 2, 3 order by 1, 2, 3
   loop
-    -- what is there already is of a first try whose reply was lost
-    select id into v_id from execution where id = any(v_group.ids);
-    if not found then
+    v_id := first_try(v_group.ids);
+    if v_id is null then
       select thin(v_group.task_id, v_group.key, n, p_now + make_interval(secs => v_group.seconds),
                   v_group.is_debounce, p_now) into v_id
       from unnest(p_new) n
@@ -279,6 +311,7 @@ begin
     perform set_config('lock_timeout', (1000 * p_lock_seconds)::int::text, true);
   end if;
   perform check_sizes(p_calls);
+  v_kept := case when p_again then done_before(p_calls) end;
   select array_agg(x.task), array_agg(x.queue) into v_tasks, v_queues
   from (select distinct c.task, c.queue from json_to_recordset(p_calls) as c(task text, queue text)) x;
   v_lanes := lanes_of(v_tasks, v_queues);
@@ -296,11 +329,12 @@ begin
         join unnest(v_tasks, v_queues, v_lanes) as x(task, queue, lane)
           on x.task = c.task and x.queue is not distinct from c.queue
         where not p_again or (not exists (select from execution e where e.id = c.id offset 0)
-                              and not exists (select from removed r where r.execution_id = c.id offset 0))
+                              and not exists (select from removed r where r.execution_id = c.id offset 0)
+                              and (v_kept ->> c.id::text) is null)
         order by c.ordinality) c;
 
   if v_thinned then
-    v_kept := thin_calls(p_calls, v_new, v_now);
+    v_kept := coalesce(v_kept, '{}') || thin_calls(p_calls, v_new, v_now);
   end if;
   if v_keyed then
     v_kept := coalesce(v_kept, '{}') || coalesce((

@@ -474,6 +474,22 @@ begin
   perform declare_limits(p_tasks);
 end $$;
 
+-- The tasks whose limits code declares otherwise than they are. p_tasks: as for flow_as_declared.
+create or replace function limits_to_change(p_tasks json) returns int[]
+language plpgsql stable set search_path from current as $$
+begin
+  return array(
+    select k.id from json_to_recordset(p_tasks) as n(name text, limits json) join task k on k.name = n.name
+    cross join lateral (
+      select count(*) filter (where l.id is null or (l.declared_max, l.declared_period)
+                              is distinct from (d.max, make_interval(secs => d.seconds))) as changed, count(*) as declared
+      from json_to_recordset(case when json_typeof(n.limits) = 'array' then n.limits else '[]' end)
+        as d(kind text, key_path text, max int, seconds float8)
+      left join task_limit l on l.task_id = k.id and l.kind = d.kind and l.key_path is not distinct from d.key_path) d
+    where d.changed > 0
+      or d.declared <> (select count(*) from task_limit l where l.task_id = k.id and l.declared_max is not null));
+end $$;
+
 -- Declares the limits of tasks as code has them.
 create or replace function declare_limits(p_tasks json) returns void
 language plpgsql volatile set search_path from current as $$

@@ -196,13 +196,16 @@ create or replace function schedule_as_step(
   p_orchestrator uuid, p_id uuid, p_token bigint, p_name text, p_schedules json, p_now timestamptz default null
 ) returns boolean
 language plpgsql volatile set search_path from current set enable_seqscan = off set enable_mergejoin = off set jit = off set plan_cache_mode = force_generic_plan as $$
+declare
+  v_is_held boolean;
+  v_is_new boolean;
 begin
-  if not record_call(p_orchestrator, p_id, p_token, p_name, instant(p_now)) then
-    return false;
+  select * into v_is_held, v_is_new from record_call(p_orchestrator, p_id, p_token, p_name, instant(p_now));
+  if v_is_new then
+    perform put_schedules(null, p_schedules, instant(p_now));
+    perform hint_schedules();
   end if;
-  perform put_schedules(null, p_schedules, instant(p_now));
-  perform hint_schedules();
-  return true;
+  return v_is_held;
 end $$;
 
 -- Unschedules on behalf of a handler and records that it did, as one step. Returns false when the lease is gone.
@@ -211,29 +214,37 @@ create or replace function unschedule_as_step(
   p_now timestamptz default null
 ) returns boolean
 language plpgsql volatile set search_path from current set enable_seqscan = off set enable_mergejoin = off set jit = off set plan_cache_mode = force_generic_plan as $$
+declare
+  v_is_held boolean;
+  v_is_new boolean;
 begin
-  if not record_call(p_orchestrator, p_id, p_token, p_name, instant(p_now)) then
-    return false;
+  select * into v_is_held, v_is_new from record_call(p_orchestrator, p_id, p_token, p_name, instant(p_now));
+  if v_is_new then
+    perform unschedule(p_task, p_schedule);
   end if;
-  perform unschedule(p_task, p_schedule);
-  return true;
+  return v_is_held;
 end $$;
 
--- Records, under its lease, that a run did something that answers nothing. Returns false when the lease is gone.
+-- Records, under its lease, that a run does something that answers nothing. p_is_held: whether the lease is there; p_is_new:
+-- whether it is recorded by this call, and not by a first try whose reply was lost.
 create or replace function record_call(
-  p_orchestrator uuid, p_id uuid, p_token bigint, p_name text, p_now timestamptz
-) returns boolean
+  p_orchestrator uuid, p_id uuid, p_token bigint, p_name text, p_now timestamptz, out p_is_held boolean,
+  out p_is_new boolean
+)
 language plpgsql volatile set search_path from current as $$
 begin
   if not hold_alive(p_orchestrator) or not exists (
     select from lease where execution_id = p_id and token = p_token and orchestrator_id = p_orchestrator
   ) then
-    return false;
+    p_is_held := false;
+    p_is_new := false;
+    return;
   end if;
   insert into step (execution_id, name, kind, status, value, created_at, finished_at)
   values (p_id, p_name, 'call', 'completed', 'null', p_now, p_now)
   on conflict do nothing;
-  return true;
+  p_is_held := true;
+  p_is_new := found;
 end $$;
 
 -- Stops a task's schedules of a name (null: all of its schedules), whoever made them, or lets them go on: the ticks

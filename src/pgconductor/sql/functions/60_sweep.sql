@@ -36,6 +36,8 @@ declare
   v_due uuid[];
   v_parked uuid[];
   v_woken int[];
+  v_expiry timestamptz;
+  v_expired record;
   v_count int := 0;
   v_effects effects := row('{}'::int[], '{}'::text[]);
 begin
@@ -49,11 +51,14 @@ begin
   v_parked := array(
     select t.execution_id from (select execution_id from timer where due_at <= v_now order by due_at limit p_limit) t
     where exists (select from wait w where w.execution_id = t.execution_id offset 0));
-  -- one of the two a call, since each locks executions in order
-  if exists (select from expiry where due_at <= v_now) then
-    v_effects := expire_unstarted(v_now, p_limit);
-    v_count := 1;
-  elsif cardinality(v_parked) > 0 then
+  -- one of the two a call, since each locks executions in order: what is due longer, but what others hold holds up nobody
+  v_expiry := (select due_at from expiry where due_at <= v_now order by due_at limit 1);
+  if v_expiry <= coalesce((select due_at from timer where execution_id = v_parked[1]), 'infinity') then
+    select * into v_expired from expire_unstarted(v_now, p_limit);
+    v_count := v_expired.p_count;
+    v_effects := row(v_expired.p_lanes, v_expired.p_watchers)::effects;
+  end if;
+  if v_count = 0 and cardinality(v_parked) > 0 then
     v_effects := expire_waits(v_parked, v_now);
     v_count := cardinality(v_parked);
   end if;
@@ -81,14 +86,17 @@ language sql volatile set search_path from current as $$
 $$;
 
 -- Fails what should have started by now and has not. What a process has claimed may still be given back unstarted: it is
--- looked at again.
-create or replace function expire_unstarted(p_now timestamptz, p_limit int) returns effects
+-- looked at again. p_count: how many executions it has locked; what others hold it passes over.
+create or replace function expire_unstarted(
+  p_now timestamptz, p_limit int, out p_count int, out p_lanes int[], out p_watchers text[]
+)
 language plpgsql volatile set search_path from current as $$
 declare
   v_due uuid[] := array(select execution_id from expiry where due_at <= p_now order by due_at limit p_limit);
   v_locked uuid[];
   v_unstarted uuid[];
   v_late uuid[];
+  v_effects effects;
 begin
   -- a call that replaces one holds it until its transaction ends, and may have moved its expiry
   v_locked := lock_free(v_due || array(select parent_id from execution where id = any(v_due) and parent_id is not null));
@@ -101,10 +109,13 @@ begin
   delete from timer where execution_id = any(v_late);
   delete from expiry where execution_id = any(v_due) and (execution_id <> all(v_unstarted) or execution_id = any(v_late));
   update expiry set due_at = p_now + interval '1 minute' where execution_id = any(v_due);
-  return finish(array(
+  p_count := cardinality(v_locked);
+  v_effects := finish(array(
     select row(e.id, 'failed', null, json_build_object('type', 'pgconductor.errors.Expired', 'message',
       format('task %L was not started within %s', t.name, t.expires_in)))::ended
     from execution e join lane l on l.id = e.lane_id join task t on t.id = l.task_id where e.id = any(v_late)), p_now);
+  p_lanes := v_effects.lane_ids;
+  p_watchers := v_effects.watchers;
 end $$;
 
 -- Answers what is due of parked executions: sleeps end; invocations and fan-outs time out, and their children are
@@ -274,12 +285,15 @@ begin
   if not hold_alive(p_orchestrator) then
     return null;
   end if;
-  return json_build_object('queues', queues_of(give_back(p_orchestrator, p_known, instant(p_now))));
+  return json_build_object('queues', queues_of(give_back(p_orchestrator, p_known, false, instant(p_now))));
 end $$;
 
 -- Makes what a process holds ready without counting anything against it; what is cancelled ends. p_known: as for held_by.
 -- While it waits for locks another process may claim what this one held: only leases that are this one's still go.
-create or replace function give_back(p_orchestrator uuid, p_known bigint[], p_now timestamptz) returns int[]
+-- p_may_have_begun: handlers may have been called; then a call that replaces or expires them comes too late.
+create or replace function give_back(
+  p_orchestrator uuid, p_known bigint[], p_may_have_begun boolean, p_now timestamptz
+) returns int[]
 language plpgsql volatile set search_path from current as $$
 declare
   v_ids uuid[] := held_by(array[p_orchestrator], p_known);
@@ -294,6 +308,10 @@ begin
   v_flagged := array(select id from execution where id = any(v_held) and cancel_requested_at is not null);
   if cardinality(v_flagged) > 0 then
     v_effects := finish(cancelled(v_flagged), p_now);
+  end if;
+  if p_may_have_begun then
+    update execution e set started_at = l.claimed_at
+    from lease l where e.id = any(v_held) and e.started_at is null and l.execution_id = e.id;
   end if;
   delete from lease where execution_id = any(v_held);
   perform tell(v_effects.watchers);
@@ -311,7 +329,7 @@ begin
   if not found then
     return json_build_object('queues', '[]'::json);
   end if;
-  v_lanes := give_back(p_orchestrator, '{}', instant(p_now));
+  v_lanes := give_back(p_orchestrator, '{}', true, instant(p_now));
   delete from signal where orchestrator_id = p_orchestrator;
   delete from orchestrator where id = p_orchestrator;
   return json_build_object('queues', queues_of(v_lanes));

@@ -149,7 +149,9 @@ language plpgsql volatile set search_path from current as $$
 declare
   v_tree uuid[] := array(select tree_of(p_root));
 begin
-  if exists (select from execution where id = any(v_tree) and outcome is null) then
+  -- whoever holds a member may be about to lock the root, which is held here: the tree waits for the next prune, not for it
+  if (select count(*) from (select from execution where id = any(v_tree) for update skip locked) m) < cardinality(v_tree)
+     or exists (select from execution where id = any(v_tree) and outcome is null) then
     return 0;
   end if;
   if cardinality(v_tree) > p_size_max then
