@@ -119,8 +119,12 @@ def written_function(fn: Callable[..., Any]) -> Callable[..., Any]:
     """Return the function whose annotations hold for a callable: that inside a partial, `__call__` of an object."""
     while hasattr(fn, "func") and hasattr(fn, "keywords"):
         fn = cast("Any", fn).func
-    # an object has those of its class, too: they speak of its fields
-    is_annotated = isinstance(fn, type) or "__annotations__" in getattr(fn, "__dict__", ())
+    if type(fn) is types.FunctionType:
+        return fn
+    found = getattr(fn, "__annotations__", None)
+    kind: type[Any] = type(fn)
+    is_of_class = any(found is vars(base).get("__annotations__") for base in kind.__mro__)  # they speak of fields
+    is_annotated = isinstance(fn, type) or (found is not None and not is_of_class)
     if not is_annotated and hasattr(type(fn).__call__, "__annotations__"):
         return type(fn).__call__
     return fn
@@ -148,7 +152,7 @@ def return_type(fn: Callable[..., Any]) -> Any:
 
 def _has_text(annotation: Any) -> bool:
     """Tell whether an annotation is a string, or one stands for a type inside it, as in `list["Order"]`."""
-    if annotation is None or isinstance(annotation, type):
+    if annotation is None or isinstance(annotation, type) or get_origin(annotation) is Literal:
         return False
     if isinstance(annotation, str | typing.ForwardRef):
         return True

@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from typing import Any, Final, cast
@@ -28,6 +29,8 @@ from pgconductor.stored_error import error_to_json
 from pgconductor.threads import Threads
 from pgconductor.written import Completion, Operation, SavedStep
 
+ORDERLY_SECONDS: Final = 1.0
+"""How long the event loop has to end by itself when the parent is gone, with what it has to close."""
 SCRIPT = "__pgconductor_child__"
 """The `__name__` of a script that is run for its definitions."""
 _STOP_SIGNALS: Final[dict[signal.Signals, Any]] = {
@@ -221,13 +224,17 @@ def _heed_stops() -> None:
 
 
 def _end_with_parent(lifeline: int) -> None:
-    """Exit when the parent is gone, and every lease with it, whatever a handler does to the loop."""
+    """Exit when the parent is gone, and every lease with it, though a handler blocks the loop.
+
+    Not while it is in code that does not give up the interpreter: then the engine refuses what it still does.
+    """
     os.set_inheritable(lifeline, False)
     threading.Thread(target=_wait_for_end, args=[lifeline], name="pgconductor lifeline", daemon=True).start()
 
 
 def _wait_for_end(lifeline: int) -> None:
     os.read(lifeline, 1)  # nothing is ever written
+    time.sleep(ORDERLY_SECONDS)
     os._exit(0)
 
 

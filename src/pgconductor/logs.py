@@ -56,9 +56,10 @@ def set_up(setup: LogSetup) -> None:
     if setup.is_json:
         handler.setFormatter(JsonFormatter())
     elif sys.stderr.isatty():
+        from rich.console import Console
         from rich.logging import RichHandler  # which takes longer to load than all that is here
 
-        handler = RichHandler(show_path=False, markup=False)
+        handler = RichHandler(console=Console(stderr=True), show_path=False, markup=False)
     logging.basicConfig(level=setup.level, handlers=[handler], format="%(levelname)s %(name)s: %(message)s")
 
 

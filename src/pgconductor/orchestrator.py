@@ -280,8 +280,8 @@ class _Process:
         dsn = self._conductor.dsn
         self._timeline = Timeline(self._on_failover)
         self._claim_session = Session(dsn, "pgconductor claim", self._timeline)
-        self._settle_session = Session(dsn, "pgconductor settle", self._timeline)
-        self._save_session = Session(dsn, "pgconductor save", self._timeline)
+        self._settle_session = Session(dsn, "pgconductor settle", self._timeline, voids=True)
+        self._save_session = Session(dsn, "pgconductor save", self._timeline, voids=True)
         self._other_session = Session(dsn, "pgconductor worker", self._timeline)
         for session in (self._claim_session, self._settle_session, self._save_session, self._other_session):
             self._stack.push_async_callback(session.close)
@@ -470,9 +470,11 @@ class _Process:
         """Trust nothing that was recorded before it. Called by whoever connects first, maybe in a thread."""
         if threading.get_ident() != self._thread_id:
             self._loop.call_soon_threadsafe(self._on_failover)
-        elif self._is_begun:
+            return
+        if self._is_begun:
             self.settler.void(self.claimer.last_token)
             self._fence("finds that the database has failed over")
+        self._timeline.heard_count = self._timeline.change_count
 
     def _fence(self, reason: str) -> None:
         if self._rejoining is not None:

@@ -57,10 +57,12 @@ class Timeline:
 
     Attributes:
         change_count: How often one was found.
+        heard_count: How many of these changes the process has acted on: it voids what it had not stored.
     """
 
     def __init__(self, on_change: Callable[[], None]) -> None:
         self.change_count = 0
+        self.heard_count = 0
         self._on_change = on_change
         self._last: str | None = None
 

@@ -132,20 +132,19 @@ class Session:
         dsn: Where to.
         name: For `pg_stat_activity` and the log.
         timeline: Told of the timeline that each connection finds.
+        voids: Whether a call that a failover interrupts is not made again, since it may rest on what is gone.
     """
 
-    def __init__(self, dsn: str, name: str = "pgconductor", timeline: Timeline | None = None) -> None:
+    def __init__(
+        self, dsn: str, name: str = "pgconductor", timeline: Timeline | None = None, *, voids: bool = False
+    ) -> None:
         self.name = name
         self.route = Route(dsn, name, timeline=timeline)
-        self._timeline = timeline
+        self._voided_by = timeline if voids else None
         self._wire: Wire | None = None
         self._lock = asyncio.Lock()
         self._judge = _Judge(name)
         self._closed = False
-
-    @property
-    def _change_count(self) -> int:
-        return 0 if self._timeline is None else self._timeline.change_count
 
     @property
     def failure_count(self) -> int:
@@ -171,22 +170,22 @@ class Session:
             ConductorError: The engine refused. Nothing happened.
             psycopg.Error: The server refused. Nothing happened.
         """
-        change_count = self._change_count
+        heard_count = 0 if self._voided_by is None else self._voided_by.heard_count
         async with asyncio.timeout(timeout), self._lock:
-            return await self._run(query, answer_timeout, change_count)
+            return await self._run(query, answer_timeout, heard_count)
 
     async def close(self) -> None:
         """Close the connection; calls under way fail with `ConnectionLost`."""
         self._closed = True
         self._drop()
 
-    async def _run(self, query: "Query[T]", answer_timeout: float | None, change_count: int) -> T:
+    async def _run(self, query: "Query[T]", answer_timeout: float | None, heard_count: int) -> T:
         while True:
             is_connecting = True
             try:
                 wire = await self._open_wire()
                 is_connecting = False
-                if self._change_count != change_count:  # another session noticed; whoever made this call has not heard
+                if self._voided_by is not None and self._voided_by.change_count != heard_count:
                     raise FailedOver("the database has failed over since the call was made")
                 answer = await self._ask(wire, query, answer_timeout)
             except psycopg.Error as error:

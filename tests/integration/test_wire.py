@@ -260,7 +260,7 @@ async def test_a_call_that_a_failover_has_interrupted_is_not_made_again(
     app: Conductor[Any], database: str, db: Db
 ) -> None:
     timeline = Deaf(lambda: None)
-    session = Session(database, "wire", timeline)
+    session = Session(database, "wire", timeline, voids=True)
     nothing = app.engine.settle("00000000-0000-0000-0000-000000000000", [], [])  # harmless: it may be made again
     assert await session.run(nothing) is None
     with psycopg.connect(database) as blocker:
@@ -271,5 +271,8 @@ async def test_a_call_that_a_failover_has_interrupted_is_not_made_again(
         db.execute(KILL)
         with pytest.raises(ConnectionLost, match="has failed over since the call was made"):
             await call
+    with pytest.raises(ConnectionLost):  # nobody has heard yet what is void
+        await session.run(nothing)
+    timeline.heard_count = timeline.change_count
     assert await session.run(nothing) is None
     await session.close()

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Optional, cast
 import pytest
 
 from pgconductor import Conductor, Context
-from pgconductor.annotations import hints_of, return_type
+from pgconductor.annotations import hints_of, return_type, written_function
 from pgconductor.codec import codec_for
 from pgconductor.errors import ConfigurationError
 from pgconductor.signature import return_codec_of
@@ -138,3 +138,37 @@ def test_a_callable_that_cannot_be_remembered_is_resolved_each_time() -> None:
         def __call__(self) -> None: ...
 
     assert return_type(Unhashable()) is int
+
+
+@dataclass
+class Fields:
+    count: str
+
+
+@dataclass
+class Heir(Fields):
+    async def __call__(self, number: int) -> list[int]:
+        return [number]
+
+
+class Passing:
+    """Passes on whatever it is asked for, as some decorators do."""
+
+    def __init__(self, fn: Callable[..., Any]) -> None:
+        self._fn = fn
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._fn, name)
+
+    def __call__(self, *args: Any) -> Any:
+        return self._fn(*args)
+
+
+def total(numbers: list[int]) -> int:
+    return sum(numbers)
+
+
+def test_the_annotations_of_fields_are_not_those_of_a_call() -> None:
+    assert return_type(Heir("a")) == list[int]
+    assert written_function(Passing(total)).__annotations__ == total.__annotations__
+    assert return_type(Passing(total)) is int

@@ -203,12 +203,3 @@ def test_what_is_being_enqueued_for_the_first_time_while_its_task_is_registered_
         caller.execute("commit")
         registering.result()
     assert claim_one(db, queue="mail") == id
-
-
-def test_what_was_enqueued_before_moves_to_a_queue_that_others_had_named(db: Db) -> None:
-    register(db)
-    ids = [enqueue(db, "late"), enqueue(db, "late", queue="mail"), enqueue(db, "late", delay=5)]
-    call(db, "register_tasks", "d", [task("late", queue="mail")])
-    assert [each["id"] for each in claim(db, queue="mail")] == ids[:2]
-    call(db, "fire_timers", at(5))
-    assert claim_one(db, queue="mail", token=2, now=5) == ids[2]

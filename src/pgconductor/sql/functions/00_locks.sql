@@ -125,7 +125,7 @@ begin
       (select p_now from event_pending order by ord limit 1)) - p_now));
 end $$;
 
--- The instant of a local time. One that comes twice counts at its first occurrence, one that is left out an hour later.
+-- The instant of a local time; one that comes twice counts at its first occurrence.
 create or replace function first_instant(p_local timestamp, p_zone text) returns timestamptz
 language plpgsql stable set search_path from current as $$
 declare
@@ -136,17 +136,19 @@ begin
 end $$;
 
 -- In how many seconds a task's window closes; null while it is closed. The hours are local; a window that ends before it
--- begins, or then, ends on the next day.
+-- begins, or then, ends on the next day. One that begins in an hour that is left out begins after it.
 create or replace function closes_in(p_task task, p_now timestamptz) returns float8
 language plpgsql stable set search_path from current as $$
 declare
-  v_day date := (p_now at time zone p_task.window_zone)::date;
+  v_local timestamp := p_now at time zone p_task.window_zone;
+  v_start timestamp;
   v_end timestamptz;
 begin
   for v_days_ago in 0..1 loop
-    v_end := first_instant(v_day - v_days_ago + p_task.window_end + case
+    v_start := v_local::date - v_days_ago + p_task.window_start;
+    v_end := first_instant(v_local::date - v_days_ago + p_task.window_end + case
       when p_task.window_end <= p_task.window_start then interval '1 day' else interval '0' end, p_task.window_zone);
-    if p_now >= first_instant(v_day - v_days_ago + p_task.window_start, p_task.window_zone) and p_now < v_end then
+    if (v_local >= v_start or p_now >= first_instant(v_start, p_task.window_zone)) and p_now < v_end then
       return extract(epoch from v_end - p_now);
     end if;
   end loop;

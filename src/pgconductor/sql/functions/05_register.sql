@@ -27,12 +27,6 @@ begin
   join queue q on q.name = t.queue
   where l.task_id = k.id and l.queue_id = k.queue_id
     and not exists (select from lane o where o.task_id = k.id and o.queue_id = q.id);
-  perform move_work(o.id, n.id)
-  from json_to_recordset(p_tasks) as t(name text, queue text)
-  join task k on k.name = t.name and k.registered_at is null
-  join queue q on q.name = t.queue and q.id <> k.queue_id
-  join lane o on o.task_id = k.id and o.queue_id = k.queue_id and not o.is_limited
-  join lane n on n.task_id = k.id and n.queue_id = q.id;
   perform from task where name in (select t.name from json_to_recordset(p_tasks) as t(name text)) order by name for no key update;
   update task k
   set queue_id = q.id, deployment = p_deployment, max_attempts = t.max_attempts, max_crashes = t.max_crashes,
@@ -50,21 +44,6 @@ begin
   order by 1, 2 on conflict do nothing;
   return (select json_agg(json_build_object('name', k.name, 'id', k.id)) from task k
           where k.name in (select t.name from json_to_recordset(p_tasks) as t(name text)));
-end $$;
-
--- Puts what waits in one lane of a task into another one. Nobody knows the task yet, so nothing of it runs or has run.
-create or replace function move_work(p_from int, p_to int) returns void
-language plpgsql volatile set search_path from current as $$
-declare
-  v_ids uuid[] := array(select execution_id from ready where lane_id = p_from) || array(
-    select t.execution_id from timer t
-    cross join lateral (select lane_id from execution k where k.id = t.execution_id offset 0) e where e.lane_id = p_from);
-begin
-  perform lock_executions(v_ids);
-  update execution set lane_id = p_to where id = any(v_ids) and outcome is null;
-  perform put_ready(array(
-    select row(p_to, t.priority, t.ord, t.execution_id, null, null, null)::ready
-    from unnest(take_ready(whole_lane(p_from), 2147483647)) t));
 end $$;
 
 -- Makes queues that do not exist yet; returns [{name, id}].

@@ -128,9 +128,9 @@ return p_value is null or (pg_column_compression(p_value) is null and pg_column_
 -- The recorded operations of a resumed execution, newest rounds included, as arrays; only those after p_since. A fan-out
 -- has the answers of its children as the last member; where all are of one task, a completed one tells its value alone.
 -- p_open: the names that can have any; without it all that is recorded is looked through. Where a value is large, or all of it is
--- more than p_bytes_max, it is p_since instead: load those after it.
+-- more than p_bytes_max, it is p_since instead: load those after it. Nested loops are on, since handed_out has them off.
 create or replace function recorded_steps(p_execution uuid, p_since bigint, p_open json, p_bytes_max int) returns json
-language plpgsql stable set search_path from current as $$
+language plpgsql stable set search_path from current set enable_nestloop = on as $$
 declare
   v_steps json;
   v_fans_out boolean;

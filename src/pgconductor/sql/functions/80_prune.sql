@@ -149,14 +149,17 @@ language plpgsql volatile set search_path from current as $$
 declare
   v_tree uuid[] := array(select tree_of(p_root));
 begin
-  -- whoever holds a member may be about to lock the root, which is held here: the tree waits for the next prune, not for it
-  if (select count(*) from (select from execution where id = any(v_tree) for update skip locked) m) < cardinality(v_tree)
-     or exists (select from execution where id = any(v_tree) and outcome is null) then
+  if exists (select from execution where id = any(v_tree) and outcome is null) then
     return 0;
   end if;
   if cardinality(v_tree) > p_size_max then
     insert into prune_rest (execution_id) select id from children_of(array[p_root]) as id on conflict do nothing;
     v_tree := array[p_root];
+  end if;
+  -- whoever holds a member may be about to lock the root, which is held here: the tree is looked at later, and not waited for
+  if (select count(*) from (
+        select from execution where id = any(v_tree) and outcome is not null for update skip locked) m) < cardinality(v_tree) then
+    return 0;
   end if;
   perform remove(v_tree, p_now);
   return cardinality(v_tree);
