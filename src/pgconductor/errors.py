@@ -562,7 +562,7 @@ def error_type_of(error: BaseException) -> str:
     return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
 
 
-def members_of(error: BaseException) -> tuple[BaseException, ...]:
+def errors_in(error: BaseException) -> tuple[BaseException, ...]:
     """Return what a group holds; an error that is no group holds nothing."""
     is_group = isinstance(error, BaseExceptionGroup)
     return cast("BaseExceptionGroup[BaseException]", error).exceptions if is_group else ()
@@ -576,7 +576,7 @@ def is_permanent(error: BaseException) -> bool:
 
     A `ChildTimeout` is not permanent; a group is when all of it is.
     """
-    if members := members_of(error):
+    if members := errors_in(error):
         return all(map(is_permanent, members))
     return isinstance(error, _PERMANENT) and not isinstance(error, ChildTimeout)
 

@@ -41,6 +41,7 @@ from pgconductor.errors import (
     TooMany,
     WaitTimeout,
     error_type_of,
+    errors_in,
 )
 from pgconductor.events import encode_where, new_event
 from pgconductor.ids import new_ids
@@ -541,8 +542,7 @@ def timed_out_operations(error: BaseException) -> set[tuple[str, int]]:
             found.add((timed_out.name, timed_out.round))
         if each.__cause__ is not None:
             todo.append(each.__cause__)
-        if isinstance(each, BaseExceptionGroup):
-            todo += cast("BaseExceptionGroup[BaseException]", each).exceptions
+        todo += errors_in(each)
     return found
 
 

@@ -26,7 +26,7 @@ from pgconductor.checks import (
     check_zone,
 )
 from pgconductor.durations import Duration
-from pgconductor.errors import ConfigurationError, Retry, members_of
+from pgconductor.errors import ConfigurationError, Retry, errors_in
 
 E = TypeVar("E")
 E_co = TypeVar("E_co", covariant=True)
@@ -109,7 +109,7 @@ class RetryPolicy:
 
     def gives_up_on(self, error: BaseException) -> bool:
         """Tell whether an error leaves no further attempt by this policy; a group does if all of it does."""
-        members = members_of(error)
+        members = errors_in(error)
         return isinstance(error, self.give_up_on) or (bool(members) and all(map(self.gives_up_on, members)))
 
     def _exponential(self, attempt_number: int) -> float:
@@ -129,7 +129,7 @@ def delay_after(error: BaseException, policy: RetryPolicy, attempt_number: int, 
 def _asked_delay(error: BaseException) -> float | None:
     if isinstance(error, Retry):
         return error.after.total_seconds()
-    return max((asked for each in members_of(error) if (asked := _asked_delay(each)) is not None), default=None)
+    return max((asked for each in errors_in(error) if (asked := _asked_delay(each)) is not None), default=None)
 
 
 @dataclass(frozen=True, slots=True, init=False)

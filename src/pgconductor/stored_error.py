@@ -19,7 +19,7 @@ from typing import Any, cast
 import msgspec
 
 from pgconductor.codec import VALUE_BYTES_MAX, Raw
-from pgconductor.errors import error_type_of
+from pgconductor.errors import error_type_of, errors_in
 
 TEXT_BYTES_MAX = 32 * 1024
 """The most bytes of UTF-8 that one error's message may have; what is beyond is cut."""
@@ -130,7 +130,7 @@ def _store(error: BaseException, budget: _Budget) -> StoredError:
         traceback=tuple(_frames(error.__traceback__)),
         cause=_store(cause, budget) if cause is not None and budget.admit(cause) else None,
         is_context=is_context,
-        group=tuple(_store(member, budget) for member in _members(error) if budget.admit(member)),
+        group=tuple(_store(member, budget) for member in errors_in(error) if budget.admit(member)),
         notes=tuple(_notes(error)),
     )
 
@@ -158,12 +158,6 @@ def _cause_of(error: BaseException) -> tuple[BaseException | None, bool]:
     if error.__context__ is not None and not error.__suppress_context__:
         return error.__context__, True
     return None, False
-
-
-def _members(error: BaseException) -> tuple[BaseException, ...]:
-    if isinstance(error, BaseExceptionGroup):
-        return cast("BaseExceptionGroup[BaseException]", error).exceptions
-    return ()
 
 
 def _notes(error: BaseException) -> list[str]:

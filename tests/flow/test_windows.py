@@ -261,9 +261,13 @@ def test_a_replaced_call_expires_by_its_new_time(db: Db) -> None:
         ("02:30-06:00", "2030-10-27T00:15:00Z", None),  # the first 02:15
         ("02:30-06:00", "2030-10-27T00:30:00Z", 4.5),  # the first 02:30
         ("02:30-06:00", "2030-10-27T01:15:00Z", 3.75),  # the second 02:15
+        ("02:30-03:15", "2030-03-31T00:59:00Z", None),  # 01:59; then comes 03:00
+        ("02:30-03:15", "2030-03-31T01:00:00Z", 0.25),
+        ("02:30-04:00", "2030-03-31T01:00:00Z", 1),
+        ("22:00-02:30", "2030-03-31T00:59:00Z", 31 / 60),  # 02:30 is 03:30
     ],
 )
-def test_in_the_doubled_hour_a_window_begins_and_ends_once(
+def test_where_clocks_change_a_window_begins_and_ends_once(
     db: Db, window: str, instant: str, hours: float | None
 ) -> None:
     start, end = window.split("-")
@@ -314,20 +318,3 @@ def test_what_a_fenced_process_gives_back_is_neither_replaced_nor_expired(db: Db
     (claimed,) = claim(db, token=2, now=100)
     assert claimed["payload"] == {"n": 1}
     assert [each[0] for each in claimed["steps"]] == ["done"]
-
-
-@pytest.mark.parametrize(
-    ("window", "instant", "hours"),
-    [
-        ("02:30-03:15", "2030-03-31T00:59:00Z", None),  # 01:59; then comes 03:00
-        ("02:30-03:15", "2030-03-31T01:00:00Z", 0.25),
-        ("02:30-04:00", "2030-03-31T01:00:00Z", 1),
-        ("22:00-02:30", "2030-03-31T00:59:00Z", 31 / 60),  # 02:30 is 03:30
-    ],
-)
-def test_a_window_that_begins_in_the_hour_left_out_begins_after_it(
-    db: Db, window: str, instant: str, hours: float | None
-) -> None:
-    start, end = window.split("-")
-    seconds = closes_in(db, {"window_start": start, "window_end": end, "window_zone": "Europe/Berlin"}, instant)
-    assert seconds == (None if hours is None else pytest.approx(hours * 3600))

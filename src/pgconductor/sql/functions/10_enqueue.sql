@@ -328,9 +328,7 @@ begin
           debounce float8)) with ordinality as c
         join unnest(v_tasks, v_queues, v_lanes) as x(task, queue, lane)
           on x.task = c.task and x.queue is not distinct from c.queue
-        where not p_again or (not exists (select from execution e where e.id = c.id offset 0)
-                              and not exists (select from removed r where r.execution_id = c.id offset 0)
-                              and (v_kept ->> c.id::text) is null)
+        where not p_again or (first_try(array[c.id]) is null and (v_kept ->> c.id::text) is null)
         order by c.ordinality) c;
 
   if v_thinned then

@@ -236,10 +236,10 @@ language sql stable set search_path from current as $$
   order by e.ord limit 1
 $$;
 
--- The first event that answers a wait and that its first look could not see: of a transaction that was under way then, or
--- came later. Few events are that young, so only the index on transactions leads to them: that on names leads to all, and all
--- since the oldest transaction of that time may be many, too, beside one that takes hours. What came with a restore from a server that had counted its
--- transactions further is not young: no snapshot of this one can have missed it.
+-- The first event that answers a wait and that its first look could not see: of a transaction that was under way then,
+-- or came later. Few events are that young, so only the index on transactions leads to them: that on names leads to all,
+-- and all since the oldest transaction of that time may be many, too, beside one that takes hours. What came with a
+-- restore from a server that had counted its transactions further is not young: no snapshot of this one can have missed it.
 create or replace function event_unseen(p_wait event_wait) returns event
 language sql stable set search_path from current as $$
   select e::event

@@ -156,7 +156,7 @@ begin
     insert into prune_rest (execution_id) select id from children_of(array[p_root]) as id on conflict do nothing;
     v_tree := array[p_root];
   end if;
-  -- whoever holds a member may be about to lock the root, which is held here: the tree is looked at later, and not waited for
+  -- whoever holds a member may be about to lock the root, which is held here: it is not waited for, but looked at later
   if (select count(*) from (
         select from execution where id = any(v_tree) and outcome is not null for update skip locked) m) < cardinality(v_tree) then
     return 0;
