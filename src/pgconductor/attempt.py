@@ -281,7 +281,7 @@ class Attempt:
         if self.journal.memos.operations:
             self._warn_of_unasked()
         if not self._storing and not self._busy and not self.journal.is_tied:
-            return Completion(self.claimed.id, self.token, result, self.claimed.parent_id)
+            return Completion(self.claimed.id, self.token, result, self.claimed.parent_id, self.claimed.depth)
         return Outcome(self.claimed.id, self.token, "completed", result=result)
 
     def _stopped(self, error: asyncio.CancelledError) -> Outcome | None:

@@ -48,7 +48,9 @@ class Recorded(Struct, array_like=True, gc=False):
 
 
 class Claimed(Struct, array_like=True, gc=False):
-    """An execution that this process may run until it settles it. Of a call that has not run yet, four values come.
+    """An execution that this process may run until it settles it.
+
+    Of a call that has not run yet, four values come; of such a child, seven.
 
     `payload` and `trigger_data`, which is what a trigger of `trigger_kind` hands to the handler, are its input. They
     are null where they are large, and with `cached`, which says that this very process parked the execution.
@@ -63,11 +65,11 @@ class Claimed(Struct, array_like=True, gc=False):
     task_id: int
     queue_id: int
     payload: Raw
-    failures: int = 0
-    crashes: int = 0
     depth: int = 0
     parent_id: str | None = None
     root_id: str | None = None
+    failures: int = 0
+    crashes: int = 0
     trigger: str | None = None
     cached: bool | None = None
     steps: list[Recorded] | int | None = None

@@ -35,8 +35,9 @@ from pgconductor.written import (
     TaskRow,
     Want,
     apart,
+    are_level,
     in_columns,
-    tied,
+    parents_of,
 )
 
 Carried = Literal["queue", "named"]
@@ -316,8 +317,9 @@ class Engine(Reports):
         """See 30_settle.sql. None: the process was declared dead."""
         opened = apart([operation for each in outcomes for operation in each.ops or ()])
         bare = as_text([replace(each, ops=None) if each.ops else each for each in outcomes])
-        parameters = (orchestrator, *in_columns(completed), bare, self._now(), *opened, tied(completed))
-        types = "uuid uuid[] bigint[] json json timestamptz json json uuid[] json uuid[]"
+        ties = parents_of(completed), are_level(completed)
+        parameters = (orchestrator, *in_columns(completed), bare, self._now(), *opened, *ties)
+        types = "uuid uuid[] bigint[] json json timestamptz json json uuid[] json uuid[] boolean"
         return self._query("settle", types, parameters, _settled)
 
     def cancel(self, id: str, reason: str) -> Query[Moved]:

@@ -79,7 +79,7 @@ class Settler:
 
         What takes too long the first settle does.
         """
-        nobodys = Completion(str(UUID(int=0)), 0, Raw(b"null"), None)
+        nobodys = Completion(str(UUID(int=0)), 0, Raw(b"null"))
         with contextlib.suppress(TimeoutError):
             await self._session.run(self._engine.settle(self._membership.id, [nobodys], []), timeout=timeout)
 

@@ -135,7 +135,8 @@ class Completion(Struct, gc=False):
     id: str
     token: int
     result: Raw
-    parent: str | None
+    parent: str | None = None
+    depth: int = 0
 
 
 class Fresh(Struct, gc=False):
@@ -227,7 +228,11 @@ def in_columns(completed: Sequence[Completion]) -> tuple[IdArray, str, str]:
     return IdArray([each.id for each in ordered]), f"{{{tokens}}}", as_text([each.result for each in ordered])
 
 
-def tied(completed: Sequence[Completion]) -> IdArray:
-    """Write which completions have parents, and these."""
-    parents = {each.id: each.parent for each in completed if each.parent is not None}
-    return IdArray((*parents, *set(parents.values())))
+def parents_of(completed: Sequence[Completion]) -> IdArray:
+    """Write the parents of completions, each once."""
+    return IdArray({each.parent for each in completed if each.parent is not None})
+
+
+def are_level(completed: Sequence[Completion]) -> bool:
+    """Whether completions are all of one depth in their trees."""
+    return len({each.depth for each in completed}) <= 1

@@ -121,11 +121,11 @@ def claimed_of(answer: Json) -> list[Json]:
         "task_id",
         "queue_id",
         "payload",
-        "failures",
-        "crashes",
         "depth",
         "parent_id",
         "root_id",
+        "failures",
+        "crashes",
         "trigger",
         "cached",
         "steps",
@@ -133,8 +133,8 @@ def claimed_of(answer: Json) -> list[Json]:
         "trigger_data",
     )
     rows: list[list[Any]] = answer.get("claimed") or []
-    fresh = [0, 0, 0, *[None] * 7]  # of a call that has not run yet, only what comes before is told
-    return [dict(zip(names, row if len(row) > 4 else row + fresh, strict=True)) for row in rows]
+    fresh = [0, None, None, 0, 0, *[None] * 5]  # of a call that has not run yet, only what comes before is told
+    return [dict(zip(names, row + fresh[len(row) - 4 :], strict=True)) for row in rows]
 
 
 def claim_one(db: Db, **options: Any) -> str:
@@ -172,9 +172,10 @@ def settle_both(
     """Settle as a worker does: what parks has its operations in `ops`, what completes its `parent`."""
     operations = [operation for each in outcomes for operation in each.get("ops") or ()]
     bare = [{key: value for key, value in each.items() if key != "ops"} for each in outcomes]
-    tied = [id for each in completed if each.get("parent") for id in (each["id"], each["parent"])]
+    parents = IdArray({each["parent"] for each in completed if each.get("parent")})
+    level = len({each.get("depth", each.get("parent") is not None) for each in completed}) <= 1
     when = now if isinstance(now, str) else at(now)
-    return call(db, "settle", worker, *columns(completed), bare, when, *apart(operations), IdArray(tied))
+    return call(db, "settle", worker, *columns(completed), bare, when, *apart(operations), parents, level)
 
 
 def columns(completed: list[Json]) -> tuple[IdArray, str, list[Json]]:

@@ -44,7 +44,7 @@ def asked(claimer: Claimer, *, everything: bool = True) -> list[Want]:
 
 def answered(claimer: Claimer, wants: list[Want], *, more: list[int], claimed: tuple[int, ...] = ()) -> None:
     claimer._token += 1
-    rows = [Claimed("id", 1, queue, NULL, 0, 0, 0, None, None, None, None, None) for queue in claimed]
+    rows = [Claimed("id", 1, queue, NULL, 0, None, None, 0, 0, None, None, None) for queue in claimed]
     claimer._expect_more(Claim(claimed=rows, more=more), wants, Start.HEAD)
 
 

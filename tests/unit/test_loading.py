@@ -14,7 +14,7 @@ SMALL = Raw(b"{}")
 
 
 def claimed_with(payload: Raw, cached: bool | None, steps: list[Recorded] | int | None) -> Claimed:
-    return Claimed("id", 1, 1, payload, 0, 0, 0, None, None, None, cached, steps)
+    return Claimed("id", 1, 1, payload, 0, None, None, 0, 0, None, cached, steps)
 
 
 def recorded(name: str) -> Recorded:

@@ -6,7 +6,7 @@ from msgspec import Raw
 from msgspec.structs import replace
 
 from pgconductor.ids import new_ids
-from pgconductor.written import Completion, NewExecution, Operation, apart, in_columns, tied
+from pgconductor.written import Completion, NewExecution, Operation, apart, are_level, in_columns, parents_of
 
 
 def child(id: str, number: int, **call: object) -> NewExecution:
@@ -39,16 +39,19 @@ def test_children_in_a_row_that_are_called_alike_are_one_entry() -> None:
 def test_completions_go_in_columns_and_name_each_parent_once() -> None:
     first, second, third, parent = new_ids(4)
     completed = [
-        Completion(third, 3, Raw(b"[1]"), parent),
-        Completion(first, 1, Raw(b"null"), parent),
-        Completion(second, 22, Raw(b'"x"'), None),
+        Completion(third, 3, Raw(b"[1]"), parent, 1),
+        Completion(first, 1, Raw(b"null"), parent, 1),
+        Completion(second, 22, Raw(b'"x"')),
     ]
     ids, tokens, results = in_columns(completed)
     assert (list(ids), tokens, json.loads(results)) == ([first, second, third], "{1,22,3}", [None, "x", [1]])
-    assert list(tied(completed)) == [third, first, parent]
+    assert parents_of(completed) == [parent]
+    assert not are_level(completed)
+    assert are_level(completed[:2])
 
 
 def test_nothing_is_written_as_nothing() -> None:
     assert apart([]) == ("[]", "[]", [], "[]")
     assert in_columns([]) == ([], "{}", "[]")
-    assert tied([]) == []
+    assert parents_of([]) == []
+    assert are_level([])

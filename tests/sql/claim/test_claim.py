@@ -206,6 +206,37 @@ def test_who_parked_on_a_fan_out_is_given_the_answers_of_its_children(db: Db) ->
     assert [(s[0], s[4], s[10]) for s in claimed["steps"]] == [("all", "completed", answers)]
 
 
+@pytest.mark.parametrize("how", ["completed", "failed", "large", "redriven"])
+def test_the_answers_of_a_fan_out_are_told_alone_only_where_they_say_all(db: Db, how: str) -> None:
+    id = park_cached(db, op("", "all", "invoke_all", {}, {}, {}), is_long=False)
+    children = [child["id"] for child in claim(db, tasks=["child"])]
+    for child in (children[2], children[0]):
+        complete(db, child, result=child, parent=id)
+    end: dict[str, Any] = {"outcome": "completed", "result": "x" * 5_000 if how == "large" else 1}
+    if how in ("failed", "redriven"):
+        end = {"outcome": "failed", "error": {"message": "boom"}}
+    settle(db, {"id": children[1]} | end)
+    if how == "redriven":
+        db.execute("select redrive(%s)", (children[1],))
+    (claimed,) = claim(db, token=2, tasks=["work"])
+    if how == "large":
+        assert isinstance(claimed["steps"], int)  # load what came after it
+        return
+    told = next(step[10] for step in claimed["steps"] if step[0] == "all")
+    between = [1] if how == "completed" else [None, "failed", {"message": "boom"}, children[1], "child"]
+    assert told == [[children[0]], between, [children[2]]]
+
+
+def test_a_first_run_is_told_what_there_is_to_tell(db: Db) -> None:
+    id = park_cached(db, op("", "call", "invoke", {}))
+    enqueue(db, "child")
+    found = db.execute("select id, queue_id from task where name = 'child'").fetchone()
+    assert found is not None
+    task, queue = found["id"], found["queue_id"]
+    told = call(db, "claim", WORKER, 3, [{"queue": queue, "limit": 9}], f"{{{task}}}")["claimed"]
+    assert [each[1:] for each in told] == [[task, queue, {}, 1, id, id], [task, queue, {}]]
+
+
 def test_what_changed_is_found_by_name_however_the_execution_became_ready(db: Db) -> None:
     register(db, "work", limits=[{"kind": "concurrency", "max": 1}])
     id = park_cached(db, op("", "call", "invoke", {}))

@@ -4,12 +4,15 @@ from functools import partial
 from uuid import UUID
 
 import psycopg
+import pytest
 
 from tests.sql.support import (
     WORKER,
     Background,
     Db,
+    blank,
     cancel,
+    claim,
     claim_one,
     enqueue,
     op,
@@ -104,6 +107,54 @@ def test_plain_completions_lock_their_executions_in_the_order_of_their_ids(db: D
         blocker.rollback()
         assert settle.result()["lost"] == []
     assert {state(db, id) for id in ids} == {"completed"}
+
+
+@pytest.mark.parametrize("held", [2, 4])
+def test_plain_completions_of_one_depth_are_locked_before_their_parents(db: Db, database: str, held: int) -> None:
+    register(db, "work", "child")
+    parent, _ = family(db, 1)
+    enqueue(db)
+    other = claim_one(db, tasks=["work"], token=2)
+    children = op(other, "all", "invoke_all", *blank(6))
+    park(db, other, children, token=2)
+    ids = sorted(each["id"] for each in children["children"])
+    claim(db, tasks=["child"], token=3)
+    cancel(db, ids[3])  # it is locked with the others, and ends cancelled
+    completed = [{"id": id, "token": 3, "result": 1, "parent": other} for id in ids]
+    with session(database) as settling, session(database) as blocker:
+        blocker.autocommit = False
+        blocker.execute("select from execution where id = %s for update", (ids[held],))
+        settle = Background(partial(settle_plain, settling, *completed))
+        wait_until_blocked(db, settling)
+        free = db.execute(
+            "select id::text from execution where id = any(cast(%s as uuid[])) for update skip locked",
+            ([other, *ids],),
+        ).fetchall()
+        assert {row["id"] for row in free} == {other, *ids[held + 1 :]}
+        blocker.rollback()
+        assert settle.result()["lost"] == []
+    assert [state(db, id) for id in ids] == ["completed"] * 3 + ["cancelled"] + ["completed"] * 2
+    assert (state(db, other), state(db, parent)) == ("ready", "waiting")
+
+
+def test_plain_completions_of_several_depths_are_locked_child_before_root(db: Db, database: str) -> None:
+    register(db, "work", "child")
+    root = str(UUID(int=1))  # before any other id
+    enqueue(db, id=root)
+    assert claim_one(db, tasks=["work"], token=9) == root
+    parent, (child, _) = family(db, 1)
+    claim(db, tasks=["child"], token=2)
+    completed = {"id": root, "token": 9, "result": 1}, {"id": child, "token": 2, "result": 1, "parent": parent}
+    with session(database) as settling, session(database) as blocker:
+        blocker.autocommit = False
+        blocker.execute("select from execution where id = %s for update", (child,))
+        settle = Background(partial(settle_plain, settling, *completed))
+        wait_until_blocked(db, settling)
+        free = db.execute("select id::text from execution where depth = 0 for update skip locked").fetchall()
+        assert {row["id"] for row in free} == {root, parent}
+        blocker.rollback()
+        assert settle.result()["lost"] == []
+    assert [state(db, id) for id in (root, child)] == ["completed"] * 2
 
 
 def test_other_outcomes_and_plain_completions_are_locked_in_one_order(db: Db, database: str) -> None:

@@ -66,6 +66,7 @@ def test_plain_completions_of_a_batch_end_cancelled_what_is_to_be_cancelled_and_
     settle_plain(db, *completed)
     assert [step(db, parent, "call")["status"] for parent, _ in families] == ["completed", "cancelled", "completed"]
     assert [state(db, parent) for parent, _ in families] == ["ready"] * 3
+    assert [row(db, child)["result"] for _, child in families] == [5, None, 5]
     assert count(db, "ready") == 3
     assert count(db, "lease") == count(db, "wait") == 0
 

@@ -210,6 +210,29 @@ def test_children_in_a_row_are_called_as_each_asks(db: Db) -> None:
     assert whole == {"child_ids": [UUID(each) for each in ids], "child_task": None}
 
 
+def test_children_that_ask_for_nothing_besides_are_written_as_any_others(db: Db) -> None:
+    register(db, "work", "child", "other")
+    left: list[list[Json]] = []
+    nothing: Json = {}
+    for kept in (nothing, {"run_at": str(at(-1))}):  # a time that has passed is nothing either, but is looked at
+        enqueue(db)
+        id = claim_one(db, tasks=["work"])
+        lone = op(id, "one", "invoke", {"priority": 3} | kept)
+        all_ = op(id, "all", "invoke_all", {}, {}, {"priority": 7, "queue": "mail"}, {"task": "other"}, kept)
+        park(db, id, op(id, "nap", "sleep", due_in=9), lone, all_)
+        ids = [each["id"] for each in (*lone["children"], *all_["children"])]
+        rows = [row(db, each) for each in ids]
+        assert [each["parent_id"] for each in rows] == [each["root_id"] for each in rows] == [UUID(id)] * 6
+        ords = [each["ord"] for each in rows]
+        assert (ords, states(db, ids)) == (sorted(ords), ["ready"] * 6)
+        entered = db.execute("select execution_id::text, lane_id, priority from ready").fetchall()
+        lanes = {each["execution_id"]: (each["lane_id"], each["priority"]) for each in entered}
+        assert [lanes[each] for each in ids] == [(each["lane_id"], each["priority"]) for each in rows]
+        mine = {"id", "parent_id", "root_id", "ord", "run_at"}
+        left.append([{name: value for name, value in each.items() if name not in mine} for each in rows])
+    assert left[0] == left[1]
+
+
 def test_a_lost_execution_opens_nothing(db: Db) -> None:
     register(db, "work", "child")
     held, lost = enqueue(db), enqueue(db)

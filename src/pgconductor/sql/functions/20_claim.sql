@@ -125,6 +125,18 @@ create or replace function is_in_row(p_value json) returns boolean
 language sql stable parallel safe
 return p_value is null or (pg_column_compression(p_value) is null and pg_column_size(p_value) <= 2048);
 
+-- What the children of a fan-out returned, each in an array of its own, in their order; null where that is not all that their
+-- parent is to be told, or a value is large. They are found in one scan of the key.
+create or replace function results_of(p_children uuid[]) returns json
+language plpgsql stable set search_path from current as $$
+begin
+  return (
+    select case when count(*) = cardinality(p_children)
+                     and bool_and(outcome = 'completed' and parent_index > 0 and is_in_row(result))
+           then json_agg(json_build_array(result) order by parent_index) end
+    from execution where id = any(p_children));
+end $$;
+
 -- The recorded operations of a resumed execution, newest rounds included, as arrays; only those after p_since. A fan-out
 -- has the answers of its children as the last member; where all are of one task, a completed one tells its value alone.
 -- p_open: the names that can have any; without it all that is recorded is looked through. Where a value is large, or all of it is
@@ -154,10 +166,13 @@ begin
   if v_fans_out then
     select case when bool_and(is_in_row(value) and is_in_row(error) and coalesce(c.are_in_row, true))
       then json_agg(json_build_array(s.name, s.round, index, kind::text, status::text, case when is_in_row(value) then value end,
-                                     case when is_in_row(error) then error end, child_id, child_task, dropped, c.answers))
+                                     case when is_in_row(error) then error end, child_id, child_task, dropped,
+                                     coalesce(a.answers, c.answers)))
       else to_json(p_since) end
     into v_steps
     from step s
+    cross join lateral (
+      select case when s.status = 'completed' and s.child_task is not null then results_of(s.child_ids) end as answers offset 0) a
     left join lateral (
       select json_agg(
                case when k.status = 'completed' and s.child_task is not null
@@ -166,7 +181,8 @@ begin
                                      case when is_in_row(error) then error end, child_id, child_task) end order by index) as answers,
              bool_and(is_in_row(value) and is_in_row(error)) as are_in_row
       from fan_out_child k
-      where s.child_ids is not null and k.execution_id = p_execution and k.name = s.name and k.round = s.round offset 0) c on true
+      where s.child_ids is not null and a.answers is null
+        and k.execution_id = p_execution and k.name = s.name and k.round = s.round offset 0) c on true
     where s.execution_id = p_execution and s.seq > p_since and s.index = 0;
   end if;
   return case when pg_column_size(v_steps) > p_bytes_max then to_json(p_since) else v_steps end;
@@ -192,7 +208,8 @@ begin
 end $$;
 
 -- What the worker is told of what it was given, in the order in which it stands. To a process that keeps the memos of
--- an execution, only what is new is told; it has the input, too. Of a call that has not run yet, the first four values say all.
+-- an execution, only what is new is told; it has the input, too. Of a call that has not run yet, the first four values say all,
+-- and of such a child the first seven.
 -- Executions and lanes are found in one scan each of their index, not each by a descent from its root, and joined by
 -- hash: without nested loops no other plan is left.
 create or replace function handed_out(p_taken ready[], p_orchestrator uuid) returns json
@@ -205,12 +222,15 @@ begin
   select array_agg(execution_id), array_agg(lane_id) into v_ids, v_lanes from unnest(p_taken);
   return (
     select json_agg(
-      case when t.ord >= 0 and e.started_at is null and e.failures = 0 and e.crashes = 0 and e.depth = 0
-                and e.trigger is null and e.trigger_kind is null
-      then json_build_array(e.id, l.task_id, l.queue_id, case when i.is_told then e.payload end)
+      case when t.ord >= 0 and e.started_at is null and e.failures = 0 and e.crashes = 0 and e.trigger is null
+                and e.trigger_kind is null
+      then case when e.depth = 0
+        then json_build_array(e.id, l.task_id, l.queue_id, case when i.is_told then e.payload end)
+        else json_build_array(
+          e.id, l.task_id, l.queue_id, case when i.is_told then e.payload end, e.depth, e.parent_id, e.root_id) end
       else json_build_array(
-        e.id, l.task_id, l.queue_id, case when i.is_told then e.payload end,
-        e.failures, e.crashes, e.depth, e.parent_id, e.root_id, e.trigger, t.cached_by = p_orchestrator,
+        e.id, l.task_id, l.queue_id, case when i.is_told then e.payload end, e.depth, e.parent_id, e.root_id,
+        e.failures, e.crashes, e.trigger, t.cached_by = p_orchestrator,
         case when t.ord < 0 or e.started_at is not null then
           case when t.cached_by = p_orchestrator then recorded_steps(e.id, t.cached_seq, t.cached_open, v_bytes_max)
           else recorded_steps(e.id, 0, null, v_bytes_max) end end,

@@ -32,6 +32,9 @@ begin
   if v_alike is null then
     return '{}'::int[];
   end if;
+  if are_plain(v_ops, v_alike) then
+    return insert_plain_children(v_ops, v_alike, p_children, p_payloads, p_now);
+  end if;
   return insert_executions(child_executions(v_ops, v_alike, p_children, p_payloads), p_now);
 end $$;
 
@@ -132,6 +135,55 @@ begin
   end if;
 end $$;
 
+-- Whether all children of new operations are attached, ready at once, and of tasks that ask for nothing besides.
+create or replace function are_plain(p_ops new_operation[], p_alike alike_children[]) returns boolean
+language plpgsql stable set search_path from current as $$
+begin
+  return not exists (select from unnest(p_ops) o where o.detached or o."window" is not null)
+    and not exists (select from unnest(p_alike) a where a.due_at is not null)
+    and not exists (
+      select from lane l join task t on t.id = l.task_id
+      where l.id = any(array(select a.lane_id from unnest(p_alike) a)) and (l.is_limited or t.expires_in is not null));
+end $$;
+
+-- Writes children that are plain, without a row in between for each of so many. Returns the lanes that have new work.
+create or replace function insert_plain_children(
+  p_ops new_operation[], p_alike alike_children[], p_children uuid[], p_payloads json, p_now timestamptz
+) returns int[]
+language plpgsql volatile set search_path from current as $$
+declare
+  v_ords bigint[] := draw_ords(cardinality(p_children));
+  v_entries int[] := entries_of(p_alike);
+begin
+  -- arrays are unfolded in the select list: after from, their rows would be stored before they are read
+  insert into execution (id, ord, created_at, lane_id, priority, depth, parent_id, parent_step, parent_round, parent_index,
+                         root_id, payload)
+  select c.id, c.ord, p_now, a.lane_id, a.priority, a.depth, a.parent_id, a.name, a.round,
+         case when a.fans_out then c.place - a.places_before else 0 end, a.root_id, c.payload
+  from (select unnest(p_children) as id, unnest(v_ords) as ord, generate_subscripts(p_children, 1) as place,
+               unnest(v_entries) as entry, json_array_elements(p_payloads) as payload) c
+  join (select a.entry, a.lane_id, a.priority, a.first - a.before - 1 as places_before, o.depth, o.execution_id as parent_id,
+               o.name, o.round, o.root_id, o.kind = 'invoke_all' as fans_out
+        from unnest(p_alike) with ordinality as a(op, first, last, before, lane_id, task, priority, due_at, entry)
+        join unnest(p_ops) o on o.place = a.op) a on a.entry = c.entry;
+  insert into ready (lane_id, priority, ord, execution_id)
+  select a.lane_id, a.priority, c.ord, c.id
+  from (select unnest(p_children) as id, unnest(v_ords) as ord, unnest(v_entries) as entry) c
+  join (select a.entry, a.lane_id, a.priority
+        from unnest(p_alike) with ordinality as a(op, first, last, before, lane_id, task, priority, due_at, entry)
+        join unnest(p_ops) o on o.place = a.op) a on a.entry = c.entry;
+  return array(select distinct a.lane_id from unnest(p_alike) a join unnest(p_ops) o on o.place = a.op);
+end $$;
+
+-- Of each child, in their order: which entry of p_alike says how it is called.
+create or replace function entries_of(p_alike alike_children[]) returns int[]
+language plpgsql immutable set search_path from current as $$
+begin
+  return array(
+    select a.entry from unnest(p_alike) with ordinality as a(op, first, last, before, lane_id, task, priority, due_at, entry)
+    cross join lateral generate_series(a.first, a.last) as n(place) order by n.place);
+end $$;
+
 -- The executions of the children of new operations. Those beyond a fan-out's window are due at infinity until one before
 -- them ends.
 create or replace function child_executions(
@@ -152,10 +204,7 @@ begin
              case when o.kind = 'invoke_all' then a.before + c.place - a.first + 1 else 0 end as index
       -- arrays are unfolded in the select list: after from, their rows would be stored before they are read
       from (select unnest(p_children) as id, json_array_elements(p_payloads) as payload,
-                   generate_subscripts(p_children, 1) as place, unnest(array(
-                     select k.entry from unnest(p_alike) with ordinality
-                       as k(op, first, last, before, lane_id, task, priority, due_at, entry)
-                     cross join lateral generate_series(k.first, k.last) as n(place) order by n.place)) as entry) c
+                   generate_subscripts(p_children, 1) as place, unnest(entries_of(p_alike)) as entry) c
       join unnest(p_alike) with ordinality as a(op, first, last, before, lane_id, task, priority, due_at, entry)
         on a.entry = c.entry
       join unnest(p_ops) o on o.place = a.op

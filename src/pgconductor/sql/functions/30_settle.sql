@@ -2,16 +2,18 @@
 -- Called by a worker's settler. States: running -> completed, failed, cancelled; ready (released, retried at once);
 -- scheduled (retried later); waiting (parked), or ready again when what it waits for has already been answered.
 -- Locks, in the order of 00_locks.sql: the caller's orchestrator row, trees, executions with their parents and open
--- descendants. A plain completion (no open child, nothing left behind) locks its own row and that of its parent.
+-- descendants. A plain completion (no open child, nothing left behind) locks its own row and that of its parent. Where
+-- all are plain, and of one depth, writing them locks them in that order, and their parents follow.
 -- Fence: an outcome counts only while the lease (execution, orchestrator, token) exists; else its id is returned in
 -- lost and nothing of it happens. A repetition after a lost reply is therefore harmless.
 -- A cancel request wins: whatever the outcome says, the execution ends cancelled.
 -- Returns {lost, queues: [queue ids with new work], watchers: [who is to be told], next_due: seconds}.
 
--- Completes executions whose children have all answered; the caller has locked those that have a parent, and it.
+-- Completes executions whose children have all answered. They and their parents are locked, or they are all of one depth,
+-- and p_parents are to be locked behind them.
 create or replace function settle_plain(
-  p_orchestrator uuid, p_completed uuid[], p_tokens bigint[], p_results json, p_now timestamptz, inout p_lost uuid[],
-  out p_lanes int[], out p_watchers text[]
+  p_orchestrator uuid, p_completed uuid[], p_tokens bigint[], p_results json, p_parents uuid[], p_now timestamptz,
+  inout p_lost uuid[], out p_lanes int[], out p_watchers text[]
 )
 language plpgsql volatile set search_path from current as $$
 declare
@@ -20,8 +22,8 @@ declare
   v_claimed timestamptz[];
   v_results json[];
   v_fleeting int[];
+  v_cancelled uuid[];
   v_gone uuid[];
-  v_count int;
   v_answers answer[];
   v_counted ended_children[];
   v_effects effects := row('{}'::int[], '{}'::text[]);
@@ -44,12 +46,14 @@ begin
 
   -- whose ends may be kept not at all: few look further, kept_not decides
   v_fleeting := array(select l.id from keeps_nothing n join lane l on l.task_id = n.task_id);
-  select * into v_count, v_answers, v_gone, v_counted
+  select * into v_cancelled, v_answers, v_gone, v_counted
   from write_completions(v_ids, v_claimed, v_results, v_fleeting, p_now);
 
-  if v_count < coalesce(cardinality(v_ids), 0) then
-    v_effects := finish(cancelled(array(
-      select id from execution where id = any(v_ids) and outcome is null)), p_now);
+  if p_parents is not null then
+    perform lock_executions(p_parents);
+  end if;
+  if v_cancelled is not null then
+    v_effects := finish(cancelled(v_cancelled), p_now);
   end if;
   if v_answers is not null or v_counted is not null then
     v_effects := merge(v_effects, answer(v_answers, v_counted, p_now));
@@ -68,31 +72,33 @@ begin
   end if;
 end $$;
 
--- Writes that executions are completed; their leases are held. Says of those that were neither cancelled nor over how
--- many there were, what their parents are to be told, and which ends may be kept not at all (p_fleeting: their lanes).
+-- Writes that executions are completed; their leases are held. Says which were to be cancelled, and are written as that, for
+-- finish to end them; and of the others, what their parents are to be told, and which ends may be kept not at all
+-- (p_fleeting: their lanes).
 -- The rows are found in one scan of the index, not each by a descent from its root, and merged with their results in the
 -- order of their ids, which is that of locks. No other plan is left: nothing else is read in here.
 create or replace function write_completions(
   p_ids uuid[], p_claimed timestamptz[], p_results json[], p_fleeting int[], p_now timestamptz,
-  out p_count int, out p_answers answer[], out p_gone uuid[], out p_counted ended_children[]
+  out p_cancelled uuid[], out p_answers answer[], out p_gone uuid[], out p_counted ended_children[]
 )
 language plpgsql volatile set search_path from current set enable_nestloop = off set enable_hashjoin = off set enable_mergejoin = on set enable_bitmapscan = off as $$
 begin
   with done as (
     update execution e
-    set outcome = 'completed', result = h.result, error = null, finished_at = p_now,
-        started_at = coalesce(e.started_at, h.claimed_at)
+    set outcome = case when e.cancel_requested_at is null then 'completed'::outcome else 'cancelled' end, result = h.result,
+        error = null, finished_at = p_now, started_at = coalesce(e.started_at, h.claimed_at)
     from (select unnest(p_ids) as id, unnest(p_claimed) as claimed_at, unnest(p_results) as result) h
-    where e.id = h.id and e.id = any(p_ids) and e.cancel_requested_at is null and e.outcome is null
-    returning e.id, e.lane_id, e.parent_id, e.parent_step, e.parent_round, e.parent_index, h.result
+    where e.id = h.id and e.id = any(p_ids) and e.outcome is null
+    returning e.outcome, e.id, e.lane_id, e.parent_id, e.parent_step, e.parent_round, e.parent_index, h.result
   )
-  select count(*), array_agg(row(d.parent_id, d.parent_step, d.parent_round, 'completed', d.result, null)::answer)
-            filter (where d.parent_index = 0),
-         array_agg(d.id) filter (where d.lane_id = any(p_fleeting)),
+  select array_agg(d.id) filter (where d.outcome = 'cancelled'),
+         array_agg(row(d.parent_id, d.parent_step, d.parent_round, 'completed', d.result, null)::answer)
+            filter (where d.parent_index = 0 and d.outcome = 'completed'),
+         array_agg(d.id) filter (where d.lane_id = any(p_fleeting) and d.outcome = 'completed'),
          (select array_agg(row(m.*)::ended_children) from (
-           select parent_id, parent_step, parent_round, array_agg(parent_index) from done where parent_index > 0
-           group by 1, 2, 3) m)
-  into p_count, p_answers, p_gone, p_counted from done d;
+           select parent_id, parent_step, parent_round, array_agg(parent_index) from done
+           where parent_index > 0 and outcome = 'completed' group by 1, 2, 3) m)
+  into p_cancelled, p_answers, p_gone, p_counted from done d;
 end $$;
 
 -- What a cancel request makes of executions, whatever they returned.
@@ -106,7 +112,7 @@ begin
 end $$;
 
 -- Locks, in one look, what outcomes and plain completions touch: their executions and parents, and the open descendants
--- of those that end. p_opening: who opens operations; p_plain: plain completions, and the parents of those that have one.
+-- of those that end. p_opening: who opens operations; p_plain: plain completions, and their parents.
 create or replace function lock_for_settle(p_held settlement[], p_opening uuid[], p_plain uuid[]) returns void
 language plpgsql volatile set search_path from current as $$
 declare
@@ -251,7 +257,7 @@ end $$;
 
 -- p_completed: plain completions, with p_tokens and p_results beside them, since objects cost three times as much to read;
 -- in any order, and their leases are read once if it is that of the ids, and all are held;
--- p_tied: those of them that have a parent, and their parents.
+-- p_parents: their parents; p_level: they are all of one depth.
 -- p_outcomes: [{id, token, outcome: completed | failed | retried | released | unstarted (claimed, and given back before its
 --               handler was called) | crashed | parked, result, error, delay (seconds),
 --               awaits, fresh: [{name, round}] (timed out operations that a retry does afresh), cached, long}]
@@ -259,7 +265,7 @@ end $$;
 create or replace function settle(
   p_orchestrator uuid, p_completed uuid[], p_tokens bigint[], p_results json, p_outcomes json,
   p_now timestamptz default null, p_ops json default null, p_alike json default null, p_children uuid[] default null,
-  p_payloads json default null, p_tied uuid[] default null
+  p_payloads json default null, p_parents uuid[] default null, p_level boolean default false
 ) returns json
 language plpgsql volatile set search_path from current set enable_seqscan = off set enable_memoize = off set enable_mergejoin = off set jit = off set plan_cache_mode = force_generic_plan as $$
 declare
@@ -284,11 +290,13 @@ begin
     left join lateral (select * from lease k where k.execution_id = o.id offset 0) l
       on l.token = o.token and l.orchestrator_id = p_orchestrator;
   end if;
-  if v_held is not null or cardinality(p_tied) > 0 then  -- completions of roots alone lock what they update
-    perform lock_for_settle(v_held, array(select id from json_to_recordset(p_ops) as o(id uuid)), p_tied || p_completed);
+  if v_held is not null or not p_level then
+    perform lock_for_settle(v_held, array(select id from json_to_recordset(p_ops) as o(id uuid)), p_completed || p_parents);
+    p_parents := null;
   end if;
   if cardinality(p_completed) > 0 then
-    select * into v_plain from settle_plain(p_orchestrator, p_completed, p_tokens, p_results, v_now, v_lost);
+    select * into v_plain from settle_plain(
+      p_orchestrator, p_completed, p_tokens, p_results, nullif(p_parents, '{}'), v_now, v_lost);
     v_lost := v_plain.p_lost;
     v_effects := row(v_plain.p_lanes, v_plain.p_watchers)::effects;
   end if;
