@@ -26,7 +26,6 @@ it is stored, and the run is settled only after that, so that memory and databas
 """
 
 import asyncio
-import inspect
 import logging
 import random
 import sys
@@ -38,7 +37,6 @@ from contextvars import ContextVar
 from datetime import timedelta
 from functools import cache
 from typing import Any, Literal, Protocol, TypeVar, cast
-from uuid import UUID
 
 import psycopg
 from msgspec import Raw
@@ -52,7 +50,8 @@ from pgconductor.logs import current_run
 from pgconductor.memos import Memos
 from pgconductor.model import delay_after
 from pgconductor.stored_error import error_to_json
-from pgconductor.task import Task
+from pgconductor.task import Task, runs_on_loop
+from pgconductor.turns import Turns
 from pgconductor.written import Completion, Fresh, Operation, Outcome, SavedStep
 
 T = TypeVar("T")
@@ -78,13 +77,6 @@ def call_handler() -> "Callable[[Attempt], Awaitable[Any]]":
     from pgconductor.context import call_handler
 
     return call_handler
-
-
-def runs_on_loop(task: Task[..., Any]) -> bool:
-    """Tell whether a task's handler is a coroutine; else it runs in a thread."""
-    if task.config.executor != "process":
-        return task.config.executor == "loop"
-    return inspect.iscoroutinefunction(task.fn) or inspect.iscoroutinefunction(type(task.fn).__call__)
 
 
 class Host(Protocol):
@@ -159,8 +151,8 @@ class Attempt:
 
     __slots__ = (
         "_asked_count", "_busy", "_check_is_due", "_hard", "_is_concurrent", "_is_left", "_leaving", "_main",
-        "_opening", "_quiet", "_refusal", "_rest", "_storing", "_waits", "cancelled", "claimed", "closed", "exit",
-        "has_returned", "host", "is_in_thread", "journal", "queue", "task", "token",
+        "_opening", "_quiet", "_refusal", "_rest", "_storing", "_turns", "_waits", "cancelled", "claimed", "closed",
+        "exit", "has_returned", "host", "is_in_thread", "journal", "queue", "task", "token",
     )  # fmt: skip
 
     def __init__(
@@ -188,6 +180,7 @@ class Attempt:
         self._is_left = False
         self._check_is_due = False
         self._refusal: BaseException | None = None
+        self._turns: Turns | None = None
         self._waits: dict[asyncio.Future[None], str | None] = {}
         self._storing: set[asyncio.Future[Any]] = set()
         self._opening: set[asyncio.Future[None]] = set()
@@ -239,6 +232,8 @@ class Attempt:
             self.has_returned = True
         for future in tuple(self._waits):
             future.cancel()
+        if self._turns is not None:
+            self._turns.end()
 
     async def _finish_work(self) -> None:
         """Wait for the steps that the handler has left behind; where they are not wanted any more, end them."""
@@ -442,20 +437,32 @@ class Attempt:
         closes_at = self.claimed.closes_at
         return closes_at is not None and time.monotonic() >= closes_at
 
-    async def boundary(self) -> None:
-        """Begin an operation; when the process is stopping, wait here for the steps that still run, then leave."""
-        if self.must_leave():
-            await self.pend()
+    async def boundary(self, name: str | None = None) -> None:
+        """Begin an operation; wait here for its turn, or, when the process is stopping, until the run is left."""
+        if self.must_stay(name):
+            await self.stay(name)
 
-    def must_leave(self) -> bool:
-        """Begin an operation, and tell whether the run is to be left here, by `pend`."""
+    def must_stay(self, name: str | None = None) -> bool:
+        """Begin an operation, and tell whether something comes before it, for which to `stay`."""
         self.enter()
-        host = self.host
+        host, journal, is_ordered = self.host, self.journal, bool(self._turns)
         if asyncio.current_task(host.loop) is not self._main:
-            self._is_concurrent = True
-        elif self.journal.late_tasks and sys.exception() is None:
-            self.journal.late_tasks.clear()  # the handler goes on: what timed out, it has seen
-        return self._leaving or host.is_leaving or (self.claimed.closes_at is not None and self.is_closing())
+            self._is_concurrent = is_ordered = True
+        elif journal.late_tasks and sys.exception() is None:
+            journal.go_on()
+        if self._leaving or host.is_leaving or (self.claimed.closes_at is not None and self.is_closing()):
+            return True
+        return is_ordered and name in journal.unvisited
+
+    async def stay(self, name: str | None = None) -> None:
+        """Wait for the turn of an answer; where the run is to be left, for the steps that still run, and then leave."""
+        if name in self.journal.unvisited and not self.is_leaving:
+            if self._turns is None:
+                self._turns = Turns(self.journal, self.host.loop)
+            await self._turns.wait(name)
+            if not self.must_stay():
+                return
+        await self.pend()
 
     def recall(self, name: str, kind: StepKind, child_task: str | None = None) -> Recorded | None:
         """Answer an operation from memory, if it has an answer and nothing stands in its way; None: begin it.
@@ -468,7 +475,7 @@ class Attempt:
         journal, host = self.journal, self.host
         if not journal.unvisited or self._busy or self.exit or self.cancelled or self.closed or self._leaving:
             return None
-        if host.is_leaving or journal.late_tasks or self.claimed.closes_at is not None:
+        if self._turns or host.is_leaving or journal.late_tasks or self.claimed.closes_at is not None:
             return None
         if asyncio.current_task(host.loop) is not self._main:
             return None
@@ -548,7 +555,7 @@ class Attempt:
             self.host.loop.call_soon(self._check)
 
     def _check(self) -> None:
-        if self._is_concurrent and self._asked_count != self.journal.asked_count:
+        if self._is_concurrent and (self._turns or self._asked_count != self.journal.asked_count):
             self._asked_count, self._quiet = self.journal.asked_count, PASSES_CONCURRENT
         if self._quiet and not self.exit:
             self._quiet -= 1
@@ -587,10 +594,3 @@ class Attempt:
     def _unwind(self, way: Exit) -> None:
         self.exit = way
         self._interrupt()
-
-    # ------------------------------------------------------------ facts
-
-    @property
-    def execution_id(self) -> UUID:
-        """The execution's id."""
-        return UUID(self.claimed.id)

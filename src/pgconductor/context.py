@@ -11,7 +11,7 @@ from uuid import UUID
 
 from typing_extensions import ParamSpec, TypeVar
 
-from pgconductor.attempt import Attempt, runs_on_loop
+from pgconductor.attempt import Attempt
 from pgconductor.checks import check_execution_id
 from pgconductor.codec import Codec
 from pgconductor.durations import Duration, seconds
@@ -35,7 +35,7 @@ from pgconductor.operations import (
 )
 from pgconductor.schedules import schedule_of
 from pgconductor.signature import return_codec_of
-from pgconductor.task import Call, Task, check_task
+from pgconductor.task import Call, Task, check_task, runs_on_loop
 from pgconductor.transactions import commit_once
 from pgconductor.triggers import handed_over
 
@@ -93,8 +93,8 @@ class Context(RunFacts[D]):
         """
         attempt = self._attempt
         memo = attempt.recall(name, "step")
-        if memo is None and attempt.must_leave():
-            await attempt.pend()
+        if memo is None and attempt.must_stay(name):
+            await attempt.stay(name)
         check_step_function(fn, f"step {name!r}")
         codec = return_codec_of(fn)
         memo = memo or attempt.journal.begin(name, "step")
@@ -190,7 +190,7 @@ class Context(RunFacts[D]):
         Source: sql/functions/25_save.sql, `save_transaction`
         """
         attempt = self._attempt
-        await attempt.boundary()
+        await attempt.boundary(name)
         check_step_function(fn, f"transaction {name!r}")
         codec = return_codec_of(fn)
         memo = attempt.journal.begin(name, "transaction")
@@ -208,7 +208,7 @@ class Context(RunFacts[D]):
             name: As for `step`.
             duration: From the first time the handler came here; seconds, `"15m"` or a `timedelta`.
         """
-        await self._attempt.boundary()
+        await self._attempt.boundary(name)
         due_in = seconds(duration, f"sleep {name!r}: duration")
         if self._attempt.journal.sleep(name, due_in=due_in) is PENDING:
             await self._attempt.pend(name)
@@ -220,7 +220,7 @@ class Context(RunFacts[D]):
             name: As for `step`.
             at: With a time zone; one that has passed returns soon.
         """
-        await self._attempt.boundary()
+        await self._attempt.boundary(name)
         if self._attempt.journal.sleep(name, due_at=check_instant(name, at)) is PENDING:
             await self._attempt.pend(name)
 
@@ -265,8 +265,8 @@ class Context(RunFacts[D]):
         if type(call) is Call and (memo := attempt.recall(name, "invoke", call.task)) is not None:
             value: R = attempt.journal.child_value(memo, call)
             return value
-        if attempt.must_leave():
-            await attempt.pend()
+        if attempt.must_stay(name):
+            await attempt.stay(name)
         answer = attempt.journal.invoke(name, call, timeout, on_timeout)
         if answer is PENDING:
             await attempt.pend(name)
@@ -296,7 +296,7 @@ class Context(RunFacts[D]):
             ChildTimeout: Not all ended in time.
             TooMany: More than 10,000 calls.
         """
-        await self._attempt.boundary()
+        await self._attempt.boundary(name)
         answer = self._attempt.journal.invoke_all(name, calls, timeout, max_in_flight)
         return cast("list[R]", await self._answer(name, answer))
 
@@ -350,7 +350,7 @@ class Context(RunFacts[D]):
         members, needed = members_of(name, children, count)
         if not children:
             return [], []
-        await self._attempt.boundary()
+        await self._attempt.boundary(name)
         done = await self._answer(name, self._attempt.journal.wait(name, members, needed, timeout, is_ours=is_ours))
         return partition(children, cast("list[str]", done))
 
@@ -363,7 +363,7 @@ class Context(RunFacts[D]):
             done, _ = await self._wait(name, [child], 1, timeout, is_ours=True)
             if not done:
                 raise journal.late_result(name, child.step)
-        await self._attempt.boundary()
+        await self._attempt.boundary(journal.next_number(f"{child.step}.result"))
         name, answer = journal.result_of(child.step, child.call)
         return cast("R", await self._answer(name, answer))
 
@@ -428,7 +428,7 @@ class Context(RunFacts[D]):
 
         Source: sql/functions/56_events.sql
         """
-        await self._attempt.boundary()
+        await self._attempt.boundary(name)
         return cast("E", await self._answer(name, self._attempt.journal.wait_for(name, event, where, timeout)))
 
     async def emit(self, event: EventDef[E], payload: E) -> UUID:

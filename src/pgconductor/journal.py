@@ -87,6 +87,7 @@ class _TimedOut(NamedTuple):
     round: int
 
 
+_RESULT_OF: Final = ".result"
 _TIMED_OUT: Final = "_pgconductor_timed_out"
 
 
@@ -100,6 +101,7 @@ class Journal:
         unsaved_bytes: About how many bytes they take in a statement.
         awaits: What this run has open, by name.
         late_tasks: The asyncio tasks in which a timeout was raised that the handler itself may not have seen.
+        withheld: The names of answers that tasks have asked for, and whose turn has not come.
     """
 
     __slots__ = (
@@ -115,6 +117,7 @@ class Journal:
         "unsaved",
         "unsaved_bytes",
         "unvisited",
+        "withheld",
     )
 
     def __init__(self, claimed: Claimed, token: int, memos: Memos) -> None:
@@ -123,6 +126,7 @@ class Journal:
         self.unsaved_bytes = 0
         self.awaits: dict[str, Await] = {}
         self.late_tasks: list[asyncio.Task[Any]] = []
+        self.withheld: set[str] = set()
         self._claimed = claimed
         self._token = token
         self._names: set[str] = set()
@@ -185,9 +189,13 @@ class Journal:
 
     def numbered(self, verb: str) -> str:
         """Return the name of an operation that has none of its own: the verb and how often the run has used it."""
-        number = self._calls.get(verb, 0) + 1
-        self._calls[verb] = number
-        return f"{verb}#{number}"
+        name = self.next_number(verb)
+        self._calls[verb] = self._calls.get(verb, 0) + 1
+        return name
+
+    def next_number(self, verb: str) -> str:
+        """Return the name that `numbered` will return."""
+        return f"{verb}#{self._calls.get(verb, 0) + 1}"
 
     def unasked(self) -> list[str]:
         """Return the names that are recorded and that this run has not used."""
@@ -318,7 +326,7 @@ class Journal:
 
     def result_of(self, step: str, call: Call[Any]) -> tuple[str, object]:
         """Wait for one started child; returns the wait's name, and the child's value once it has ended, or raises."""
-        name = self.numbered(f"{step}.result")
+        name = self.numbered(step + _RESULT_OF)
         child = self.memos.operations[step]
         if child.status == "pending":
             return name, self.wait(name, [step], 1, None, is_ours=True)
@@ -335,11 +343,20 @@ class Journal:
         """Return (name, round) of the timeouts that end the attempt: those of its error, and those beside it.
 
         Several may pass at once, under `gather`, which raises the first of them only. Those count that have ended
-        tasks as the first one has: the next attempt would else fail by them before anything is done afresh.
+        tasks as the first one has, and those that tasks were still to be given: the next attempt would else fail by
+        them before anything is done afresh.
         """
         found = timed_out_operations(error)
         ended = [timed_out_operations(each) for task in self.late_tasks if (each := _error_of(task)) is not None]
-        return found.union(*ended) if any(found & each for each in ended) else found
+        if not any(found & each for each in ended):
+            return found
+        withheld = [self.memos.operations[name] for name in self.withheld]
+        return found.union(*ended, {(memo.name, memo.round) for memo in withheld if _is_late(memo)})
+
+    def go_on(self) -> None:
+        """Know that the handler itself goes on: what timed out, it has seen, or does not care for."""
+        self.late_tasks.clear()
+        self.withheld.clear()
 
     def child_value(self, memo: Recorded, call: Call[Any]) -> Any:
         """Return what a child returned, or raise what became of it."""
@@ -522,6 +539,12 @@ def check_match(memo: Recorded, kind: StepKind, child_task: str | None) -> None:
 
 def _error_of(task: "asyncio.Task[Any]") -> BaseException | None:
     return task.exception() if task.done() and not task.cancelled() else None
+
+
+def _is_late(memo: Recorded) -> bool:
+    """Tell whether an answer is raised as a timeout, as that of a wait for one child's result may be."""
+    is_result = memo.kind == "wait" and f"{_RESULT_OF}#" in memo.name
+    return memo.status == "timed_out" or (is_result and bytes(memo.value) == b"[]")
 
 
 def timed_out_operations(error: BaseException) -> set[tuple[str, int]]:

@@ -18,7 +18,8 @@ class Memos:
     """The recorded operations of one execution.
 
     Attributes:
-        operations: By name, the operation's own row of its latest round.
+        operations: By name, the operation's own row of its latest round; those that are answered in the order in which
+            that became known.
         open: Those of them that are not answered, and those that the next attempt does afresh.
         is_tied: Whether any of them is a fan-out or a wait for an event, which have rows beside their own. A single
             child that has answered leaves nothing behind.
@@ -63,6 +64,8 @@ class Memos:
             if step.answers != NULL:
                 self.add_children(step.name, read_answers(step.answers), len(bytes(step.answers)))
                 step.answers = NULL
+            if known is not None and step.name != next(reversed(self.operations)):
+                del self.operations[step.name]  # what is told now stands behind what was told before
             self.operations[step.name] = own = _own(step, known)
             self.size += _ROW_BYTES + len(bytes(step.value))
             self.is_tied = self.is_tied or step.kind in _TIED

@@ -1,6 +1,7 @@
 """Tasks and calls: a typed unit of code, and the same with its payload bound. Pure; the conductor does the sending."""
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Generic, Protocol, cast
 
@@ -280,3 +281,10 @@ class Task(Generic[P, R]):
     def __repr__(self) -> str:
         """Show the name and the queue."""
         return f"<Task {self.name} queue={self.queue}>"
+
+
+def runs_on_loop(task: Task[..., Any]) -> bool:
+    """Tell whether a task's handler is a coroutine; else it runs in a thread."""
+    if task.config.executor != "process":
+        return task.config.executor == "loop"
+    return inspect.iscoroutinefunction(task.fn) or inspect.iscoroutinefunction(type(task.fn).__call__)

@@ -412,6 +412,26 @@ async def test_events_that_are_late_together_are_all_waited_for_afresh(app: App,
         assert sorted(await run.result(20)) == [0, 1, 2]
 
 
+async def test_results_that_are_late_together_are_all_waited_for_afresh(app: App, db: Db, working: Working) -> None:
+    news = app.event("news", int)
+
+    @app.task(name="child")
+    async def child(ctx: Context) -> int:
+        return await ctx.wait_for("news", news)
+
+    @app.task(name="parent", retry=AT_ONCE, max_attempts=2)
+    async def parent(ctx: Context) -> list[int]:
+        children = [await ctx.start(f"child-{n}", child.bind()) for n in range(3)]
+        return await asyncio.gather(*(each.result(timeout="1h") for each in children))
+
+    async with working():
+        run = await parent.invoke()
+        await let_all_time_out(db, 3)
+        await until_row(db, "select from executions where task = 'parent' and state = 'waiting' and attempt = 2")
+        await app.emit(news, 7)
+        assert await run.result(20) == [7, 7, 7]
+
+
 async def test_timeouts_that_a_handler_has_seen_stay_when_later_ones_end_it(app: App, db: Db, working: Working) -> None:
     child = late_child(app)
 

@@ -137,7 +137,7 @@ async def test_a_fenced_process_answers_from_memory_and_begins_nothing() -> None
     cast("Any", attempt.host).is_fenced = lambda: True
     assert attempt.recall("a", "invoke", "child") is not None
     with pytest.raises(Suspend):
-        attempt.must_leave()
+        attempt.must_stay()
 
 
 @pytest.mark.parametrize("status", ["failed", "cancelled", "timed_out"])

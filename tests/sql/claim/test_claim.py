@@ -258,6 +258,21 @@ def park_cached(db: Db, *ops: dict[str, Any], is_long: bool = True) -> str:
     return id
 
 
+@pytest.mark.parametrize("is_long", [True, False])
+@pytest.mark.parametrize("by", [WORKER, OTHER])
+def test_what_is_recorded_is_told_in_the_order_of_the_answers(db: Db, by: UUID, is_long: bool) -> None:
+    names = ("c", "b", "d")
+    id = park_cached(db, *[op("", name, "invoke", {}) for name in names], is_long=is_long)
+    children = {step["name"]: str(step["child_id"]) for step in db.execute("select name, child_id from step")}
+    claim(db, tasks=["child"])
+    for name in ("d", "c"):
+        complete(db, children[name], parent=id)
+    register(db, worker=OTHER)
+    (claimed,) = claim(db, token=2, tasks=["work"], worker=by)
+    given = [each[0] for each in claimed["steps"] if each[4] == "completed"]
+    assert given == (["d", "c"] if by == WORKER else ["a", "d", "c"])
+
+
 def test_another_process_is_given_everything(db: Db) -> None:
     id = enqueue(db)
     claim(db)

@@ -137,7 +137,8 @@ begin
     from execution where id = any(p_children));
 end $$;
 
--- The recorded operations of a resumed execution, newest rounds included, as arrays; only those after p_since. A fan-out
+-- The recorded operations of a resumed execution, newest rounds included, as arrays, in the order in which they were recorded
+-- or answered; only those after p_since. A fan-out
 -- has the answers of its children as the last member; where all are of one task, a completed one tells its value alone.
 -- p_open: the names that can have any; without it all that is recorded is looked through. Where a value is large, or all of it is
 -- more than p_bytes_max, it is p_since instead: load those after it. Nested loops are on, since handed_out has them off.
@@ -150,14 +151,14 @@ begin
   if p_open is null then
     select case when bool_and(is_in_row(value) and is_in_row(error))
       then json_agg(json_build_array(name, round, index, kind::text, status::text, case when is_in_row(value) then value end,
-                                     case when is_in_row(error) then error end, child_id, child_task, dropped))
+                                     case when is_in_row(error) then error end, child_id, child_task, dropped) order by seq)
       when count(*) > 0 then to_json(p_since) end, bool_or(child_ids is not null)
     into v_steps, v_fans_out
     from step where execution_id = p_execution and seq > p_since and index = 0;
   else
     select case when bool_and(is_in_row(value) and is_in_row(error))
       then json_agg(json_build_array(s.name, round, index, kind::text, status::text, case when is_in_row(value) then value end,
-                                     case when is_in_row(error) then error end, child_id, child_task, dropped))
+                                     case when is_in_row(error) then error end, child_id, child_task, dropped) order by seq)
       when count(*) > 0 then to_json(p_since) end, bool_or(child_ids is not null)
     into v_steps, v_fans_out
     from json_array_elements_text(p_open) as o(name) cross join lateral (
@@ -167,7 +168,7 @@ begin
     select case when bool_and(is_in_row(value) and is_in_row(error) and coalesce(c.are_in_row, true))
       then json_agg(json_build_array(s.name, s.round, index, kind::text, status::text, case when is_in_row(value) then value end,
                                      case when is_in_row(error) then error end, child_id, child_task, dropped,
-                                     coalesce(a.answers, c.answers)))
+                                     coalesce(a.answers, c.answers)) order by seq)
       else to_json(p_since) end
     into v_steps
     from step s
@@ -204,7 +205,8 @@ begin
     select s.execution_id, null, null, json_build_array(
       name, round, index, kind::text, status::text, value, error, child_id, child_task, dropped)
     from json_to_recordset(p_missing) as m(id uuid, since bigint)
-    cross join lateral (select * from recorded_step k where k.execution_id = m.id and k.seq > m.since offset 0) s;
+    cross join lateral (
+      select * from recorded_step k where k.execution_id = m.id and k.seq > m.since order by k.seq, k.index offset 0) s;
 end $$;
 
 -- What the worker is told of what it was given, in the order in which it stands. To a process that keeps the memos of

@@ -1,0 +1,205 @@
+"""C3: what a handler with several tasks saw first, it sees first after every resume, whoever resumes it."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg.rows import DictRow
+
+from pgconductor import ChildFailed, Conductor, Context, Fail
+from pgconductor.run import Run
+from pgconductor.task import Task
+from tests.integration.conftest import Working
+from tests.waiting import until
+
+App = Conductor[None]
+Db = psycopg.Connection[DictRow]
+
+
+class Children:
+    """Children that end when they are let go; some fail."""
+
+    def __init__(self, app: App) -> None:
+        self.released: set[str] = set()
+
+        @app.task(max_attempts=1)
+        async def child(ctx: Context, name: str) -> str:
+            while name not in self.released:
+                await ctx.checkpoint()  # a stop leaves it here
+                await asyncio.sleep(0.01)
+            if name.startswith("bad"):
+                raise Fail(name)
+            return name
+
+        self.task: Task[[str], str] = child
+
+    def let_go(self, name: str) -> None:
+        self.released.add(name)
+
+
+@pytest.fixture
+def children(app: App) -> Children:
+    return Children(app)
+
+
+Resuming = Callable[[], AbstractAsyncContextManager[Callable[[], Any]]]
+
+
+@pytest.fixture(params=["by the process that parked it", "by another process"])
+def resuming(request: pytest.FixtureRequest, working: Working) -> Resuming:
+    """Return what runs workers; the function that it yields lets the next runs be those of another process, or not."""
+
+    @asynccontextmanager
+    async def run() -> AsyncGenerator[Callable[[], Any]]:
+        current = working()
+        await current.__aenter__()
+
+        async def go_on() -> None:
+            nonlocal current
+            if request.param == "by another process":
+                await current.__aexit__(None, None, None)
+                current = working()
+                await current.__aenter__()
+
+        try:
+            yield go_on
+        finally:
+            await current.__aexit__(None, None, None)
+
+    return run
+
+
+async def result_of(run: Run[Any]) -> Any:
+    return await run.result(20)
+
+
+async def test_branches_go_on_in_the_order_in_which_they_were_answered(
+    app: App, children: Children, resuming: Resuming
+) -> None:
+    stories: list[list[str]] = []
+
+    @app.task
+    async def parent(ctx: Context) -> list[str]:
+        story: list[str] = []
+        stories.append(story)
+
+        async def branch(name: str) -> None:
+            story.append(await ctx.invoke(name, children.task.bind(name)))
+            await ctx.step(f"after {name}", lambda: None)
+            story.append(f"after {name}")
+
+        await asyncio.gather(*[branch(name) for name in "abc"])
+        return story
+
+    async with resuming() as go_on:
+        run = await parent.invoke()
+        expected = [each for name in "cab" for each in (name, f"after {name}")]
+        for count, name in enumerate("cab", 1):
+            await go_on()
+            children.let_go(name)
+            await until(partial(stories.__contains__, expected[: 2 * count]))
+        assert await result_of(run) == expected
+    assert all(story == expected[: len(story)] for story in stories)
+
+
+@pytest.mark.parametrize("way", ["wait", "as_completed", "gather"])
+async def test_who_came_first_came_first_in_every_run(
+    app: App, children: Children, resuming: Resuming, way: str
+) -> None:
+    seen: list[str] = []
+
+    async def first(ctx: Context) -> str:
+        names = "bad 1", "bad 2", "bad 3"
+        tasks = [asyncio.create_task(ctx.invoke(name, children.task.bind(name))) for name in names]
+        try:
+            if way == "wait":
+                done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                await done.pop()
+            elif way == "as_completed":
+                await next(asyncio.as_completed(tasks))
+            else:
+                await asyncio.gather(*tasks)
+        except ChildFailed as error:
+            return error.message
+        return "nobody"
+
+    @app.task
+    async def parent(ctx: Context) -> tuple[str, str]:
+        name = await first(ctx)
+        seen.append(name)
+        decided = await ctx.step("decide", lambda: name)
+        last = await ctx.invoke("last", children.task.bind("last"))
+        return decided, last
+
+    async with resuming() as go_on:
+        run = await parent.invoke()
+        children.let_go("bad 2")
+        await until(lambda: bool(seen))
+        await go_on()
+        for name in ("bad 1", "bad 3", "last"):
+            children.let_go(name)
+        assert await result_of(run) == ("bad 2", "last")
+    assert set(seen) == {"bad 2"}
+    assert len(seen) > 1
+
+
+async def test_an_operation_of_the_handler_itself_has_its_place_among_those_of_its_tasks(
+    app: App, children: Children, resuming: Resuming
+) -> None:
+    stories: list[list[str]] = []
+
+    @app.task
+    async def parent(ctx: Context) -> list[str]:
+        story: list[str] = []
+        stories.append(story)
+
+        async def branch(name: str) -> str:
+            story.append(await ctx.invoke(name, children.task.bind(name)))
+            return name
+
+        early, late = asyncio.create_task(branch("early")), asyncio.create_task(branch("late"))
+        await asyncio.wait([early, late], return_when=asyncio.FIRST_COMPLETED)
+        story.append(await ctx.invoke("own", children.task.bind("own")))
+        await asyncio.gather(early, late)
+        return story
+
+    async with resuming() as go_on:
+        run = await parent.invoke()
+        children.let_go("early")
+        await until(lambda: ["early"] in stories)
+        children.let_go("own")
+        await until(lambda: ["early", "own"] in stories)
+        await go_on()
+        children.let_go("late")
+        assert await result_of(run) == ["early", "own", "late"]
+
+
+async def test_what_the_code_no_longer_asks_for_holds_up_nothing(
+    app: App, children: Children, working: Working
+) -> None:
+    ended: list[str] = []
+    dropped: set[str] = set()
+
+    @app.task
+    async def parent(ctx: Context) -> list[str]:
+        ended.clear()
+
+        async def branch(name: str) -> None:
+            await ctx.step(f"before {name}", lambda: None)
+            ended.append(await ctx.invoke(name, children.task.bind(name)))
+
+        await asyncio.gather(*[branch(name) for name in ("a", "b", "c") if name not in dropped])
+        return ended
+
+    async with working():
+        run = await parent.invoke()
+        children.let_go("b")
+        await until(lambda: ended == ["b"])
+        dropped.add("b")
+        for name in ("c", "a"):
+            children.let_go(name)
+        assert sorted(await result_of(run)) == ["a", "c"]
