@@ -359,13 +359,13 @@ class Context(RunFacts[D]):
         members_of("result", [child], 1)
         journal = self._attempt.journal
         if timeout is not None:
-            name = journal.numbered(f"{child.step}.result")
+            name = journal.result_name(child.step)
             done, _ = await self._wait(name, [child], 1, timeout, is_ours=True)
             if not done:
                 raise journal.late_result(name, child.step)
-        await self._attempt.boundary(journal.next_number(f"{child.step}.result"))
-        name, answer = journal.result_of(child.step, child.call)
-        return cast("R", await self._answer(name, answer))
+        name = journal.result_name(child.step)
+        await self._attempt.boundary(name)
+        return cast("R", await self._answer(name, journal.result_of(name, child.step, child.call)))
 
     async def _answer(self, name: str, answer: object) -> object:
         if answer is PENDING:

@@ -15,7 +15,7 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
-from typing import Any, Final, NamedTuple, TypeVar, cast
+from typing import Any, Final, Literal, NamedTuple, TypeVar, cast
 from uuid import UUID
 
 import msgspec
@@ -54,6 +54,8 @@ from pgconductor.written import Await, NewExecution, Operation, SavedStep
 
 E = TypeVar("E")
 T = TypeVar("T", bound=Exception)
+Turn = Literal["waits", "left", "forgotten"]
+"""Of an answer that a task asked for: it waits, it was cancelled, or that too, and the handler has gone on since."""
 
 STEPS_MAX = 10_000
 CHILDREN_MAX = 10_000
@@ -101,24 +103,13 @@ class Journal:
         unsaved_bytes: About how many bytes they take in a statement.
         awaits: What this run has open, by name.
         late_tasks: The asyncio tasks in which a timeout was raised that the handler itself may not have seen.
-        withheld: The names of answers that tasks have asked for, and whose turn has not come.
+        asked: The answers for whose turn tasks have waited, by name.
     """
 
     __slots__ = (
-        "_answered_at_start",
-        "_calls",
-        "_claimed",
-        "_has_new",
-        "_names",
-        "_token",
-        "awaits",
-        "late_tasks",
-        "memos",
-        "unsaved",
-        "unsaved_bytes",
-        "unvisited",
-        "withheld",
-    )
+        "_answered_at_start", "_calls", "_claimed", "_has_new", "_names", "_token", "asked", "awaits", "late_tasks",
+        "memos", "unsaved", "unsaved_bytes", "unvisited",
+    )  # fmt: skip
 
     def __init__(self, claimed: Claimed, token: int, memos: Memos) -> None:
         self.memos = memos
@@ -126,7 +117,7 @@ class Journal:
         self.unsaved_bytes = 0
         self.awaits: dict[str, Await] = {}
         self.late_tasks: list[asyncio.Task[Any]] = []
-        self.withheld: set[str] = set()
+        self.asked: dict[str, Turn] = {}
         self._claimed = claimed
         self._token = token
         self._names: set[str] = set()
@@ -143,7 +134,7 @@ class Journal:
     @property
     def is_replaying(self) -> bool:
         """Whether the run is still where an earlier one has been."""
-        return bool(self.unvisited) and not self._has_new
+        return not self._has_new and any(name not in self.asked for name in self.unvisited)
 
     @property
     def asked_count(self) -> int:
@@ -189,18 +180,15 @@ class Journal:
 
     def numbered(self, verb: str) -> str:
         """Return the name of an operation that has none of its own: the verb and how often the run has used it."""
-        name = self.next_number(verb)
-        self._calls[verb] = self._calls.get(verb, 0) + 1
-        return name
-
-    def next_number(self, verb: str) -> str:
-        """Return the name that `numbered` will return."""
-        return f"{verb}#{self._calls.get(verb, 0) + 1}"
+        number = self._calls.get(verb, 0) + 1
+        self._calls[verb] = number
+        return f"{verb}#{number}"
 
     def unasked(self) -> list[str]:
         """Return the names that are recorded and that this run has not used."""
         still_open = [memo.name for memo in self.memos.open.values() if not memo.dropped]
-        return [*self.unvisited, *(name for name in still_open if name not in self._names)]
+        names = [*(name for name in self.unvisited if name not in self.asked), *still_open]
+        return [name for name in names if name not in self._names]
 
     def round_of(self, name: str) -> int:
         """Return the round in which a name that is not answered is done."""
@@ -220,7 +208,7 @@ class Journal:
         )
 
     def remember_cancel(self, name: str, moved: Moved | None) -> None:
-        """Know what `ctx.cancel` was answered, as the database recorded it beside the cancel; None: it did not."""
+        """Know what `ctx.cancel` was answered, as it was recorded beside the cancel; None: it was not."""
         if moved is not None:
             self.remember(self.finished(name, "call", b"true" if moved.result in CANCELLED else b"false"))
 
@@ -324,15 +312,18 @@ class Journal:
             raise self._timed_out(name, memo.round, WaitTimeout(name, _timeout_in(memo)))
         return codec_for(event.payload).decode(memo.value, f"event {event.name!r}")
 
-    def result_of(self, step: str, call: Call[Any]) -> tuple[str, object]:
-        """Wait for one started child; returns the wait's name, and the child's value once it has ended, or raises."""
-        name = self.numbered(step + _RESULT_OF)
+    def result_name(self, step: str) -> str:
+        """Name the next wait for one started child."""
+        return self.numbered(step + _RESULT_OF)
+
+    def result_of(self, name: str, step: str, call: Call[Any]) -> object:
+        """Wait for one started child; returns its value once it has ended, or raises what became of it."""
         child = self.memos.operations[step]
         if child.status == "pending":
-            return name, self.wait(name, [step], 1, None, is_ours=True)
+            return self.wait(name, [step], 1, None, is_ours=True)
         if name in self.memos.operations:
             self.begin(name, "wait", is_ours=True)
-        return name, self.child_value(child, call)
+        return self.child_value(child, call)
 
     def late_result(self, name: str, step: str) -> TimeoutError:
         """Return the error of a wait for one child's result that ended without it; uncaught, it is done afresh."""
@@ -350,13 +341,13 @@ class Journal:
         ended = [timed_out_operations(each) for task in self.late_tasks if (each := _error_of(task)) is not None]
         if not any(found & each for each in ended):
             return found
-        withheld = [self.memos.operations[name] for name in self.withheld]
+        withheld = [memo for name, memo in self.unvisited.items() if self.asked.get(name) in ("waits", "left")]
         return found.union(*ended, {(memo.name, memo.round) for memo in withheld if _is_late(memo)})
 
     def go_on(self) -> None:
         """Know that the handler itself goes on: what timed out, it has seen, or does not care for."""
         self.late_tasks.clear()
-        self.withheld.clear()
+        self.asked = {name: "forgotten" if turn == "left" else turn for name, turn in self.asked.items()}
 
     def child_value(self, memo: Recorded, call: Call[Any]) -> Any:
         """Return what a child returned, or raise what became of it."""

@@ -238,11 +238,11 @@ class SyncContext(RunFacts[D]):
         members_of("result", [child], 1)
         journal = self._attempt.journal
         if timeout is not None:
-            name = journal.numbered(f"{child.step}.result")
+            name = journal.result_name(child.step)
             if not self._wait(name, [child], 1, timeout, is_ours=True)[0]:
                 raise journal.late_result(name, child.step)
         self._boundary()
-        _, answer = journal.result_of(child.step, child.call)
+        answer = journal.result_of(journal.result_name(child.step), child.step, child.call)
         return cast("R", self._answer(answer))
 
     # ------------------------------------------------------------ reaching out

@@ -13,7 +13,7 @@ What is no answer has no turn: the start of a child, and what is recorded under 
 
 import asyncio
 from collections import deque
-from typing import Final
+from typing import Any, Final, cast
 
 from pgconductor.journal import Journal
 
@@ -53,12 +53,15 @@ class Turns:
         self._quiet = 0
         self._come_again()
         self._waiting[name] = future = self._loop.create_future()
-        self._journal.withheld.add(name)
+        self._journal.asked[name] = "waits"
         try:
             await future
+        except asyncio.CancelledError:
+            self._journal.asked[name] = "left"
+            self._journal.late_tasks.append(cast("asyncio.Task[Any]", asyncio.current_task()))  # heard of by `go_on`
+            raise
         finally:
             self._waiting.pop(name, None)
-        self._journal.withheld.discard(name)
 
     def end(self) -> None:
         """End what still waits: the run is over."""

@@ -432,6 +432,25 @@ async def test_results_that_are_late_together_are_all_waited_for_afresh(app: App
         assert await run.result(20) == [7, 7, 7]
 
 
+async def test_timeouts_that_a_handler_goes_through_one_by_one_are_all_done_afresh(
+    app: App, db: Db, working: Working
+) -> None:
+    child = late_child(app)
+
+    @app.task(name="parent", retry=AT_ONCE, max_attempts=2)
+    async def parent(ctx: Context) -> list[int]:
+        calls = [ctx.invoke(f"child-{n}", child.bind(ctx.attempt), timeout="1h") for n in range(4)]
+        tasks = [asyncio.create_task(call) for call in calls]
+        seen, rest = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        await ctx.step(f"seen in {ctx.attempt}", lambda: None)
+        return [len(seen), *await asyncio.gather(*rest)]
+
+    async with working():
+        run = await parent.invoke()
+        await let_all_time_out(db, 4)
+        assert await run.result(20) == [1, 2, 2, 2]
+
+
 async def test_timeouts_that_a_handler_has_seen_stay_when_later_ones_end_it(app: App, db: Db, working: Working) -> None:
     child = late_child(app)
 

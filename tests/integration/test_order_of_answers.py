@@ -10,11 +10,11 @@ import psycopg
 import pytest
 from psycopg.rows import DictRow
 
-from pgconductor import ChildFailed, Conductor, Context, Fail
+from pgconductor import ChildFailed, Conductor, Context, Fail, Worker
 from pgconductor.run import Run
 from pgconductor.task import Task
 from tests.integration.conftest import Working
-from tests.waiting import until
+from tests.waiting import until, until_row
 
 App = Conductor[None]
 Db = psycopg.Connection[DictRow]
@@ -176,6 +176,81 @@ async def test_an_operation_of_the_handler_itself_has_its_place_among_those_of_i
         await go_on()
         children.let_go("late")
         assert await result_of(run) == ["early", "own", "late"]
+
+
+async def test_a_step_that_was_done_while_a_child_ended_unseen_comes_before_it(
+    app: App, db: Db, children: Children, resuming: Resuming
+) -> None:
+    seen: list[str] = []
+    is_stepping = asyncio.Event()
+
+    @app.task
+    async def parent(ctx: Context) -> list[str]:
+        async def slow() -> str:
+            is_stepping.set()
+            await until_row(db, "select from executions where task = 'child' and state = 'completed'")
+            return "step"
+
+        tasks = [
+            asyncio.create_task(ctx.invoke("child", children.task.bind("child"))),
+            asyncio.create_task(ctx.step("step", slow)),
+        ]
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        first = done.pop().result()
+        seen.append(first)
+        after = await ctx.invoke(f"after {first}", children.task.bind("after"))
+        return [first, after, *await asyncio.gather(*tasks)]
+
+    async with resuming() as go_on:
+        run = await parent.invoke()
+        await is_stepping.wait()
+        children.let_go("child")
+        await until_row(db, "select from executions where task = 'child' and state <> 'completed'")
+        await until(lambda: bool(seen))
+        await go_on()
+        children.let_go("after")
+        assert await result_of(run) == ["step", "after", "child", "step"]
+    assert set(seen) == {"step"}
+    assert len(seen) > 1
+
+
+async def test_waits_for_one_result_keep_their_numbers(app: App, children: Children, resuming: Resuming) -> None:
+    seen: list[list[object]] = []
+
+    @app.task
+    async def parent(ctx: Context) -> str:
+        child = await ctx.start("child", children.task.bind("child"))
+        whole, hasty = asyncio.create_task(child.result()), asyncio.create_task(child.result(timeout=0.01))
+        seen.append([type(each).__name__ for each in await asyncio.gather(hasty, return_exceptions=True)])
+        await ctx.step("note", lambda: None)
+        return await whole
+
+    async with resuming() as go_on:
+        run = await parent.invoke()
+        await until(lambda: bool(seen))
+        await go_on()
+        children.let_go("child")
+        assert await result_of(run) == "child"
+    assert all(each == ["TimeoutError"] for each in seen)
+    assert len(seen) > 1
+
+
+async def test_an_answer_that_was_asked_for_is_not_said_to_be_unasked(
+    app: App, children: Children, working: Working, caplog: pytest.LogCaptureFixture
+) -> None:
+    @app.task
+    async def parent(ctx: Context) -> str:
+        tasks = [asyncio.create_task(ctx.invoke(name, children.task.bind(name))) for name in ("a", "b")]
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        ctx.logger.warning("one has ended")
+        return done.pop().result()
+
+    for name in ("a", "b"):
+        children.let_go(name)
+    async with working(workers=[Worker("default", concurrency=1)]):
+        assert await result_of(await parent.invoke()) in ("a", "b")
+    assert "no longer asks" not in caplog.text
+    assert "one has ended" in caplog.text
 
 
 async def test_what_the_code_no_longer_asks_for_holds_up_nothing(

@@ -36,7 +36,7 @@ class Paid:
 
 
 def claimed(kind: TriggerKind | None, data: Any) -> Claimed:
-    row: list[Any] = ["1", 1, 1, {}, 0, 0, 0, None, None, None, None, None, kind, data]
+    row: list[Any] = ["1", 1, 1, {}, 0, None, None, 0, 0, None, None, None, kind, data]
     return msgspec.json.decode(json.dumps(row), type=Claimed)
 
 

@@ -273,6 +273,39 @@ def test_what_is_recorded_is_told_in_the_order_of_the_answers(db: Db, by: UUID, 
     assert given == (["d", "c"] if by == WORKER else ["a", "d", "c"])
 
 
+def run_that_has_not_seen_its_child_end(db: Db) -> str:
+    id = enqueue(db)
+    claim(db)
+    save(db, id, ops=[op(id, "call", "invoke", {})])
+    (child,) = claim(db, tasks=["child"])
+    complete(db, child["id"], parent=id)
+    save(db, id, "a")
+    return id
+
+
+def test_what_a_run_has_not_seen_is_told_behind_what_it_recorded(db: Db) -> None:
+    id = run_that_has_not_seen_its_child_end(db)
+    awaits = [{"name": "call", "round": 0, "kind": "invoke", "awaited": True}]
+    settle(db, {"id": id, "outcome": "parked", "awaits": awaits, "cached": True})
+    (claimed,) = claim(db, token=2, tasks=["work"])
+    assert (claimed["cached"], [each[0] for each in claimed["steps"]]) == (True, ["call"])
+    release(db, id, token=2)
+    (claimed,) = claim(db, token=3, tasks=["work"])
+    assert [each[0] for each in claimed["steps"]] == ["a", "call"]
+
+
+@pytest.mark.parametrize("how", ["retried", "released", "crashed", "given back", "lost"])
+def test_so_it_is_however_the_run_ended(db: Db, how: str) -> None:
+    id = run_that_has_not_seen_its_child_end(db)
+    if how in ("given back", "lost"):
+        register(db, worker=OTHER, now=90)
+        call(db, *(("retire", WORKER) if how == "given back" else ("sweep", "20 seconds")), at(90))
+    else:
+        settle(db, {"id": id, "outcome": how, "error": {"message": "boom"}})
+    (claimed,) = claim(db, token=2, tasks=["work"], worker=OTHER if how in ("given back", "lost") else WORKER, now=90)
+    assert [each[0] for each in claimed["steps"]] == ["a", "call"]
+
+
 def test_another_process_is_given_everything(db: Db) -> None:
     id = enqueue(db)
     claim(db)

@@ -149,11 +149,15 @@ begin
   end if;
   perform count_waits(p_parked, p_now);
 
-  select array_agg(f.id) as ids, array_agg(f.is_cached) as is_cached, array_agg(f.unseen_since) as unseen_since,
-         array_agg(f.due_at) as due_at, array_agg(f.open_names) as open_names,
-         coalesce(array_agg(f.id) filter (where f.is_answered), '{}') as answered,
-         bool_or(f.due_at is not null) as has_due
-  into v_found from found_at_park(p_parked) f;
+  for v_look in 1..2 loop
+    select array_agg(f.id) as ids, array_agg(f.is_cached) as is_cached, array_agg(f.unseen_since) as unseen_since,
+           array_agg(f.due_at) as due_at, array_agg(f.open_names) as open_names,
+           coalesce(array_agg(f.id) filter (where f.is_answered), '{}') as answered,
+           bool_or(f.due_at is not null) as has_due, bool_or(f.has_unseen) as has_unseen
+    into v_found from found_at_park(p_parked) f;
+    exit when v_look = 2 or not v_found.has_unseen;
+    perform put_behind(p_parked);
+  end loop;
   insert into wait (execution_id, parked_at, cached_by, cached_seq, cached_open)
   select f.id, p_now, case when f.is_cached then p_orchestrator end, f.unseen_since, f.open_names
   from unnest(v_found.ids, v_found.is_cached, v_found.unseen_since, v_found.open_names)
@@ -175,12 +179,13 @@ end $$;
 -- thought open may have been answered while it ran. Only what is open can be answered, so a few names say where to look;
 -- that pays where much is recorded (long).
 create or replace function found_at_park(p_parked settlement[])
-returns table (id uuid, is_cached boolean, is_answered boolean, due_at timestamptz, unseen_since bigint, open_names json)
+returns table (
+  id uuid, is_cached boolean, is_answered boolean, has_unseen boolean, due_at timestamptz, unseen_since bigint, open_names json)
 language plpgsql volatile set search_path from current as $$
 #variable_conflict use_column
 begin
   return query
-    select p.id, p.cached, coalesce(f.is_answered, false), f.due_at,
+    select p.id, p.cached, coalesce(f.is_answered, false), f.first_answer is not null, f.due_at,
            least((select last_value from step_seq), f.first_answer - 1),
            case when p.cached and p.long and json_array_length(p.awaits) <= 10 then
              (select json_agg(a.name) from json_to_recordset(p.awaits) as a(name text)) end
@@ -193,6 +198,22 @@ begin
       cross join lateral (
         select status, due_at, seq from step k
         where k.execution_id = p.id and k.name = a.name and k.round = a.round and k.index = 0 offset 0) s) f;
+end $$;
+
+-- Puts what was answered while executions ran, and what their runs have not seen, behind what these have recorded: tasks of a
+-- handler are given answers in the order in which it could see them.
+create or replace function put_behind(p_parked settlement[]) returns void
+language plpgsql volatile set search_path from current as $$
+begin
+  update step s set seq = nextval('step_seq')
+  from (select k.row_at
+        from unnest(p_parked) p
+        cross join lateral json_to_recordset(p.awaits) as a(name text, round smallint)
+        cross join lateral (
+          select ctid as row_at, seq from step k where k.execution_id = p.id and k.name = a.name and k.round = a.round
+            and k.index = 0 and k.status <> 'pending' offset 0) k
+        order by k.seq) k
+  where s.ctid = k.row_at;
 end $$;
 
 -- Makes a row a wait on started children, with how many of them are still to answer.
@@ -249,6 +270,7 @@ begin
     update step set dropped = true, seq = nextval('step_seq')
     where execution_id = v_fresh.id and name = v_fresh.name and round = v_fresh.round;
   end loop;
+  perform put_unseen_behind(array(select id from unnest(p_again) where outcome <> 'unstarted'));
   insert into timer (execution_id, due_at)
   select id, p_now + make_interval(secs => delay) from unnest(p_again) where delay > 0;
   return row(make_ready(array(

@@ -264,6 +264,7 @@ begin
   perform lock_executions(p_lost || v_parents || array(select open_descendants(p_lost)));
   update execution e set crashes = e.crashes + 1, started_at = coalesce(e.started_at, l.claimed_at)
   from lease l where e.id = any(p_lost) and l.execution_id = e.id;
+  perform put_unseen_behind(p_lost);
   delete from lease where execution_id = any(p_lost);
   v_lanes := release_permits(p_lost);
   v_flagged := array(select id from execution where id = any(p_lost) and cancel_requested_at is not null);
@@ -312,6 +313,7 @@ begin
   if p_may_have_begun then
     update execution e set started_at = l.claimed_at
     from lease l where e.id = any(v_held) and e.started_at is null and l.execution_id = e.id;
+    perform put_unseen_behind(v_held);
   end if;
   delete from lease where execution_id = any(v_held);
   perform tell(v_effects.watchers);
