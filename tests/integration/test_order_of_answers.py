@@ -73,6 +73,12 @@ def resuming(request: pytest.FixtureRequest, working: Working) -> Resuming:
     return run
 
 
+def retrieve(task: "asyncio.Task[Any]") -> None:
+    """Take notice of a failure, which asyncio would else log at the next collection."""
+    if not task.cancelled():
+        task.exception()
+
+
 async def result_of(run: Run[Any]) -> Any:
     return await run.result(20)
 
@@ -115,6 +121,8 @@ async def test_who_came_first_came_first_in_every_run(
     async def first(ctx: Context) -> str:
         names = "bad 1", "bad 2", "bad 3"
         tasks = [asyncio.create_task(ctx.invoke(name, children.task.bind(name))) for name in names]
+        for task in tasks:
+            task.add_done_callback(retrieve)
         try:
             if way == "wait":
                 done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
