@@ -183,7 +183,7 @@ class _Fake(RunFacts[D]):
     def _resulted(self, child: Child[R], timeout: Duration | None) -> R:
         members, needed = members_of("result", [child], 1)
         if timeout is not None:
-            name = self._journal.numbered(f"{child.step}.result")
+            name = self._journal.result_name(child.step)
             self._journal.wait(name, members, needed, timeout, is_ours=True)
         return cast("R", self._script.child_value("start", child.step, child.call))
 

@@ -49,7 +49,7 @@ begin
   select * into v_cancelled, v_answers, v_gone, v_counted
   from write_completions(v_ids, v_claimed, v_results, v_fleeting, p_now);
 
-  if p_parents is not null then
+  if cardinality(p_parents) > 0 then
     perform lock_executions(p_parents);
   end if;
   if v_cancelled is not null then
@@ -156,7 +156,12 @@ begin
            bool_or(f.due_at is not null) as has_due, bool_or(f.has_unseen) as has_unseen
     into v_found from found_at_park(p_parked) f;
     exit when v_look = 2 or not v_found.has_unseen;
-    perform put_behind(p_parked);
+    perform put_behind(array(
+      select k.row_at from unnest(p_parked) p
+      cross join lateral json_to_recordset(p.awaits) as a(name text, round smallint)
+      cross join lateral (
+        select ctid as row_at from step k where k.execution_id = p.id and k.name = a.name and k.round = a.round
+          and k.index = 0 and k.status <> 'pending' offset 0) k));
   end loop;
   insert into wait (execution_id, parked_at, cached_by, cached_seq, cached_open)
   select f.id, p_now, case when f.is_cached then p_orchestrator end, f.unseen_since, f.open_names
@@ -198,22 +203,6 @@ begin
       cross join lateral (
         select status, due_at, seq from step k
         where k.execution_id = p.id and k.name = a.name and k.round = a.round and k.index = 0 offset 0) s) f;
-end $$;
-
--- Puts what was answered while executions ran, and what their runs have not seen, behind what these have recorded: tasks of a
--- handler are given answers in the order in which it could see them.
-create or replace function put_behind(p_parked settlement[]) returns void
-language plpgsql volatile set search_path from current as $$
-begin
-  update step s set seq = nextval('step_seq')
-  from (select k.row_at
-        from unnest(p_parked) p
-        cross join lateral json_to_recordset(p.awaits) as a(name text, round smallint)
-        cross join lateral (
-          select ctid as row_at, seq from step k where k.execution_id = p.id and k.name = a.name and k.round = a.round
-            and k.index = 0 and k.status <> 'pending' offset 0) k
-        order by k.seq) k
-  where s.ctid = k.row_at;
 end $$;
 
 -- Makes a row a wait on started children, with how many of them are still to answer.
@@ -318,7 +307,7 @@ begin
   end if;
   if cardinality(p_completed) > 0 then
     select * into v_plain from settle_plain(
-      p_orchestrator, p_completed, p_tokens, p_results, nullif(p_parents, '{}'), v_now, v_lost);
+      p_orchestrator, p_completed, p_tokens, p_results, p_parents, v_now, v_lost);
     v_lost := v_plain.p_lost;
     v_effects := row(v_plain.p_lanes, v_plain.p_watchers)::effects;
   end if;

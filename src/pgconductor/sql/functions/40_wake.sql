@@ -12,20 +12,26 @@ begin
     from execution e where e.id = any(p_ids)));
 end $$;
 
--- Puts what was answered since executions were claimed, and what their runs have not seen, behind what these have recorded:
--- tasks of a handler are given answers in the order in which it could see them. Their leases are still there.
-create or replace function put_unseen_behind(p_ids uuid[]) returns void
+-- Puts answers that the runs of executions have not seen behind what these have recorded: tasks of a handler are given answers
+-- in the order in which it could see them. p_steps: where they stand; their executions are locked.
+create or replace function put_behind(p_steps tid[]) returns void
 language plpgsql volatile set search_path from current as $$
 begin
   update step s set seq = nextval('step_seq')
-  from (select k.row_at
-        from unnest(p_ids) as x(id)
-        cross join lateral (select claimed_at from lease k where k.execution_id = x.id offset 0) l
-        cross join lateral (
-          select ctid as row_at, seq from step k where k.execution_id = x.id and k.index = 0
-            and k.finished_at >= l.claimed_at and k.kind not in ('step', 'transaction', 'call') offset 0) k
-        order by k.seq) k
+  from (select ctid as row_at from step where ctid = any(p_steps) order by seq) k
   where s.ctid = k.row_at;
+end $$;
+
+-- Does so with what was answered since executions were claimed. Their leases are still there.
+create or replace function put_unseen_behind(p_ids uuid[]) returns void
+language plpgsql volatile set search_path from current as $$
+begin
+  perform put_behind(array(
+    select k.row_at from unnest(p_ids) as x(id)
+    cross join lateral (select claimed_at from lease k where k.execution_id = x.id offset 0) l
+    cross join lateral (
+      select ctid as row_at from step k where k.execution_id = x.id and k.index = 0
+        and k.finished_at >= l.claimed_at and k.kind not in ('step', 'transaction', 'call') offset 0) k));
 end $$;
 
 -- Makes parked executions ready; those that are not parked are left alone.
