@@ -151,27 +151,23 @@ create or replace function insert_plain_children(
   p_ops new_operation[], p_alike alike_children[], p_children uuid[], p_payloads json, p_now timestamptz
 ) returns int[]
 language plpgsql volatile set search_path from current as $$
-declare
-  v_ords bigint[] := draw_ords(cardinality(p_children));
-  v_entries int[] := entries_of(p_alike);
 begin
-  -- arrays are unfolded in the select list: after from, their rows would be stored before they are read
-  insert into execution (id, ord, created_at, lane_id, priority, depth, parent_id, parent_step, parent_round, parent_index,
-                         root_id, payload)
-  select c.id, c.ord, p_now, a.lane_id, a.priority, a.depth, a.parent_id, a.name, a.round,
-         case when a.fans_out then c.place - a.places_before else 0 end, a.root_id, c.payload
-  from (select unnest(p_children) as id, unnest(v_ords) as ord, generate_subscripts(p_children, 1) as place,
-               unnest(v_entries) as entry, json_array_elements(p_payloads) as payload) c
-  join (select a.entry, a.lane_id, a.priority, a.first - a.before - 1 as places_before, o.depth, o.execution_id as parent_id,
-               o.name, o.round, o.root_id, o.kind = 'invoke_all' as fans_out
-        from unnest(p_alike) with ordinality as a(op, first, last, before, lane_id, task, priority, due_at, entry)
-        join unnest(p_ops) o on o.place = a.op) a on a.entry = c.entry;
-  insert into ready (lane_id, priority, ord, execution_id)
-  select a.lane_id, a.priority, c.ord, c.id
-  from (select unnest(p_children) as id, unnest(v_ords) as ord, unnest(v_entries) as entry) c
-  join (select a.entry, a.lane_id, a.priority
-        from unnest(p_alike) with ordinality as a(op, first, last, before, lane_id, task, priority, due_at, entry)
-        join unnest(p_ops) o on o.place = a.op) a on a.entry = c.entry;
+  with written as (
+    insert into execution (id, ord, created_at, lane_id, priority, depth, parent_id, parent_step, parent_round, parent_index,
+                           root_id, payload)
+    select c.id, c.ord, p_now, a.lane_id, a.priority, a.depth, a.parent_id, a.name, a.round,
+           case when a.fans_out then c.place - a.places_before else 0 end, a.root_id, c.payload
+    -- arrays are unfolded in the select list: after from, their rows would be stored before they are read
+    from (select unnest(p_children) as id, unnest(draw_ords(cardinality(p_children))) as ord,
+                 generate_subscripts(p_children, 1) as place, unnest(entries_of(p_alike)) as entry,
+                 json_array_elements(p_payloads) as payload) c
+    join (select a.entry, a.lane_id, a.priority, a.first - a.before - 1 as places_before, o.depth, o.execution_id as parent_id,
+                 o.name, o.round, o.root_id, o.kind = 'invoke_all' as fans_out
+          from unnest(p_alike) with ordinality as a(op, first, last, before, lane_id, task, priority, due_at, entry)
+          join unnest(p_ops) o on o.place = a.op) a on a.entry = c.entry
+    returning lane_id, priority, ord, id
+  )
+  insert into ready (lane_id, priority, ord, execution_id) select lane_id, priority, ord, id from written;
   return array(select distinct a.lane_id from unnest(p_alike) a join unnest(p_ops) o on o.place = a.op);
 end $$;
 
