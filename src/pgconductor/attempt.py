@@ -198,7 +198,7 @@ class Attempt:
         Returns:
             What is to be settled; None when there is nothing, since the lease is lost.
         """
-        self._main = asyncio.current_task()
+        self._main = asyncio.current_task(self.host.loop)
         current_run.set(self)
         if self.is_over() or self.is_closing():
             return self.leave(self.exit or "released")

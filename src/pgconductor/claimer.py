@@ -204,7 +204,7 @@ class Claimer:
             self._release_stuck()
 
     def _release_stuck(self) -> None:
-        """Give back, now and then, what is buffered behind handlers that do not end."""
+        """Give back, now and then, what is buffered behind handlers that do not end soon."""
         if self._stuck_at <= time.monotonic():
             self._stuck_at = time.monotonic() + STUCK_SECONDS
             self._crew.release_stuck()

@@ -207,11 +207,11 @@ class Crew:
             self.settle(Outcome(claimed.id, token, "unstarted", delay=delay))
 
     def release_stuck(self) -> None:
-        """Give back what has been buffered too long; called now and then."""
+        """Give back what would stay buffered too long; called now and then."""
         for worker in self.workers:
             stuck = worker.take_stuck()
             if stuck:
-                log.debug("queue %r: %d buffered executions go back, nothing finishes", worker.queue, len(stuck))
+                log.debug("queue %r: %d that would not begin soon go back", worker.queue, len(stuck))
                 self.release(stuck)
 
     # ------------------------------------------------------------ memos

@@ -3,7 +3,7 @@
 A slot is free as soon as its run has returned; settling does not hold it. The next buffered execution starts at once,
 so a slot is never idle while there is work at hand. How much is fetched beyond the free slots follows the measured rate
 at which the queue finishes work: about what it finishes in `PREFETCH_SECONDS`, nothing at all for slow handlers, so
-that nothing is hoarded behind a long one. What was fetched and then stands still goes back at no cost.
+that nothing is hoarded behind a long one. What was fetched and then does not begin soon goes back at no cost.
 
 **The server.** An asyncio task costs as much as the run of a handler that never waits for anything. So one task runs
 the buffer, one execution after the other, each in context variables of its own, until a run suspends. That run keeps
@@ -33,7 +33,7 @@ from pgconductor.written import Completion, Outcome
 
 log = logging.getLogger("pgconductor.worker")
 
-FETCH_SIZE: Final = 500
+FETCH_SIZE: Final = 2000
 PREFETCH_SECONDS: Final = 0.1
 RATE_WINDOW_SECONDS: Final = 0.02
 _PUT_OFF_SECONDS: Final = 1.0
@@ -124,7 +124,8 @@ class Worker:
         self._finished_count = 0
         self._finished_before = 0  # the window
         self._window_began_at = 0.0
-        self._stuck_at = -1
+        self._ended_before = 0  # the last look at what is stuck
+        self._buffered_before = 0
 
     def attach(self, floor: Floor, queue_id: int) -> None:
         """Become a part of a process.
@@ -143,6 +144,7 @@ class Worker:
             if task.config.batch is not None and task.queue == self.queue
         }
         self._window_began_at = time.monotonic()
+        self._buffered_before = 0
 
     def detach(self) -> None:
         """Cease to be part of the process."""
@@ -195,10 +197,16 @@ class Worker:
         self._window_began_at, self._finished_before = now, self._finished_count
 
     def take_stuck(self) -> list[tuple[Claimed, int]]:
-        """Return what has been buffered while nothing finished since the last call, to be given back."""
-        is_stuck = bool(self.buffer) and self._finished_count == self._stuck_at
-        self._stuck_at = self._finished_count
-        return self.take_buffered() if is_stuck else []
+        """Return what is to be given back, since the buffer lasts longer than from one call to the next.
+
+        Then as many stay as have ended since the last call.
+        """
+        ended_count = self._finished_count - self._ended_before
+        is_stuck = bool(self.buffer) and self.buffer[0][1] <= self._buffered_before
+        self._ended_before = self._finished_count
+        if self.buffer:
+            self._buffered_before = self.buffer[-1][1]  # claims are numbered in their order
+        return [self.buffer.pop() for _ in range(len(self.buffer) - ended_count)] if is_stuck else []
 
     def take_surplus(self) -> list[tuple[Claimed, int]]:
         """Return what was fetched for the room in batches, is of other tasks, and exceeds what is fetched ahead."""
