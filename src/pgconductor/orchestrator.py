@@ -19,7 +19,7 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Awaitable, Generator, Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from typing import TYPE_CHECKING, Any, Final, Self, cast
 from uuid import UUID, uuid4
@@ -43,6 +43,7 @@ from pgconductor.scheduler import Scheduler
 from pgconductor.schedules import declared_schedules
 from pgconductor.session import Session, backoff_seconds
 from pgconductor.settler import Effects, Saver, Settler
+from pgconductor.stop_signals import Block
 from pgconductor.task import Task
 from pgconductor.threads import Threads
 from pgconductor.worker import Worker
@@ -102,7 +103,7 @@ class Orchestrator:
         self._process: _Process | None = None
         self._state = "new"
         self._stopping: asyncio.Task[None] | None = None
-        self._ended = asyncio.Event()
+        self._block = Block()
         self._workers = self._make_workers() if queues is not None or workers else []
 
     @property
@@ -128,18 +129,22 @@ class Orchestrator:
     @property
     def stopped(self) -> Awaitable[None]:
         """Something to await: ends when the orchestrator has stopped."""
-        return _Stopped(self._ended)
+        return self._block
 
     async def __aenter__(self) -> Self:
         """Start."""
         await self.start()
+        self._block.__enter__()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: "TracebackType | None"
     ) -> None:
-        """Stop gracefully."""
-        await self.stop()
+        """Stop gracefully. Where a signal has done that, it goes on, see `pgconductor.stop_signals`."""
+        try:
+            self._block.__exit__(kind, error, trace)
+        finally:
+            await self.stop()
 
     async def start(self) -> None:
         """Migrate if needed, register, and begin to run executions.
@@ -185,9 +190,10 @@ class Orchestrator:
         """Run until nothing is left that could run now, then stop; starts first if need be."""
         if self._state == "new":
             await self.start()
-        if self._process is not None:
-            await self._process.wait_until_drained()
-        await self.stop()
+        with self._block:
+            if self._process is not None:
+                await self._process.wait_until_drained()
+            await self.stop()
 
     def _make_workers(self) -> list[Worker]:
         workers = list(self._given_workers)
@@ -212,8 +218,8 @@ class Orchestrator:
             await process.stop()
         finally:
             self._state = "stopped"
-            stop_signals.unsubscribe(self._on_signal)
-            self._ended.set()
+            stop_signals.unsubscribe(self._on_signal, self._block)
+            self._block.ended.set()
             log.info("orchestrator %s has stopped", self.id)
 
     def stop_soon(self, grace: Duration = GRACE_SECONDS) -> None:
@@ -229,16 +235,6 @@ def _checked_queues(queues: Sequence[str] | Mapping[str, int] | None) -> Sequenc
     if queues is None or (isinstance(queues, Mapping) and check_names(list(queues), place)):
         return queues
     return check_names(queues, place)
-
-
-class _Stopped:
-    """Awaitable as often as one likes, and by several."""
-
-    def __init__(self, ended: asyncio.Event) -> None:
-        self._ended = ended
-
-    def __await__(self) -> Generator[Any, Any, None]:
-        yield from self._ended.wait().__await__()
 
 
 class _Process:
