@@ -1,7 +1,6 @@
 """The client: register tasks, enqueue calls, wait for results, cancel, and look after queues."""
 
 import asyncio
-import os
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from types import TracebackType
@@ -11,12 +10,13 @@ from uuid import UUID
 from typing_extensions import ParamSpec, TypeVar, Unpack
 
 from pgconductor import embedded, schema
+from pgconductor.address import address_of_environment, check_address
 from pgconductor.annotations import describe_type
 from pgconductor.calls import CallPlan
 from pgconductor.checks import check_execution_id, check_function, check_name, check_text
 from pgconductor.client import Clients, LoopClient, ids_of
 from pgconductor.codec import UNTYPED, codec_for
-from pgconductor.connections import check_address, send_async, send_sync
+from pgconductor.connections import send_async, send_sync
 from pgconductor.durations import Duration, format_duration, seconds
 from pgconductor.engine import Ended, Engine
 from pgconductor.errors import ConfigurationError, ExecutionNotFound
@@ -577,7 +577,7 @@ class Conductor(Generic[D]):
 
     async def _migrate_development_server(self) -> bool:
         """Install the engine in a development server of ours; in any other database that is the user's to do."""
-        if self._given_dsn or os.environ.get("PGCONDUCTOR_URL") or os.environ.get("DATABASE_URL"):
+        if self._given_dsn or address_of_environment():
             return False
         await self.migrate()
         return True

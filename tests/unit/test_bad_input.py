@@ -50,6 +50,18 @@ def test_a_password_in_a_wrong_address_is_not_repeated() -> None:
     assert "hunter2" not in str(refusal.value)
 
 
+@pytest.mark.parametrize("name", ["PGCONDUCTOR_URL", "DATABASE_URL"])
+def test_a_password_in_a_wrong_address_of_the_environment_is_not_repeated(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PGCONDUCTOR_URL", raising=False)
+    monkeypatch.setenv(name, "postgresql+psycopg://me:hunter2@somewhere/db")
+    with pytest.raises(ConfigurationError, match=f"{name}: is not the address of a Postgres") as refusal:
+        Conductor().dsn  # noqa: B018
+
+    assert "hunter2" not in str(refusal.value)
+
+
 @pytest.mark.parametrize(
     ("made", "message"),
     [

@@ -67,7 +67,7 @@ def load(application: str, settings: Settings) -> Conductor[Any]:
     if settings.schema not in (SCHEMA, app.schema):
         raise click.UsageError(f"--schema {settings.schema}: {application} is for {app.schema!r}; leave it out")
     if settings.given_dsn:
-        app.use_address(settings.given_dsn)
+        app.use_address(settings.dsn)
     return app
 
 

@@ -12,6 +12,7 @@ import click
 import msgspec
 
 from pgconductor import embedded
+from pgconductor.address import check_address
 from pgconductor.client import LoopClient
 from pgconductor.conductor import Conductor
 from pgconductor.durations import parse_duration
@@ -33,6 +34,8 @@ class Settings:
     @property
     def dsn(self) -> str:
         """Where the database is; may start the development server."""
+        if self.given_dsn:
+            check_address(self.given_dsn, "--dsn")
         return embedded.resolve_dsn(self.given_dsn)
 
     @property
