@@ -201,7 +201,7 @@ class Attempt:
         self._main = asyncio.current_task(self.host.loop)
         current_run.set(self)
         if self.is_over() or self.is_closing():
-            return self.leave(self.exit or "released")
+            return None if self.exit == "abandoned" else Outcome(self.claimed.id, self.token, "unstarted")
         try:
             fault("before_handler")
             timeout = self.task.config.timeout

@@ -35,7 +35,7 @@ log = logging.getLogger("pgconductor.claimer")
 RECONCILE_SECONDS: Final = 30.0
 RECONCILE_AGAIN_SECONDS: Final = 5.0
 RECONCILE_SECONDS_MAX: Final = 300.0
-STUCK_SECONDS: Final = 0.5
+STUCK_SECONDS: Final = 0.25
 LAST_CLAIM_SECONDS: Final = 1.0
 _FOR_EVER: Final = 1e9
 
@@ -255,7 +255,7 @@ class Claimer:
             if everything or worker.queue_id in self._expected:
                 count = worker.wanted()
                 if count > 0:
-                    wants.append(Want(worker.queue_id, count, worker.free()))
+                    wants.append(Want(worker.queue_id, count, worker.limited_room()))
                     self._expected.discard(worker.queue_id)
         # a claim that has enough ends: the queues that it did not come to are looked at first by the next
         return sorted(wants, key=lambda want: self._looked.get(want.queue, 0))

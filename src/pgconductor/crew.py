@@ -108,6 +108,7 @@ class Crew:
         self.tasks = tasks
         self.by_queue: dict[int, Worker] = {}
         self.kept = KeptMemos()
+        self._limited = {id for id, task in tasks.items() if task.config.concurrency or task.config.rate_limit}
         self.settle: Callable[[Settlement], None] = settler.add
         self.is_closed = False
         self._host = host
@@ -164,17 +165,22 @@ class Crew:
     # ------------------------------------------------------------ taking work
 
     def take(self, claimed: Iterable[Claimed], token: int) -> None:
-        """Hand out what a claim brought."""
+        """Hand out what a claim brought; limited work first, since its starts are counted from the claim on."""
         if self.is_closed:
             self.release((each, token) for each in claimed)
             return
-        by_queue, tasks = self.by_queue, self.tasks
+        by_queue, tasks, limited = self.by_queue, self.tasks, self._limited
+        first: list[tuple[Worker, Claimed]] = []
         for each in claimed:
             worker = by_queue[each.queue_id]
             if each.crashes and each.crashes >= tasks[each.task_id].config.max_crashes - 1:
                 self._alone.append((worker, each, token))
+            elif each.task_id in limited:
+                first.append((worker, each))
             else:
                 worker.buffer.append((each, token))
+        for worker, each in reversed(first):
+            worker.buffer.appendleft((each, token))
         if self._alone:
             self._prepare_alone()
         for worker in self.workers:

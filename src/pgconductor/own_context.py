@@ -1,5 +1,6 @@
 """Awaiting a coroutine in context variables of its own, without an asyncio task of its own."""
 
+import time
 from collections.abc import Callable, Coroutine, Generator
 from contextvars import Context
 from functools import partial
@@ -17,13 +18,13 @@ class OwnContext(Generic[T]):
         on_suspend: Called once, when the coroutine first waits for something.
 
     Attributes:
-        has_suspended: Whether it ever waited.
+        suspended_at: When it first waited for something, by the monotonic clock; None if it never did.
     """
 
-    __slots__ = ("_context", "_coroutine", "_on_suspend", "has_suspended")
+    __slots__ = ("_context", "_coroutine", "_on_suspend", "suspended_at")
 
     def __init__(self, coroutine: Coroutine[Any, Any, T], context: Context, on_suspend: Callable[[], None]) -> None:
-        self.has_suspended = False
+        self.suspended_at: float | None = None
         self._coroutine = coroutine
         self._context = context
         self._on_suspend = on_suspend
@@ -39,8 +40,8 @@ class OwnContext(Generic[T]):
                 return value
             finally:
                 del step  # an error thrown in holds this frame by its traceback: else only the collector frees the run
-            if not self.has_suspended:
-                self.has_suspended = True
+            if self.suspended_at is None:
+                self.suspended_at = time.monotonic()
                 self._on_suspend()
             try:
                 step = partial(self._coroutine.send, (yield pending))

@@ -124,6 +124,8 @@ class Worker:
         self._finished_count = 0
         self._finished_before = 0  # the window
         self._window_began_at = 0.0
+        self._slow_count = 0  # of those that ended in it: runs that suspended, and how long they took
+        self._slow_seconds = 0.0
         self._ended_before = 0  # the last look at what is stuck
         self._buffered_before = 0
 
@@ -167,6 +169,15 @@ class Worker:
         free = self.concurrency - self._used()
         return free + self._batch_room(task_id, is_free=free > 0) - len(self.buffer)
 
+    def limited_room(self) -> int:
+        """Return how many executions of limited tasks to claim now.
+
+        They are fetched for free slots alone, since each holds a permit; but where others are fetched ahead no slot
+        counts as free, and limited ones would wait until nothing else is left. So there as many are fetched as there
+        are slots, and have the next that become free.
+        """
+        return max(self.free(), self.concurrency) if self.buffer else self.free()
+
     def _used(self) -> int:
         """Return how many slots are taken; a batch takes one."""
         return len(self.running) - sum(len(batch.members) - 1 for batch in self._batches)
@@ -184,29 +195,44 @@ class Worker:
         return room
 
     def _measure(self) -> None:
-        """Set the prefetch to what the queue finished lately; it may double from one measurement to the next."""
-        now = time.monotonic()
-        elapsed = now - self._window_began_at
+        """Set the prefetch to what the queue finished lately; it may double from one measurement to the next.
+
+        Runs that suspend may end together, long after they began: they count for no more than all slots finish of
+        their length.
+        """
+        elapsed = time.monotonic() - self._window_began_at
         finished_count = self._finished_count - self._finished_before
         if elapsed < RATE_WINDOW_SECONDS and finished_count < self.prefetch_max:
             return
-        finished = finished_count * PREFETCH_SECONDS / max(elapsed, 0.001)
+        pace = (finished_count - self._slow_count) / max(elapsed, 0.001)
+        if self._slow_count:
+            slots_pace = self.concurrency * self._slow_count / max(self._slow_seconds, 0.001)
+            pace += min(self._slow_count / max(elapsed, 0.001), slots_pace)
         ceiling = min(self.fetch_size, 2 * self.prefetch_max + self.concurrency)
-        self.prefetch_max = int(min(finished, ceiling))
-        self.low_water = self.prefetch_max * 2 // 3
-        self._window_began_at, self._finished_before = now, self._finished_count
+        self._fetch_ahead(int(min(pace * PREFETCH_SECONDS, ceiling)))
+
+    def _fetch_ahead(self, count: int) -> None:
+        """Fetch so many ahead, until the next measurement."""
+        self.prefetch_max = count
+        self.low_water = count * 2 // 3
+        self._window_began_at, self._finished_before = time.monotonic(), self._finished_count
+        self._slow_count, self._slow_seconds = 0, 0.0
 
     def take_stuck(self) -> list[tuple[Claimed, int]]:
         """Return what is to be given back, since the buffer lasts longer than from one call to the next.
 
-        Then as many stay as have ended since the last call.
+        Then as many stay as have ended since the last call, and nothing is fetched ahead until the pace is measured
+        anew.
         """
         ended_count = self._finished_count - self._ended_before
         is_stuck = bool(self.buffer) and self.buffer[0][1] <= self._buffered_before
         self._ended_before = self._finished_count
         if self.buffer:
             self._buffered_before = self.buffer[-1][1]  # claims are numbered in their order
-        return [self.buffer.pop() for _ in range(len(self.buffer) - ended_count)] if is_stuck else []
+        if not is_stuck:
+            return []
+        self._fetch_ahead(0)
+        return [self.buffer.pop() for _ in range(len(self.buffer) - ended_count)]
 
     def take_surplus(self) -> list[tuple[Claimed, int]]:
         """Return what was fetched for the room in batches, is of other tasks, and exceeds what is fetched ahead."""
@@ -372,7 +398,10 @@ class Worker:
             settlement = await run
         except BaseException as error:  # noqa: BLE001 (a run that breaks must not take its slot along)
             settlement = self._broken(attempt, error)
-        self._note_pace(task, is_swift=not run.has_suspended and not task.cancelling())
+        if run.suspended_at is not None:
+            self._slow_count += 1
+            self._slow_seconds += time.monotonic() - run.suspended_at
+        self._note_pace(task, is_swift=run.suspended_at is None and not task.cancelling())
         self._end(attempt, settlement)
 
     def _end(self, attempt: Attempt, settlement: Settlement | None) -> None:

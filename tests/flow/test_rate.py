@@ -55,6 +55,17 @@ def test_the_period_slides(db: Db) -> None:
     assert len(claim(db, now=90, token=4, fire=True)) == 1
 
 
+def test_what_is_given_back_unstarted_has_not_started_and_counts_when_it_does(db: Db) -> None:
+    limited(db, rate(2, 60))
+    made = enqueue_many(db, *blank(6))
+    assert len(claim(db, now=0)) == 2
+    settle(db, *[{"id": id, "outcome": "unstarted"} for id in made[:2]], now=1)
+
+    assert [each["id"] for each in claim(db, now=2, token=2)] == made[:2]
+    assert claim(db, now=61, token=3, fire=True) == []
+    assert len(claim(db, now=62, token=4, fire=True)) == 2
+
+
 def test_what_has_started_counts_even_when_it_ended(db: Db) -> None:
     limited(db, rate(1, 60))
     enqueue_many(db, *blank(2))

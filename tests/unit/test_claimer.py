@@ -21,7 +21,7 @@ def none(_task_id: int | None = None) -> int:
 
 def claimer_of(*queue_ids: int) -> Claimer:
     workers = [
-        SimpleNamespace(queue_id=id, poll_seconds=1.0, buffer=[], low_water=0, wanted=lambda: 10, free=ten)
+        SimpleNamespace(queue_id=id, poll_seconds=1.0, buffer=[], low_water=0, wanted=ten, free=ten, limited_room=ten)
         for id in queue_ids
     ]
     crew: Any = SimpleNamespace(workers=workers, tasks={7: None}, by_queue={each.queue_id: each for each in workers})

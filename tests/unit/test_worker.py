@@ -1,5 +1,8 @@
 """What a worker has buffered."""
 
+import time
+
+import pytest
 from msgspec import Raw
 
 from pgconductor.claimed import Claimed
@@ -56,3 +59,38 @@ def test_what_was_claimed_since_the_last_look_stays() -> None:
     assert worker.take_stuck() == []
     finish(worker, 1)
     assert len(worker.take_stuck()) == 4
+
+
+def test_after_what_went_back_nothing_is_fetched_ahead_until_the_pace_is_measured() -> None:
+    worker = buffering(500)
+    worker.prefetch_max = 400
+    worker.take_stuck()
+    worker.take_stuck()
+    assert (worker.prefetch_max, worker.low_water, len(worker.buffer)) == (0, 0, 0)
+
+
+def measured_after(seconds: float, worker: Worker) -> int:
+    worker._window_began_at = time.monotonic() - seconds
+    worker._measure()
+    return worker.prefetch_max
+
+
+def test_long_runs_that_end_together_are_no_pace() -> None:
+    worker = Worker("q", concurrency=1000)
+    worker.prefetch_max = 1000
+    worker._finished_count = worker._slow_count = 1000
+    worker._slow_seconds = 1000 * 2.0
+    assert measured_after(0.05, worker) == 50  # 1,000 slots at two seconds: 500 a second
+
+
+def test_short_runs_count_as_they_end() -> None:
+    worker = Worker("q", concurrency=100)
+    worker.prefetch_max = 1000
+    worker._finished_count = worker._slow_count = 1000
+    worker._slow_seconds = 1000 * 0.001
+    assert 900 < measured_after(0.1, worker) <= 1000
+
+
+@pytest.mark.parametrize(("buffered", "room"), [(0, 10), (1, 10), (500, 10)])
+def test_limited_work_has_room_however_much_is_fetched_ahead(buffered: int, room: int) -> None:
+    assert buffering(buffered).limited_room() == room

@@ -108,6 +108,27 @@ def test_all_but_those_given_back_unstarted_have_started(db: Db, running: str, h
     assert (row(db, running)["started_at"] is None) == (how == "unstarted")
 
 
+def test_what_is_given_back_unstarted_stands_where_it_stood_however_often(db: Db) -> None:
+    register(db, "work")
+    made = enqueue_many(db, *blank(4))
+    for token, back in enumerate(([3, 1, 2], [3, 2]), 1):
+        claim(db, token=token)
+        settle(db, *[{"id": made[index], "outcome": "unstarted", "token": token} for index in back])
+    later = enqueue(db)
+    assert [each["id"] for each in claim(db, token=9)] == [made[2], made[3], later]
+
+
+def test_what_had_started_and_is_given_back_unstarted_stands_before_fresh_work(db: Db, running: str) -> None:
+    save(db, running, "a")
+    release(db, running)
+    fresh = enqueue(db)
+    claim(db, limit=1, token=2)
+    settle(db, {"id": running, "outcome": "unstarted", "token": 2})
+    first, second = claim(db, token=3)
+    assert (first["id"], second["id"]) == (running, fresh)
+    assert [step[0] for step in first["steps"]] == ["a"]
+
+
 @pytest.mark.covers("P14")
 @pytest.mark.parametrize("value", [0, "", False, [], None, {"a": [1.5]}])
 def test_a_result_comes_back_equal(db: Db, running: str, value: object) -> None:

@@ -3,8 +3,9 @@
 -- Called by whatever reads or writes ready. States, locks, errors: none.
 --
 -- Order numbers come from one sequence, in steps of eight. What is ready from the start keeps the number that it was made
--- with. What becomes ready late (woken, retried, due, given back) draws one that is as new as that, moved below zero. So
--- each of the two kinds of a priority grows at its end alone.
+-- with. What becomes ready late (woken, retried, due, released) draws one that is as new as that, moved below zero. So
+-- each of the two kinds of a priority grows at its end alone, but for what is given back before it has begun: it stands
+-- where it stood, and a claim that begins further on finds it with its next look at the heads.
 
 -- The index of ready is by this expression, written out: a priority's kinds have 2^46 numbers each.
 create or replace function place_of(p_priority smallint, p_ord bigint) returns bigint

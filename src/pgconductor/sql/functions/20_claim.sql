@@ -53,8 +53,8 @@ begin
   return v_lanes;
 end $$;
 
--- Takes the best of a queue: what stands in ready, and what the limits of its limited lanes let in. What is limited is
--- taken for free slots alone, and not ahead.
+-- Takes the best of a queue: what stands in ready, and what the limits of its limited lanes let in: of these no more than
+-- there are slots for (p_free).
 create or replace function take_best(
   p_ranges scan_range[], p_limited int[], p_limit int, p_free int, p_now timestamptz
 ) returns ready[]
@@ -270,8 +270,8 @@ begin
       where p_seen is not null and w.ordinality > p_seen) n);
 end $$;
 
--- p_wants: [{queue, limit, free? (of the limit, what has a free slot)}]; null takes nothing, but has the server plan what a
--- claim that finds something does: a process says so as it begins. p_tasks: the task ids that this process knows.
+-- p_wants: [{queue, limit, free? (of the limit, how many limited ones there are slots for)}]; null takes nothing, but has the
+-- server plan what a claim that finds something does: a process says so as it begins. p_tasks: the task ids that this process knows.
 -- p_token: the process' own number of this claim, part of every lease it makes. p_from: [{lane_id, after_place,
 -- before_place}], the ranges to look through in lanes that are named; the others are looked through from their heads.
 create or replace function claim(

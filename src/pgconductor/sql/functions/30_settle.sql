@@ -238,8 +238,8 @@ begin
   perform write_answers(v_full, p_now);
 end $$;
 
--- Makes executions ready again, at once or after their delay. Those released keep their place before fresh work; to those
--- unstarted, nothing has happened.
+-- Makes executions ready again, at once or after their delay. Those released keep their place before fresh work; those
+-- unstarted stand where they stood, since nothing has happened to them.
 create or replace function requeue(p_again settlement[], p_now timestamptz) returns effects
 language plpgsql volatile set search_path from current as $$
 declare
@@ -262,8 +262,9 @@ begin
   perform put_unseen_behind(array(select id from unnest(p_again) where outcome <> 'unstarted'));
   insert into timer (execution_id, due_at)
   select id, p_now + make_interval(secs => delay) from unnest(p_again) where delay > 0;
-  return row(make_ready(array(
-    select id from unnest(p_again) where coalesce(delay, 0) <= 0)), '{}')::effects;
+  return row(
+    make_ready(array(select id from unnest(p_again) where coalesce(delay, 0) <= 0 and outcome <> 'unstarted'))
+    || put_back(array(select id from unnest(p_again) where coalesce(delay, 0) <= 0 and outcome = 'unstarted')), '{}')::effects;
 end $$;
 
 -- p_completed: plain completions, with p_tokens and p_results beside them, since objects cost three times as much to read;

@@ -89,6 +89,21 @@ begin
   return coalesce(v_lanes, '{}');
 end $$;
 
+-- Takes starts out of the rates that they count against: they have been given back before they were any.
+create or replace function forget_starts(p_ids uuid[]) returns void
+language plpgsql volatile set search_path from current as $$
+begin
+  if not exists (select from rate_use) then
+    return;
+  end if;
+  delete from rate_use
+  where limit_id = any(array(
+      select t.id from task_limit t where t.kind = 'rate' and t.task_id = any(array(
+        select l.task_id from execution e join lane l on l.id = e.lane_id where e.id = any(p_ids) and l.is_limited))))
+    and execution_id = any(array(
+      select id from execution where id = any(p_ids) and started_at is null and failures = 0 and crashes = 0));
+end $$;
+
 -- ---------------------------------------------------------------- room
 
 create or replace function lock_limits(p_tasks int[]) returns void

@@ -12,6 +12,20 @@ begin
     from execution e where e.id = any(p_ids)));
 end $$;
 
+-- Makes executions ready again that were claimed and whose handlers were not called: fresh work stands where it stood, and is
+-- no start yet; what had begun before, or has recorded anything, is put before it, as by make_ready.
+create or replace function put_back(p_ids uuid[]) returns int[]
+language plpgsql volatile set search_path from current as $$
+begin
+  perform forget_starts(p_ids);
+  return put_ready(array(
+    select row(e.lane_id, e.priority, case when f.is_fresh then e.ord else late_ord() end, e.id, null, null, null)::ready
+    from execution e cross join lateral (
+      select e.started_at is null and e.failures = 0 and e.crashes = 0
+             and (select true from step s where s.execution_id = e.id limit 1) is null as is_fresh) f
+    where e.id = any(p_ids)));
+end $$;
+
 -- Puts answers that the runs of executions have not seen behind what these have recorded: tasks of a handler are given answers
 -- in the order in which it could see them. p_steps: where they stand; their executions are locked.
 create or replace function put_behind(p_steps tid[]) returns void

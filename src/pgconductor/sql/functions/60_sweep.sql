@@ -108,7 +108,7 @@ begin
   v_late := take_out(v_unstarted) || array(select execution_id from timer where execution_id = any(v_unstarted));
   delete from timer where execution_id = any(v_late);
   delete from expiry where execution_id = any(v_due) and (execution_id <> all(v_unstarted) or execution_id = any(v_late));
-  update expiry set due_at = p_now + interval '1 minute' where execution_id = any(v_due);
+  update expiry set due_at = p_now + interval '10 seconds' where execution_id = any(v_due);
   p_count := cardinality(v_locked);
   v_effects := finish(array(
     select row(e.id, 'failed', null, json_build_object('type', 'pgconductor.errors.Expired', 'message',
