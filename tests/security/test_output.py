@@ -137,7 +137,9 @@ app = Conductor()
 
 @app.task(executor="process", max_attempts=1)
 async def look(ctx: Context) -> str:
-    return subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    seen = subprocess.run(["ps", "-eo", "sid,args"], capture_output=True, text=True, check=True).stdout
+    own = {str(os.getsid(pid)) for pid in (os.getpid(), os.getppid())}  # others may run tests at the same time
+    return "\\n".join(line for line in seen.splitlines() if line.split()[0] in own)
 
 @app.task(max_attempts=1)
 async def fail(ctx: Context) -> None:
@@ -161,11 +163,13 @@ def test_no_process_title_log_or_stored_error_holds_the_password(database: str, 
     password = str(conninfo_to_dict(database)["password"])
     environment = {"PGCONDUCTOR_URL": database, "PYTHONPATH": str(tmp_path), "PATH": "/usr/bin:/bin"}
     done = subprocess.run(
-        [sys.executable, "shop.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-    )
+        [sys.executable, "shop.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
+        start_new_session=True,
+    )  # fmt: skip
 
     assert done.returncode == 0, done.stderr
     assert "isolated_child" in done.stdout
+    assert f"{sys.executable} shop.py" in done.stdout
     assert password not in done.stdout + done.stderr
     stored = db.execute("select executions::text as text from executions").fetchall()
     assert len(stored) == 2
