@@ -272,7 +272,7 @@ def signature_of(
     """
     place = f"task {task!r}"
     hints = hints_of(fn, place)
-    declared = _declared(fn, place)
+    declared = _declared(fn, hints, place)
     triggers = {each.name: hints[each.name] for each in declared if is_trigger(hints.get(each.name, _EMPTY))}
     _refuse_positional_only([each for each in declared if each.name in triggers], place)
     kept = [each for each in declared if each.name not in triggers]
@@ -355,16 +355,27 @@ def _document_type(parameters: tuple[Parameter, ...], *, kw_only: bool) -> type[
     return msgspec.defstruct("Payload", fields, kw_only=kw_only, forbid_unknown_fields=True, gc=False)  # short-lived
 
 
-def _declared(fn: Callable[..., Any], place: str) -> list[inspect.Parameter]:
+def _declared(fn: Callable[..., Any], hints: Mapping[str, Any], place: str) -> list[inspect.Parameter]:
+    remedy = "make `ctx: Context` its first parameter"
     declared = list(inspect.signature(fn).parameters.values())
     if not declared or declared[0].kind not in {declared[0].POSITIONAL_ONLY, declared[0].POSITIONAL_OR_KEYWORD}:
-        raise ConfigurationError(place, "the handler takes no context", "make `ctx: Context` its first parameter")
+        raise ConfigurationError(place, "the handler takes no context", remedy)
+    if _is_value(hints.get(declared[0].name, _EMPTY)):
+        raise ConfigurationError(place, f"the handler's first parameter, {declared[0]}, is no context", remedy)
     for each in declared:
         if each.kind in {each.VAR_POSITIONAL, each.VAR_KEYWORD}:
             raise ConfigurationError(
                 place, f"the handler takes {each}, which no payload can name", "take a dict or list parameter instead"
             )
     return declared[1:]
+
+
+def _is_value(annotation: Any) -> bool:
+    """Tell what is certainly a value's type, and so no context's: those that the standard library has, and models."""
+    kind = get_origin(annotation) or annotation
+    if not isinstance(kind, type) or kind is object:
+        return False
+    return kind.__module__ in {"builtins", "datetime", "decimal", "uuid"} or is_model(kind)
 
 
 def _refuse_positional_only(triggers: list[inspect.Parameter], place: str) -> None:

@@ -3,8 +3,10 @@
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime
 from enum import IntEnum
 from typing import TYPE_CHECKING, Annotated, Any, TypedDict
+from uuid import UUID
 
 import msgspec
 import pytest
@@ -267,6 +269,15 @@ def test_reference_whose_payload_is_no_object_is_refused(payload: Any) -> None:
 def test_handler_that_no_payload_fits_is_refused(fn: Any, reason: str) -> None:
     with pytest.raises(ConfigurationError, match=reason):
         _signature(fn)
+
+
+@pytest.mark.parametrize("kind", [int, str, dict, list[int], UUID, datetime, Order], ids=str)
+def test_a_handler_whose_first_parameter_is_a_value_is_refused(kind: Any) -> None:
+    async def handler(first: Any, second: int = 0) -> None: ...
+
+    handler.__annotations__["first"] = kind
+    with pytest.raises(ConfigurationError, match=r"first parameter, first: .*, is no context; make `ctx: Context`"):
+        _signature(handler)
 
 
 def test_type_that_cannot_be_stored_is_refused_with_its_parameter() -> None:
