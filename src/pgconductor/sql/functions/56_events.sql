@@ -141,18 +141,28 @@ end $$;
 
 -- ---------------------------------------------------------------- subscriptions
 
--- Makes the subscriptions of one deployment those that its code declares; the others' are not touched.
+-- Makes the subscriptions of one deployment those that its code declares, and warns of those that go; the others' are not
+-- touched.
 -- p_subscriptions: [{task, event, fields, where}]. Locks: one advisory lock a deployment.
 create or replace function register_subscriptions(p_deployment text, p_subscriptions json) returns void
 language plpgsql volatile set search_path from current set enable_seqscan = off set enable_mergejoin = off set jit = off set plan_cache_mode = force_generic_plan as $$
+declare
+  v_gone text[];
 begin
   perform check_predicate(s.task, s.event, s."where")
   from json_to_recordset(p_subscriptions) as s(task text, event text, "where" text) where s."where" is not null;
   perform pg_advisory_xact_lock(hashtext(current_schema() || '.subscription'), hashtext(p_deployment));
-  delete from subscription s using task t
-  where s.deployment = p_deployment and t.id = s.task_id and not exists (
-    select from json_to_recordset(p_subscriptions) as d(task text, event text, fields json, "where" text)
-    where d.task = t.name and d.event = s.event and s.signature = signature_of(d.fields, d."where"));
+  with gone as (
+    delete from subscription s using task t
+    where s.deployment = p_deployment and t.id = s.task_id and not exists (
+      select from json_to_recordset(p_subscriptions) as d(task text, event text, fields json, "where" text)
+      where d.task = t.name and d.event = s.event and s.signature = signature_of(d.fields, d."where"))
+    returning s.event, t.name as task
+  )
+  select array_agg(distinct format('of task %L to %L', g.task, g.event)) into v_gone from gone g
+  where not exists (
+    select from json_to_recordset(p_subscriptions) as d(task text, event text) where d.task = g.task and d.event = g.event);
+  perform warn_of_removed(p_deployment, 'subscriptions', v_gone);
   insert into subscription (deployment, task_id, event, signature, fields, predicate)
   select p_deployment, t.id, d.event, signature_of(d.fields, d."where"),
          case when json_typeof(d.fields) = 'array' then array(select json_array_elements_text(d.fields)) end, d."where"
