@@ -180,10 +180,16 @@ class Signature:
         try:
             document = self._read(raw)
         except Exception as error:
-            raise DecodeError(*read_fault(error, _PAYLOAD)) from error
+            path, reason = read_fault(error, _PAYLOAD)
+            raise DecodeError(path, f"{reason}; {self._takes()}" if path == _PAYLOAD else reason) from error
         if self._has_plain_fields:
             return (), msgspec.structs.asdict(document)
         return self._split(self._read_members(document))
+
+    def _takes(self) -> str:
+        """Say which members a payload has to have, and which it may have."""
+        names = [f"{each.name} (required)" if each.default is _EMPTY else each.name for each in self.parameters]
+        return f"task {self.task!r} takes {', '.join(names) or 'no arguments'}"
 
     def decode_element(self, raw: Raw) -> Any:
         """Read a batch task's payload as one element of the handler's list.

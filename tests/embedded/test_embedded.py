@@ -15,6 +15,7 @@ import psycopg
 import pytest
 
 from pgconductor import binaries, embedded
+from pgconductor.address import VARIABLES
 from pgconductor.binaries import Account
 from pgconductor.embedded import EmbeddedServer, ServerState
 from pgconductor.errors import ServerError
@@ -243,6 +244,18 @@ def test_processes_that_start_at_once_share_one_server(project: Path) -> None:
     with ThreadPoolExecutor(4) as pool:
         pids = set(pool.map(run_python, [code] * 4, [project] * 4))
     assert len(pids) == 1
+
+
+def test_a_command_that_starts_it_says_so_and_the_next_one_does_not(project: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+    command = [sys.executable, "-m", "pgconductor", "status"]
+    said = [
+        subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, check=False).stderr
+        for _ in range(2)
+    ]
+    state = embedded.running()
+    assert state is not None
+    assert [f"started a Postgres of this project's own, in {state.data_dir}" in each for each in said] == [True, False]
 
 
 def test_stop_from_another_process(project: Path) -> None:

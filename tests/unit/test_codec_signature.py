@@ -225,6 +225,14 @@ def test_batch_payload_is_one_element() -> None:
     assert signature.returns.annotation == bool | None
 
 
+@pytest.mark.parametrize("payload", ['{"order": 7, "cents": 1}', "{}"])
+def test_a_payload_of_other_members_is_refused_with_those_that_the_task_takes(payload: str) -> None:
+    async def handler(ctx: Any, order_id: int, cents: int = 0) -> None: ...
+
+    with pytest.raises(DecodeError, match=r"payload: .*; task 'handler' takes order_id \(required\), cents$"):
+        _signature(handler).decode_payload(payload)
+
+
 def test_batch_element_that_is_no_model_goes_by_name() -> None:
     signature = _signature(numbers, is_batch=True)
 

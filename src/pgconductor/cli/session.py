@@ -12,7 +12,7 @@ import click
 import msgspec
 
 from pgconductor import embedded
-from pgconductor.address import check_address
+from pgconductor.address import address_of_environment, check_address
 from pgconductor.client import LoopClient
 from pgconductor.conductor import Conductor
 from pgconductor.durations import parse_duration
@@ -36,6 +36,9 @@ class Settings:
         """Where the database is; may start the development server."""
         if self.given_dsn:
             check_address(self.given_dsn, "--dsn")
+        elif address_of_environment() is None and embedded.running() is None:
+            state = embedded.ensure()
+            click.echo(f"started a Postgres of this project's own, in {state.data_dir}", err=True)
         return embedded.resolve_dsn(self.given_dsn)
 
     @property
