@@ -77,20 +77,20 @@ class ServerState:
 # ---------------------------------------------------------------- the project's server
 
 
-def resolve_dsn(dsn: str | None = None) -> str:
+def resolve_dsn(dsn: str | None = None, on_start: Callable[[ServerState], None] | None = None) -> str:
     """Return the address to connect to; start the development server when nothing names another.
 
     The order: the argument, `PGCONDUCTOR_URL`, `DATABASE_URL`, the project's running development server, one started
-    from the wheel's binaries, one started from the machine's.
+    from the wheel's binaries, one started from the machine's. `on_start` is told of one that was not running.
 
     Raises:
         ConfigurationError: What is set is no address of Postgres.
         ServerError: No address is set and no server can be started here; says what to install or set.
     """
-    return dsn or address_of_environment() or ensure().dsn
+    return dsn or address_of_environment() or ensure(on_start=on_start).dsn
 
 
-def ensure(project: Path | None = None) -> ServerState:
+def ensure(project: Path | None = None, on_start: Callable[[ServerState], None] | None = None) -> ServerState:
     """Start the project's development server unless it runs. It goes on until `stop`, whatever becomes of this process.
 
     Raises:
@@ -98,7 +98,12 @@ def ensure(project: Path | None = None) -> ServerState:
     """
     if os.name != "posix":
         raise ServerError("no address is set, and the development server needs Linux or macOS", "set PGCONDUCTOR_URL")
-    return running(project) or EmbeddedServer(_choose_home(project)).start()
+    state = running(project)
+    if state is None:
+        state = EmbeddedServer(_choose_home(project)).start()
+        if on_start is not None:
+            on_start(state)
+    return state
 
 
 def running(project: Path | None = None) -> ServerState | None:

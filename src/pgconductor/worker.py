@@ -200,14 +200,14 @@ class Worker:
         Runs that suspend may end together, long after they began: they count for no more than all slots finish of
         their length.
         """
-        elapsed = time.monotonic() - self._window_began_at
+        elapsed = max(time.monotonic() - self._window_began_at, 0.001)
         finished_count = self._finished_count - self._finished_before
         if elapsed < RATE_WINDOW_SECONDS and finished_count < self.prefetch_max:
             return
-        pace = (finished_count - self._slow_count) / max(elapsed, 0.001)
+        pace = (finished_count - self._slow_count) / elapsed
         if self._slow_count:
             slots_pace = self.concurrency * self._slow_count / max(self._slow_seconds, 0.001)
-            pace += min(self._slow_count / max(elapsed, 0.001), slots_pace)
+            pace += min(self._slow_count / elapsed, slots_pace)
         ceiling = min(self.fetch_size, 2 * self.prefetch_max + self.concurrency)
         self._fetch_ahead(int(min(pace * PREFETCH_SECONDS, ceiling)))
 

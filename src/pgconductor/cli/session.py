@@ -12,7 +12,7 @@ import click
 import msgspec
 
 from pgconductor import embedded
-from pgconductor.address import address_of_environment, check_address
+from pgconductor.address import check_address
 from pgconductor.client import LoopClient
 from pgconductor.conductor import Conductor
 from pgconductor.durations import parse_duration
@@ -36,10 +36,7 @@ class Settings:
         """Where the database is; may start the development server."""
         if self.given_dsn:
             check_address(self.given_dsn, "--dsn")
-        elif address_of_environment() is None and embedded.running() is None:
-            state = embedded.ensure()
-            click.echo(f"started a Postgres of this project's own, in {state.data_dir}", err=True)
-        return embedded.resolve_dsn(self.given_dsn)
+        return embedded.resolve_dsn(self.given_dsn, _tell_of_start)
 
     @property
     def engine(self) -> Engine:
@@ -72,6 +69,10 @@ class Settings:
 
     async def _migrate(self) -> bool:
         return False
+
+
+def _tell_of_start(server: embedded.ServerState) -> None:
+    click.echo(f"started a Postgres of this project's own, in {server.data_dir}", err=True)
 
 
 def duration(text: str) -> timedelta:

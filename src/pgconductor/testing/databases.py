@@ -20,6 +20,7 @@ import psycopg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from pgconductor import embedded, schema
+from pgconductor.address import address_of_environment
 from pgconductor.embedded import EmbeddedServer
 from pgconductor.engine import quote
 from pgconductor.errors import ServerError
@@ -44,9 +45,8 @@ def server_dsn() -> str:
     Raises:
         ServerError: There is none and none can be started; says what to install or set.
     """
-    for variable in ("PGCONDUCTOR_TEST_DSN", "PGCONDUCTOR_URL", "DATABASE_URL"):
-        if dsn := os.environ.get(variable):
-            return dsn
+    if dsn := os.environ.get("PGCONDUCTOR_TEST_DSN") or address_of_environment():
+        return dsn
     state = embedded.running() or EmbeddedServer(session_home(), settings=_SETTINGS).start()
     return state.dsn
 

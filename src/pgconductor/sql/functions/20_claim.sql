@@ -271,7 +271,8 @@ begin
 end $$;
 
 -- p_wants: [{queue, limit, free? (of the limit, how many limited ones there are slots for)}]; null takes nothing, but has the
--- server plan what a claim that finds something does: a process says so as it begins. p_tasks: the task ids that this process knows.
+-- server plan what a claim that finds something does: a process says so as it begins. p_tasks: the task ids that this
+-- process knows.
 -- p_token: the process' own number of this claim, part of every lease it makes. p_from: [{lane_id, after_place,
 -- before_place}], the ranges to look through in lanes that are named; the others are looked through from their heads.
 create or replace function claim(

@@ -262,9 +262,8 @@ begin
   perform put_unseen_behind(array(select id from unnest(p_again) where outcome <> 'unstarted'));
   insert into timer (execution_id, due_at)
   select id, p_now + make_interval(secs => delay) from unnest(p_again) where delay > 0;
-  return row(
-    make_ready(array(select id from unnest(p_again) where coalesce(delay, 0) <= 0 and outcome <> 'unstarted'))
-    || put_back(array(select id from unnest(p_again) where coalesce(delay, 0) <= 0 and outcome = 'unstarted')), '{}')::effects;
+  return row(put_back(array(
+    select id from unnest(p_again) where coalesce(delay, 0) <= 0)), '{}')::effects;
 end $$;
 
 -- p_completed: plain completions, with p_tokens and p_results beside them, since objects cost three times as much to read;

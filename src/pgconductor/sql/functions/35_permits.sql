@@ -100,8 +100,7 @@ begin
   where limit_id = any(array(
       select t.id from task_limit t where t.kind = 'rate' and t.task_id = any(array(
         select l.task_id from execution e join lane l on l.id = e.lane_id where e.id = any(p_ids) and l.is_limited))))
-    and execution_id = any(array(
-      select id from execution where id = any(p_ids) and started_at is null and failures = 0 and crashes = 0));
+    and execution_id = any(p_ids);
 end $$;
 
 -- ---------------------------------------------------------------- room

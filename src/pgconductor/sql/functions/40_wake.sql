@@ -12,18 +12,23 @@ begin
     from execution e where e.id = any(p_ids)));
 end $$;
 
--- Makes executions ready again that were claimed and whose handlers were not called: fresh work stands where it stood, and is
--- no start yet; what had begun before, or has recorded anything, is put before it, as by make_ready.
+-- Makes executions ready again that were claimed: those that have begun, or have recorded anything, before fresh work, as
+-- make_ready does; the others stand where they stood, and have not started yet.
 create or replace function put_back(p_ids uuid[]) returns int[]
 language plpgsql volatile set search_path from current as $$
+declare
+  v_fresh uuid[] := array(
+    select e.id from execution e
+    where e.id = any(p_ids) and e.started_at is null and e.failures = 0 and e.crashes = 0
+      and (select true from step s where s.execution_id = e.id limit 1) is null);
+  v_lanes int[] := make_ready(array(select id from unnest(p_ids) id where id <> all(v_fresh)));
 begin
-  perform forget_starts(p_ids);
-  return put_ready(array(
-    select row(e.lane_id, e.priority, case when f.is_fresh then e.ord else late_ord() end, e.id, null, null, null)::ready
-    from execution e cross join lateral (
-      select e.started_at is null and e.failures = 0 and e.crashes = 0
-             and (select true from step s where s.execution_id = e.id limit 1) is null as is_fresh) f
-    where e.id = any(p_ids)));
+  if cardinality(v_fresh) = 0 then
+    return v_lanes;
+  end if;
+  perform forget_starts(v_fresh);
+  return v_lanes || put_ready(array(
+    select row(e.lane_id, e.priority, e.ord, e.id, null, null, null)::ready from execution e where e.id = any(v_fresh)));
 end $$;
 
 -- Puts answers that the runs of executions have not seen behind what these have recorded: tasks of a handler are given answers
