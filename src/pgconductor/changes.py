@@ -11,7 +11,6 @@ statement is sent and no lock taken.
 """
 
 import asyncio
-import logging
 import random
 import time
 from collections.abc import Iterable, Sequence
@@ -23,12 +22,12 @@ from psycopg import errors
 from pgconductor.engine import Engine
 from pgconductor.errors import ConfigurationError, ServerError
 from pgconductor.model import OnChange
+from pgconductor.registration import warn_of_removed
 from pgconductor.relations import TriggerRow, TriggerStep
 from pgconductor.route import Route
 from pgconductor.session import Session, translate
 from pgconductor.task import Task
 
-log = logging.getLogger("pgconductor.changes")
 _LOCK_SECONDS_MAX: Final = 60.0
 _CHECK_SECONDS: Final = 30.0
 
@@ -64,18 +63,9 @@ async def register_changes(
     rows = declared_changes(tasks)
     if await session.run(engine.next_trigger(deployment, rows), timeout=_CHECK_SECONDS) is not None:
         done = await asyncio.to_thread(apply_changes, dsn, engine, deployment, rows)
-        _warn_of_removed(deployment, done, {row.task for row in rows})
-
-
-def _warn_of_removed(deployment: str, done: Sequence[TriggerStep], declared: set[str]) -> None:
-    gone = {f"{step.op} on {step.table} for task {step.task!r}" for step in done if step.task not in declared}
-    if gone:
-        log.warning(
-            "row triggers are removed, which the code that starts as %r does not declare: %s; if another service does,"
-            " give each a name of its own: Conductor(name=...)",
-            deployment,
-            ", ".join(sorted(gone)),
-        )
+        declared = {row.task for row in rows}
+        gone = [f"{step.op} on {step.table} for task {step.task!r}" for step in done if step.task not in declared]
+        warn_of_removed(deployment, "row triggers", gone)
 
 
 def apply_changes(dsn: str, engine: Engine, deployment: str, rows: Sequence[TriggerRow]) -> list[TriggerStep]:

@@ -173,6 +173,7 @@ _emitted = reader(Emitted)
 _beat = reader(Beat)
 _told_places = reader(ToldPlaces)
 _result = reader(Result)
+_labels = reader(list[str])
 _ended = reader(Ended)
 _outstanding = reader(Outstanding)
 _fired = reader(Fired)
@@ -262,9 +263,9 @@ class Engine(Reports):
         """The same for a connection of any library, as `enqueue_within`."""
         return self._within("emit_events", "true", events, _emitted)
 
-    def register_subscriptions(self, deployment: str, subscriptions: Sequence[Subscription]) -> Query[None]:
-        """See 56_events.sql."""
-        return self._query("register_subscriptions", "text json", (deployment, as_text(subscriptions)), as_is)
+    def register_subscriptions(self, deployment: str, subscriptions: Sequence[Subscription]) -> Query[list[str] | None]:
+        """See 56_events.sql. Answers what it has removed."""
+        return self._query("register_subscriptions", "text json", (deployment, as_text(subscriptions)), _labels)
 
     def claim(
         self,
@@ -338,10 +339,10 @@ class Engine(Reports):
         parameters = (orchestrator, id, token, name, target, reason, self._now())
         return self._query("cancel_as_step", "uuid uuid bigint text uuid text timestamptz", parameters, _moved)
 
-    def register_schedules(self, deployment: str, schedules: Sequence[NewSchedule]) -> Query[None]:
-        """See 55_schedules.sql, as the next ones."""
+    def register_schedules(self, deployment: str, schedules: Sequence[NewSchedule]) -> Query[list[str] | None]:
+        """See 55_schedules.sql, as the next ones. Answers what it has removed."""
         return self._query(
-            "register_schedules", "text json timestamptz", (deployment, as_text(schedules), self._now()), as_is
+            "register_schedules", "text json timestamptz", (deployment, as_text(schedules), self._now()), _labels
         )
 
     def fire_schedules(self, fired: Sequence[FiredSchedule]) -> Query[Fired]:

@@ -37,7 +37,7 @@ from pgconductor.heartbeat import Heartbeat, Pulse
 from pgconductor.host import ProcessHost
 from pgconductor.membership import Membership, Timing
 from pgconductor.notify import Listener, Notifier
-from pgconductor.registration import task_row
+from pgconductor.registration import task_row, warn_of_removed
 from pgconductor.route import Timeline
 from pgconductor.scheduler import Scheduler
 from pgconductor.schedules import declared_schedules
@@ -288,9 +288,13 @@ class _Process:
         names = await session.run(engine.register_tasks(self._conductor.name, rows), timeout=START_SECONDS)
         await register_changes(session, self._conductor.dsn, engine, self._conductor.name, tasks.values())
         schedules = declared_schedules(tasks.values())
-        await session.run(engine.register_schedules(self._conductor.name, schedules), timeout=START_SECONDS)
+        gone = await session.run(engine.register_schedules(self._conductor.name, schedules), timeout=START_SECONDS)
+        warn_of_removed(self._conductor.name, "schedules", gone)
         subscriptions = subscriptions_of(tasks.values())
-        await session.run(engine.register_subscriptions(self._conductor.name, subscriptions), timeout=START_SECONDS)
+        gone = await session.run(
+            engine.register_subscriptions(self._conductor.name, subscriptions), timeout=START_SECONDS
+        )
+        warn_of_removed(self._conductor.name, "subscriptions", gone)
         wanted = [worker.queue for worker in self._workers]
         queues = await session.run(engine.register_queues(wanted), timeout=START_SECONDS)
         self._queue_ids = {queue.name: queue.id for queue in queues or ()}

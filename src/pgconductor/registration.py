@@ -1,7 +1,8 @@
 """From a handler and its options to a task: everything that can be wrong is found here, at import time."""
 
 import inspect
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import Any, Final, get_origin
 
@@ -16,6 +17,7 @@ from pgconductor.task import Client, Task
 from pgconductor.ticks import recurrence
 from pgconductor.written import LimitRow, TaskRow
 
+log = logging.getLogger("pgconductor.registration")
 _KINDS: Final[dict[type[Trigger], type]] = {Cron: Tick, OnEvent: Event, OnChange: Change}
 _HANDED_OVER: Final = (Tick, Event, Change)
 _CONTEXTS: Final = {"Context": "an async def", "SyncContext": "a plain def", "BatchContext": "a batch handler"}
@@ -174,3 +176,15 @@ def _described(trigger: Trigger) -> str:
         OnChange: "a row change",
     }
     return names.get(type(trigger), "the trigger")
+
+
+def warn_of_removed(deployment: str, what: str, labels: Iterable[str] | None) -> None:
+    """Log what the start of a deployment has removed, since its code does not declare it."""
+    if gone := sorted(set(labels or ())):
+        log.warning(
+            "%s are removed, which the code that starts as %r does not declare: %.300s; if another service does, give"
+            " each a name of its own: Conductor(name=...)",
+            what,
+            deployment,
+            ", ".join(gone),
+        )

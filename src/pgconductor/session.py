@@ -221,7 +221,6 @@ class Session:
             return self._wire
         self._check_open()
         connection = await self.route.connect(psycopg.AsyncConnection)
-        connection.add_notice_handler(_log_warning)
         self._wire = Wire(connection, is_pooled=self.route.is_pooled)
         try:
             self._check_open()
@@ -238,9 +237,3 @@ class Session:
         wire, self._wire = self._wire, None
         if wire is not None:
             wire.close()
-
-
-def _log_warning(notice: psycopg.errors.Diagnostic) -> None:
-    """Log what the engine warns of; the server's own notices are not ours."""
-    if (notice.sqlstate or "").startswith("PCW"):
-        log.warning("%s", notice.message_primary)

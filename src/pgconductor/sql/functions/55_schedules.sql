@@ -130,21 +130,11 @@ begin
   perform pg_notify(current_schema(), 'ready');
 end $$;
 
--- Warns of what a start has removed. A worker writes it into its log.
-create or replace function warn_of_removed(p_deployment text, p_what text, p_labels text[]) returns void
-language plpgsql volatile set search_path from current as $$
-begin
-  if cardinality(p_labels) > 0 then
-    raise warning '% are removed, which the code that starts as % does not declare: %; if another service does, give each a name of its own: Conductor(name=...)',
-      p_what, quote_literal(p_deployment), left(array_to_string(p_labels, ', '), 300) using errcode = 'PCW01';
-  end if;
-end $$;
-
--- The schedules of a deployment as its code declares them: others that it declared earlier go, with a warning, since they may be
--- those of another service that has not been given a name of its own. Called at start.
+-- The schedules of a deployment as its code declares them: others that it declared earlier go. Returns the names of these, for
+-- the log: they may be those of another service that has not been given a name of its own. Called at start.
 -- p_schedules: as put_schedules takes them. All of them are looked at again, since this process' zones may be newer.
 create or replace function register_schedules(p_deployment text, p_schedules json, p_now timestamptz default null)
-returns void
+returns json
 language plpgsql volatile set search_path from current set enable_seqscan = off set enable_mergejoin = off set jit = off set plan_cache_mode = force_generic_plan as $$
 declare
   v_now timestamptz := instant(p_now);
@@ -161,14 +151,14 @@ begin
   )
   select array_agg(id) as ids, array_agg(label order by label) as labels into v_gone from gone;
   delete from tick where schedule_id = any(v_gone.ids);
-  perform warn_of_removed(p_deployment, 'schedules', v_gone.labels);
   if json_array_length(p_schedules) = 0 then
-    return;
+    return to_json(v_gone.labels);
   end if;
   perform put_schedules(p_deployment, p_schedules, v_now);
   update schedule set next_at = v_now, revision = revision + 1
   where deployment = p_deployment and paused_at is null and next_at is distinct from v_now;
   perform hint_schedules();
+  return to_json(v_gone.labels);
 end $$;
 
 -- Makes or changes a schedule that no code declares. For psql and other languages; an expression that no process can

@@ -141,10 +141,10 @@ end $$;
 
 -- ---------------------------------------------------------------- subscriptions
 
--- Makes the subscriptions of one deployment those that its code declares, and warns of those that go; the others' are not
--- touched.
+-- Makes the subscriptions of one deployment those that its code declares; the others' are not touched. Returns which went, as
+-- register_schedules does.
 -- p_subscriptions: [{task, event, fields, where}]. Locks: one advisory lock a deployment.
-create or replace function register_subscriptions(p_deployment text, p_subscriptions json) returns void
+create or replace function register_subscriptions(p_deployment text, p_subscriptions json) returns json
 language plpgsql volatile set search_path from current set enable_seqscan = off set enable_mergejoin = off set jit = off set plan_cache_mode = force_generic_plan as $$
 declare
   v_gone text[];
@@ -162,7 +162,6 @@ begin
   select array_agg(distinct format('of task %L to %L', g.task, g.event)) into v_gone from gone g
   where not exists (
     select from json_to_recordset(p_subscriptions) as d(task text, event text) where d.task = g.task and d.event = g.event);
-  perform warn_of_removed(p_deployment, 'subscriptions', v_gone);
   insert into subscription (deployment, task_id, event, signature, fields, predicate)
   select p_deployment, t.id, d.event, signature_of(d.fields, d."where"),
          case when json_typeof(d.fields) = 'array' then array(select json_array_elements_text(d.fields)) end, d."where"
@@ -170,6 +169,7 @@ begin
   join task t on t.name = d.task
   order by 2, 3, 4
   on conflict do nothing;
+  return to_json(v_gone);
 end $$;
 
 create or replace function signature_of(p_fields json, p_where text) returns text
