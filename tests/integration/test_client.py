@@ -440,7 +440,11 @@ async def test_a_development_server_is_migrated_by_the_first_call(
 ) -> None:
     for name in ("PGCONDUCTOR_URL", "DATABASE_URL"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("pgconductor.embedded.ensure", lambda **_: SimpleNamespace(dsn=database))
+
+    def ensure(**_: object) -> SimpleNamespace:
+        return SimpleNamespace(dsn=database)
+
+    monkeypatch.setattr("pgconductor.embedded.ensure", ensure)
 
     async with Conductor(schema="fresh") as app:
         run = await app.create_task(add).invoke(1)
