@@ -313,13 +313,14 @@ class Engine(Reports):
         return Query(statement, (*parameters, str(round(idle_seconds * 1000))), as_is, harmless=False)
 
     def settle(
-        self, orchestrator: str, completed: Sequence[Completion], outcomes: Sequence[Outcome]
+        self, orchestrator: str, completed: Sequence[Completion], outcomes: Sequence[Outcome] | None
     ) -> Query[Settled | None]:
-        """See 30_settle.sql. None: the process was declared dead."""
-        opened = apart([operation for each in outcomes for operation in each.ops or ()])
-        bare = as_text([replace(each, ops=None) if each.ops else each for each in outcomes])
+        """See 30_settle.sql. Answers None when the process was declared dead."""
+        opened = apart([operation for each in outcomes or () for operation in each.ops or ()])
+        bare = outcomes and [replace(each, ops=None) if each.ops else each for each in outcomes]
         ties = parents_of(completed), are_level(completed)
-        parameters = (orchestrator, *in_columns(completed), bare, self._now(), *opened, *ties)
+        written = None if bare is None else as_text(bare)
+        parameters = (orchestrator, *in_columns(completed), written, self._now(), *opened, *ties)
         types = "uuid uuid[] bigint[] json json timestamptz json json uuid[] json uuid[] boolean"
         return self._query("settle", types, parameters, _settled)
 

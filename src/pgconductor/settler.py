@@ -75,13 +75,13 @@ class Settler:
         self.add: Callable[[Settlement], None] = self.batcher.add
 
     async def warm_up(self, timeout: float) -> None:
-        """Connect, and let the server plan what a settle does: with an outcome that is lost, since no claim made it.
+        """Connect, and let the server plan what a settle does: with a completion that is lost, since no claim made it.
 
         What takes too long the first settle does.
         """
         nobodys = Completion(str(UUID(int=0)), 0, Raw(b"null"))
         with contextlib.suppress(TimeoutError):
-            await self._session.run(self._engine.settle(self._membership.id, [nobodys], []), timeout=timeout)
+            await self._session.run(self._engine.settle(self._membership.id, [nobodys], None), timeout=timeout)
 
     def void(self, token: int) -> None:
         """Send no outcome of any claim up to this one: it may rest on steps that a failover has taken back."""

@@ -1,10 +1,12 @@
 """settle: running → completed, failed, cancelled, ready, scheduled."""
 
+from typing import Any
 from uuid import UUID, uuid4
 
 import psycopg
 import pytest
 
+from pgconductor.id_array import IdArray
 from tests.sql.support import (
     WORKER,
     Background,
@@ -55,6 +57,18 @@ def end(db: Db, id: str, how: str, token: int = 1, worker: UUID = WORKER) -> Jso
         return park(db, id, op(id, "nap", "sleep", due_in=60), token=token, worker=worker)
     outcome = {"id": id, "outcome": how, "token": token, "error": {"type": "E", "message": "m"}}
     return settle(db, outcome | {"result": 1, "delay": 5}, worker=worker)
+
+
+def everything(db: Db) -> dict[str, list[Any]]:
+    """Return the rows of all tables of the engine, as text."""
+    query = (
+        b"select c.oid::regclass::text as name from pg_class c where relkind = 'r' and relnamespace = %s::regnamespace"
+    )
+    rows_of = "select t::text as all from {} t order by 1"
+    return {
+        each["name"]: [row["all"] for row in db.execute(rows_of.format(each["name"]).encode())]
+        for each in db.execute(query, ("pgconductor",))
+    }
 
 
 WAYS = ["plain", "completed", "failed", "retried", "released", "unstarted", "crashed", "parked"]
@@ -376,3 +390,12 @@ def test_a_child_end_names_the_queue_of_its_parent(db: Db) -> None:
     claim(db, tasks=["child"])
     assert len(finish(db, child)["queues"]) == 1
     assert state(db, parent) == "ready"
+
+
+def test_a_settle_without_outcomes_only_has_the_server_plan(db: Db, running: str) -> None:
+    parent_and_child(db)
+    enqueue(db)
+    before = everything(db)
+    assert all(before[table] for table in ("wait", "lease", "step", "ready"))
+    answer = call(db, "settle", WORKER, IdArray([]), "{}", [], None, at(0))
+    assert (answer["lost"], answer["queues"], everything(db)) == ([], [], before)

@@ -164,7 +164,7 @@ begin
     from json_array_elements_text(p_open) as o(name) cross join lateral (
       select * from step k where k.execution_id = p_execution and k.name = o.name and k.seq > p_since and k.index = 0 offset 0) s;
   end if;
-  if v_fans_out then
+  if v_fans_out or p_bytes_max = 0 then  -- 0: so that it is planned
     select case when bool_and(is_in_row(value) and is_in_row(error) and coalesce(c.are_in_row, true))
       then json_agg(json_build_array(s.name, s.round, index, kind::text, status::text, case when is_in_row(value) then value end,
                                      case when is_in_row(error) then error end, child_id, child_task, dropped,
@@ -343,7 +343,7 @@ begin
   v_looking := clock_timestamp() - v_began_at;
   if p_wants is null then
     v_taken := take_ready(whole_lane(0), 0);
-    perform recorded_steps(p_orchestrator, 0, null, 0);
+    perform recorded_steps(p_orchestrator, 0, null, 0), results_of('{}');
   end if;
   insert into lease (execution_id, orchestrator_id, token, claimed_at, orchestrator_number)
   select t.execution_id, p_orchestrator, p_token, v_now, v_number from unnest(v_taken) t;

@@ -271,7 +271,8 @@ end $$;
 -- p_parents: their parents; p_level: they are all of one depth.
 -- p_outcomes: [{id, token, outcome: completed | failed | retried | released | unstarted (claimed, and given back before its
 --               handler was called) | crashed | parked, result, error, delay (seconds),
---               awaits, fresh: [{name, round}] (timed out operations that a retry does afresh), cached, long}]
+--               awaits, fresh: [{name, round}] (timed out operations that a retry does afresh), cached, long}]; null has the
+--               server plan what a settle does to parents and children: a process says so as it begins
 -- p_ops, p_alike, p_children, p_payloads: what the parked ones open, as open_operations takes it.
 create or replace function settle(
   p_orchestrator uuid, p_completed uuid[], p_tokens bigint[], p_results json, p_outcomes json,
@@ -288,6 +289,9 @@ declare
 begin
   if not hold_alive(p_orchestrator) then
     return null;
+  end if;
+  if p_outcomes is null then
+    perform plan_settle(p_orchestrator, v_now);
   end if;
   perform check_values('result', p_results);
   perform check_sizes(p_outcomes);
@@ -376,4 +380,21 @@ begin
   delete from lease where execution_id = any(v_ids);
   v_effects := merge(v_effects, row(release_permits(v_ids), '{}')::effects);
   return v_effects;
+end $$;
+
+-- Has the server plan what a settle does to parents and children: all of it for an execution that is not there.
+create or replace function plan_settle(p_orchestrator uuid, p_now timestamptz) returns void
+language plpgsql volatile set search_path from current as $$
+declare
+  v_id uuid := '00000000-0000-0000-0000-000000000000';
+  v_held settlement[] := array[row(v_id, 'parked', null, null, null, '[]', null, null, null, null)::settlement];
+  v_none new_operation[] := '{}';
+begin
+  perform lock_for_settle(v_held, '{}', '{}');
+  perform settle_held(p_orchestrator, v_held, null, null, null, null, p_now);
+  perform park(p_orchestrator, '{}', '[]', null, null, null, p_now);
+  perform new_operations('[]', '{}', p_now), read_alike('[]', v_none, 0, p_now), are_plain(v_none, '{}');
+  perform open_steps(v_none, '{}', '{}', p_now), insert_plain_children(v_none, '{}', '{}', '[]', p_now);
+  perform answer(array[row(v_id, '', 0, null, null, null)::answer], array[row(v_id, '', 0, '{}')::ended_children], p_now);
+  perform wake(array[v_id]);
 end $$;
