@@ -141,7 +141,6 @@ class Attempt:
         task: What it runs.
         queue: Where it was claimed from.
         host: The process.
-        journal: What the run asks for.
         cancelled: Whether its cancellation was requested.
         exit: How the handler is being left, once that is decided.
         closed: Whether the run is over; a thread that outlives it is refused everything.
@@ -150,9 +149,9 @@ class Attempt:
     """
 
     __slots__ = (
-        "_asked_count", "_busy", "_check_is_due", "_hard", "_is_concurrent", "_is_left", "_leaving", "_main",
-        "_opening", "_quiet", "_refusal", "_rest", "_storing", "_turns", "_waits", "cancelled", "claimed", "closed",
-        "exit", "has_returned", "host", "is_in_thread", "journal", "queue", "task", "token",
+        "_asked_count", "_busy", "_check_is_due", "_hard", "_is_concurrent", "_is_left", "_journal", "_leaving",
+        "_main", "_opening", "_quiet", "_refusal", "_rest", "_storing", "_turns", "_waits", "cancelled", "claimed",
+        "closed", "exit", "has_returned", "host", "is_in_thread", "queue", "task", "token",
     )  # fmt: skip
 
     def __init__(
@@ -163,7 +162,7 @@ class Attempt:
         self.task = task
         self.queue = queue
         self.host = host
-        self.journal = Journal(claimed, token, memos if memos is not None else Memos.of(claimed.steps))
+        self._journal = Journal(claimed, token, memos or Memos.of(claimed.steps)) if memos or claimed.steps else None
         self.cancelled = False
         self.exit: Exit | None = None
         self.closed = False
@@ -184,6 +183,13 @@ class Attempt:
         self._waits: dict[asyncio.Future[None], str | None] = {}
         self._storing: set[asyncio.Future[Any]] = set()
         self._opening: set[asyncio.Future[None]] = set()
+
+    @property
+    def journal(self) -> Journal:
+        """What the run asks for. Where nothing is recorded it is made with the first question: many runs have none."""
+        if self._journal is None:
+            self._journal = Journal(self.claimed, self.token, Memos())
+        return self._journal
 
     @property
     def memos(self) -> Memos:
@@ -273,9 +279,9 @@ class Attempt:
         fault("handler_returned")
         returns: Any = self.task.returns
         result = Raw(returns.store(value, "result")[0])
-        if self.journal.memos.operations:
+        if self._journal and self._journal.memos.operations:
             self._warn_of_unasked()
-        if not self._storing and not self._busy and not self.journal.is_tied:
+        if not (self._storing or self._busy or (self._journal and self._journal.is_tied)):
             return Completion(self.claimed.id, self.token, result, self.claimed.parent_id, self.claimed.depth)
         return Outcome(self.claimed.id, self.token, "completed", result=result)
 
@@ -346,13 +352,9 @@ class Attempt:
         return f"task {self.task.name!r} execution {self.claimed.id}"
 
     def _warn_of_unasked(self) -> None:
-        names = self.journal.unasked()
-        if names:
-            log.warning(
-                "%s has ended, and its code no longer asks for what is recorded as %s",
-                self.label,
-                ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else ""),
-            )
+        if names := self.journal.unasked():
+            told = ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+            log.warning("%s has ended, and its code no longer asks for what is recorded as %s", self.label, told)
 
     def _warn_of_swallowing(self) -> None:
         log.warning(
@@ -472,10 +474,10 @@ class Attempt:
         Raises:
             StepMismatch: As for `Journal.begin`.
         """
-        journal, host = self.journal, self.host
-        if not journal.unvisited or self._busy or self.exit or self.cancelled or self.closed or self._leaving:
+        journal, host = self._journal, self.host
+        if journal is None or not journal.unvisited or self._busy or self.exit or self.cancelled or self.closed:
             return None
-        if self._turns or host.is_leaving or journal.late_tasks or self.claimed.closes_at is not None:
+        if self._leaving or self._turns or host.is_leaving or journal.late_tasks or self.claimed.closes_at is not None:
             return None
         if asyncio.current_task(host.loop) is not self._main:
             return None

@@ -341,6 +341,7 @@ def call_in_thread(fn: Callable[..., Any], attempt: Attempt, args: Any, kwargs: 
             attempt.has_returned = True
 
     attempt.is_in_thread = True
+    _ = attempt.journal  # made here, or thread and loop might each make one
     context = copy_context()
     running = attempt.host.submit_thread(lambda: context.run(call_plainly, handle))
     waiting = asyncio.wrap_future(running)
