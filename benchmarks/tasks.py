@@ -1,5 +1,6 @@
-"""The tasks that are measured. They do nothing, so that what remains is the engine's."""
+"""The tasks that are measured. All but one do nothing, so that what remains is the engine's."""
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -7,6 +8,7 @@ from pgconductor import Call, Conductor, Context, Retry, Task
 
 QUEUE = "bench"
 FAILING_OF_TEN = 3
+BUSY_SECONDS = 0.0001
 
 
 def queue_names(count: int) -> list[str]:
@@ -20,6 +22,7 @@ class Tasks:
 
     noop: Task[[int], None]
     brief: Task[[int], None]
+    busy: Task[[int], None]
     padded: Task[[int, str], None]
     failing: Task[[int], None]
     steps: Task[[int, int], int]
@@ -36,7 +39,14 @@ def register(app: Conductor[None], hit: Callable[[int], None]) -> Tasks:
 
 def _alone(
     app: Conductor[None], hit: Callable[[int], None]
-) -> tuple[Task[[int], None], Task[[int], None], Task[[int, str], None], Task[[int], None], Task[[int, int], int]]:
+) -> tuple[
+    Task[[int], None],
+    Task[[int], None],
+    Task[[int], None],
+    Task[[int, str], None],
+    Task[[int], None],
+    Task[[int, int], int],
+]:
     @app.task(queue=QUEUE)
     async def noop(_ctx: Context, i: int) -> None:
         hit(i)
@@ -44,6 +54,13 @@ def _alone(
     @app.task(queue=QUEUE, keep_completed=False)
     async def brief(_ctx: Context, i: int) -> None:
         hit(i)
+
+    @app.task(queue=QUEUE)
+    async def busy(_ctx: Context, i: int) -> None:
+        hit(i)
+        until = time.thread_time() + BUSY_SECONDS
+        while time.thread_time() < until:
+            pass
 
     @app.task(queue=QUEUE)
     async def padded(_ctx: Context, i: int, padding: str) -> None:
@@ -61,7 +78,7 @@ def _alone(
         hit(i)
         return sum([await ctx.step(f"step {number}", plain, number) for number in range(count)])
 
-    return noop, brief, padded, failing, steps
+    return noop, brief, busy, padded, failing, steps
 
 
 def _parents(

@@ -15,7 +15,7 @@ Measure = Callable[[Server], Coroutine[Any, Any, Sample]]
 
 
 async def fill(it: Bench, count: int, task: Task[[int], None] | None = None) -> float:
-    """Enqueue in bulk; return the WAL bytes of it."""
+    """Enqueue in bulk, what does nothing if no task is given; return the WAL bytes of it."""
     task = task or it.tasks.noop
     await task.invoke(0)  # interns the names
     await it.database.begin_counting()
@@ -24,10 +24,11 @@ async def fill(it: Bench, count: int, task: Task[[int], None] | None = None) -> 
     return (await it.database.counted()).wal_bytes
 
 
-def _by(workers: int, count: int = COUNT, *, removed: bool = False) -> Measure:
+def _by(workers: int, count: int = COUNT, *, removed: bool = False, busy: bool = False) -> Measure:
     async def run(server: Server) -> Sample:
         async with bench(server) as it:
-            enqueue_bytes = await fill(it, count, it.tasks.brief if removed else None)
+            task = it.tasks.brief if removed else it.tasks.busy if busy else it.tasks.noop
+            enqueue_bytes = await fill(it, count, task)
             drained = await drain(it, jobs=count, executions=0 if removed else count, workers=workers)
             details = costs(drained, count)
             details["wal_bytes_per_job"] += enqueue_bytes / count
@@ -51,6 +52,8 @@ def _workload(name: str, title: str, run: Measure, *, long: bool = True) -> Work
 WORKLOADS = [
     _workload("drain-1", "20,000 no-op executions, 1 process", _by(1), long=False),
     _workload("drain-2", "20,000 no-op executions, 2 processes", _by(2), long=False),
+    _workload("drain-busy-1", "20,000 that compute for 0.1 ms, 1 process", _by(1, busy=True)),
+    _workload("drain-busy-2", "20,000 that compute for 0.1 ms, 2 processes", _by(2, busy=True)),
     _workload("drain-removed-1", "20,000, removed when finished, 1 process", _by(1, removed=True)),
     _workload("drain-removed-2", "20,000, removed when finished, 2 processes", _by(2, removed=True)),
     _workload("drain-long-1", "200,000, 1 process", _by(1, LONG)),
