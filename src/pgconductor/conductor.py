@@ -591,9 +591,8 @@ async def _end(client: LoopClient, execution_id: UUID, timeout: Duration | None)
     except TimeoutError:
         if limit is None:
             raise
-        raise TimeoutError(
-            f"execution {execution_id} has not ended within {format_duration(limit)}; it goes on"
-        ) from None
+        late = f"has not ended within {format_duration(limit)}; it goes on, and `pgconductor runs why` says where it is"
+        raise TimeoutError(f"execution {execution_id} {late}") from None
     if ended.outcome is None:
         raise ExecutionNotFound(execution_id)
     return ended

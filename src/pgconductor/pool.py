@@ -11,13 +11,13 @@ Connections are made on demand and kept; the one used last is used next, so that
 import asyncio
 from collections.abc import Awaitable, Callable, Generator
 from contextlib import contextmanager
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, cast
 
 import psycopg
 
 from pgconductor.engine import Query
 from pgconductor.errors import ConductorError, ServerError
-from pgconductor.route import STANDBY, STANDBY_REMEDY, Route, finds_standbys_only
+from pgconductor.route import Route, unreachable
 from pgconductor.session import backoff_seconds, is_lost, is_rolled_back, translate
 from pgconductor.wire import Wire
 
@@ -45,7 +45,7 @@ class OutcomeUnknown(ServerError):
 
 
 class _Unreachable(Exception):
-    """A connection could not be made; nothing was sent."""
+    """A connection could not be made; nothing was sent. Its cause says why."""
 
 
 class Pool:
@@ -144,20 +144,14 @@ class Pool:
         try:
             return await self._connect()
         except (psycopg.Error, OSError) as error:
-            raise _Unreachable(
-                _first_line(error), isinstance(error, psycopg.Error) and is_rolled_back(error)
-            ) from error
+            raise _Unreachable from error
 
     def _judge_unreachable(self, error: _Unreachable, *, is_late: bool) -> None:
         """Return if the query is to be tried again; raise what the caller is to see otherwise."""
-        message, is_passing = error.args
+        cause = cast("BaseException", error.__cause__)
+        is_passing = isinstance(cause, psycopg.Error) and is_rolled_back(cause)
         if is_late or not (is_passing or self._was_reached):
-            cause = error.__cause__
-            if isinstance(cause, psycopg.Error) and finds_standbys_only(cause):
-                raise ServerError(STANDBY, STANDBY_REMEDY) from cause
-            raise ServerError(
-                f"cannot connect to Postgres: {message}", "check the address, PGCONDUCTOR_URL and DATABASE_URL"
-            ) from cause
+            raise unreachable(cause) from cause
 
     def _judge(self, error: psycopg.Error, *, is_late: bool, is_repeatable: bool) -> None:
         """Return if the query is to be repeated; raise what the caller is to see otherwise."""

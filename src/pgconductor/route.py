@@ -23,7 +23,7 @@ import psycopg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.pq import PGconn, Ping
 
-from pgconductor.errors import ConductorError
+from pgconductor.errors import ConductorError, ServerError
 
 Kind = TypeVar("Kind", bound=psycopg.AsyncConnection[Any])
 
@@ -194,12 +194,32 @@ def connection_string(dsn: str, name: str, *, with_options: bool = True, options
     return make_conninfo("", **settings)
 
 
-def is_absent(dsn: str) -> bool:
-    """Return whether no server answers there, or only one that does not let anybody in yet.
+def absence(dsn: str) -> str | None:
+    """Return why no server answers there, or lets nobody in yet; None where one does.
 
     What a server refuses, such as a password, is an answer. Blocks for as long as a connection may take.
     """
-    return PGconn.ping(connection_string(dsn, "pgconductor ping").encode()) in (Ping.NO_RESPONSE, Ping.REJECT)
+    address = connection_string(dsn, "pgconductor ping")
+    if PGconn.ping(address.encode()) not in (Ping.NO_RESPONSE, Ping.REJECT):
+        return None
+    try:
+        psycopg.connect(address).close()
+    except psycopg.OperationalError as error:
+        return _reason(error)
+    return None
+
+
+def unreachable(error: BaseException) -> ServerError:
+    """Return what a user is to see where no connection could be made."""
+    if finds_standbys_only(error):
+        return ServerError(STANDBY, STANDBY_REMEDY)
+    return ServerError(
+        f"cannot connect to Postgres: {_reason(error)}", "check the address, PGCONDUCTOR_URL and DATABASE_URL"
+    )
+
+
+def _reason(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0].removeprefix("connection failed: ")
 
 
 def refuses_options(error: psycopg.Error) -> bool:
@@ -207,7 +227,7 @@ def refuses_options(error: psycopg.Error) -> bool:
     return any(words in str(error) for words in _REFUSALS)
 
 
-def finds_standbys_only(error: psycopg.Error) -> bool:
+def finds_standbys_only(error: BaseException) -> bool:
     """Tell whether a connection failed because no server of the address takes writes."""
     return "server is in hot standby" in str(error)
 

@@ -46,7 +46,7 @@ from psycopg.pq import TransactionStatus
 from psycopg.rows import tuple_row
 
 from pgconductor.errors import ConfigurationError, ServerError
-from pgconductor.route import STANDBY, STANDBY_REMEDY, connection_string, finds_standbys_only
+from pgconductor.route import STANDBY, STANDBY_REMEDY, connection_string, unreachable
 from pgconductor.versions import is_newer
 
 DEFAULT_SCHEMA = "pgconductor"
@@ -537,9 +537,7 @@ def _connect(dsn: str) -> Connection:
     try:
         return psycopg.connect(connection_string(dsn, "pgconductor migrate", with_options=False), autocommit=True)
     except psycopg.OperationalError as error:
-        if finds_standbys_only(error):
-            raise ServerError(STANDBY, STANDBY_REMEDY) from error
-        raise
+        raise unreachable(error) from error
 
 
 @contextlib.contextmanager

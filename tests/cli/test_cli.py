@@ -153,9 +153,23 @@ def test_cancel_and_retry_exit_by_their_success(database: str, db: Db) -> None:
     id = enqueue(db)
 
     assert run(database, "runs", "cancel", id, "--reason", "wrong").exit_code == 0
-    assert run(database, "runs", "cancel", id).exit_code == 1
+    again = run(database, "runs", "cancel", id)
+    assert (again.exit_code, again.stderr) == (1, f"{id} was not cancelled: it is cancelled already\n")
     assert run(database, "runs", "retry", id).exit_code == 0
-    assert run(database, "runs", "retry", id).exit_code == 1
+    again = run(database, "runs", "retry", id)
+    assert (again.exit_code, again.stderr) == (1, f"{id} was not retried: it is ready\n")
+    unknown = run(database, "runs", "cancel", str(uuid4()))
+    assert (unknown.exit_code, unknown.stderr.endswith("was not cancelled: it is not known\n")) == (1, True)
+
+
+def test_whoever_waits_is_told_what_for(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["pgconductor.cli.invoke"], "TELL_SECONDS", 0.01)
+    result = run(database, "invoke", "nobody", "--wait", "--timeout", "1s")
+
+    assert result.exit_code == 1
+    told, error = result.stderr.splitlines()
+    assert told.endswith(" is ready: no process has ever registered task 'nobody'")
+    assert "has not ended within 1s; it goes on" in error
 
 
 @pytest.mark.parametrize("evil", ["\x1b[2J\x1b]0;owned\x07", "\x9b31m", "a\rb", "\u202egnp.exe", "[red]x[/red]"])
@@ -315,7 +329,9 @@ def test_a_worker_waits_for_a_postgres_that_is_not_there_yet(application: Path) 
             text=True,
         ) as worker:
             assert worker.stdout is not None
-            assert "no Postgres answers at" in worker.stdout.readline()
+            told = worker.stdout.readline()
+            assert "no Postgres answers at" in told
+            assert "No such file or directory" in told  # its socket
             server.start()
             assert server.dsn == dsn
             assert any(line.startswith("● worker") for line in worker.stdout)

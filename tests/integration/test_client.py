@@ -11,8 +11,21 @@ from uuid import UUID, uuid4
 import psycopg
 import pytest
 from msgspec.structs import replace
+from psycopg.conninfo import make_conninfo
 
-from pgconductor import Batch, BatchContext, Call, Conductor, Context, SyncContext, Tick, cron, invocable, pool
+from pgconductor import (
+    Batch,
+    BatchContext,
+    Call,
+    Conductor,
+    Context,
+    Orchestrator,
+    SyncContext,
+    Tick,
+    cron,
+    invocable,
+    pool,
+)
 from pgconductor.calls import CallPlan
 from pgconductor.errors import (
     ConfigurationError,
@@ -423,6 +436,14 @@ async def test_a_server_that_is_not_there_is_reported_at_once() -> None:
     with pytest.raises(ServerError, match="cannot connect to Postgres") as caught:
         await app.create_task(add).invoke(1)
     assert "hunter2" not in str(caught.value)
+
+
+async def test_a_process_cannot_start_with_a_wrong_password(database: str) -> None:
+    app = Conductor(make_conninfo(database, host="127.0.0.1", password="wrong"))
+    app.create_task(add)
+
+    with pytest.raises(ServerError, match=r"cannot connect to Postgres: .* password authentication failed"):
+        await Orchestrator(app).start()
 
 
 async def test_a_database_without_the_engine_is_reported(database: str) -> None:

@@ -1,16 +1,22 @@
 """`pgconductor invoke`: start an execution from the shell."""
 
+import asyncio
+import contextlib
 from datetime import timedelta
-from typing import Any
+from typing import Any, Final
 
 import click
 import msgspec
 
 from pgconductor.cli.session import Settings, duration, json_option, pass_settings, print_json
-from pgconductor.cli.text import console, safe, state
+from pgconductor.cli.text import console, line, safe, state
 from pgconductor.conductor import Conductor
-from pgconductor.errors import ExecutionCancelled, ExecutionFailed
+from pgconductor.errors import ConductorError, ExecutionCancelled, ExecutionFailed
 from pgconductor.options import Options
+from pgconductor.run import Run
+
+TELL_SECONDS: Final = 3.0
+"""After so long `--wait` says what keeps the execution from its end."""
 
 
 def _payload(_: click.Context, __: click.Parameter, text: str) -> dict[str, Any]:
@@ -46,7 +52,8 @@ def invoke(
     pgconductor invoke charge '{"order_id": 7, "cents": 500}' --wait
     """
     options: Any = {name: value for name, value in given.items() if value is not None}
-    report, failed = settings.conduct(lambda app: _invoke(app, task, payload, options, wait=wait, timeout=timeout))
+    call = (task, payload, options)
+    report, failed = settings.conduct(lambda app: _invoke(settings, app, *call, wait=wait, timeout=timeout))
     if as_json:
         print_json(report)
     else:
@@ -56,20 +63,33 @@ def invoke(
 
 
 async def _invoke(
-    app: Conductor, task: str, payload: dict[str, Any], options: Options, *, wait: bool, timeout: timedelta | None
-) -> tuple[dict[str, Any], bool]:
+    settings: Settings, app: Conductor, task: str, payload: dict[str, Any], options: Options,
+    *, wait: bool, timeout: timedelta | None,
+) -> tuple[dict[str, Any], bool]:  # fmt: skip
     call = app.define_task(task, dict, object).bind(payload)
     run = await app.invoke(call, **options)
     report: dict[str, Any] = {"id": str(run.id), "task": task}
     if not wait:
         return report | {"state": await run.state()}, False
     try:
-        return report | {"state": "completed", "result": await run.result(timeout)}, False
+        return report | {"state": "completed", "result": await _wait(settings, run, timeout)}, False
     except ExecutionFailed as error:
         facts = {"type": error.error_type, "message": error.message, "traceback": error.remote_traceback}
         return report | {"state": "failed", "error": facts}, True
     except ExecutionCancelled as error:
         return report | {"state": "cancelled", "reason": error.reason}, True
+
+
+async def _wait(settings: Settings, run: Run[object], timeout: timedelta | None) -> object:
+    """Return the result; where it takes long, say meanwhile what the execution waits for."""
+    ended = asyncio.ensure_future(run.result(timeout))
+    await asyncio.wait([ended], timeout=TELL_SECONDS)
+    if not ended.done():
+        with contextlib.suppress(ConductorError):  # who may invoke need not be allowed to read
+            found = await settings.ask_here(lambda client, engine: client.run(engine.why_not_running(str(run.id))))
+            if found is not None:
+                click.echo(f"{run.id} is {found['state']}: {line(found['summary'])}", err=True)
+    return await ended
 
 
 def _print(report: dict[str, Any]) -> None:

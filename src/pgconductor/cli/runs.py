@@ -1,5 +1,6 @@
 """`pgconductor runs`: executions, one by one and in lists."""
 
+from collections.abc import Awaitable
 from typing import Any, Final, cast, get_args
 from uuid import UUID
 
@@ -11,6 +12,7 @@ from rich.text import Text
 from pgconductor.cli.run_page import print_run
 from pgconductor.cli.session import Settings, json_option, pass_settings, print_json
 from pgconductor.cli.text import ago, console, line, marked, span, state
+from pgconductor.conductor import Conductor
 from pgconductor.errors import ExecutionNotFound
 from pgconductor.model import State
 
@@ -110,7 +112,8 @@ def why(settings: Settings, execution: UUID, as_json: bool) -> None:
 @pass_settings
 def cancel(settings: Settings, execution: UUID, reason: str, as_json: bool) -> None:
     """Ask for the end of an execution and its children."""
-    _report(execution, settings.conduct(lambda app: app.cancel(execution, reason=reason)), "cancelled", as_json=as_json)
+    stays = settings.conduct(lambda app: _moved(app, execution, app.cancel(execution, reason=reason)))
+    _report(execution, stays, "cancelled", as_json=as_json)
 
 
 @runs.command()
@@ -119,15 +122,27 @@ def cancel(settings: Settings, execution: UUID, reason: str, as_json: bool) -> N
 @pass_settings
 def retry(settings: Settings, execution: UUID, as_json: bool) -> None:
     """Run a failed or cancelled execution again; its finished steps stay."""
-    _report(execution, settings.conduct(lambda app: app.retry(execution)), "retried", as_json=as_json)
+    stays = settings.conduct(lambda app: _moved(app, execution, app.retry(execution)))
+    _report(execution, stays, "retried", as_json=as_json)
 
 
-def _report(execution: UUID, done: bool, what: str, *, as_json: bool) -> None:
+async def _moved(app: Conductor[None], execution: UUID, move: Awaitable[bool]) -> str | None:
+    """Return None if the execution was moved, else where it stands."""
+    if await move:
+        return None
+    try:
+        return await app.state_of(execution)
+    except ExecutionNotFound:
+        return "not known"
+
+
+def _report(execution: UUID, stays: str | None, what: str, *, as_json: bool) -> None:
     if as_json:
-        print_json({"id": str(execution), what: done})
-    elif done:
+        print_json({"id": str(execution), what: stays is None})
+    elif stays is None:
         console().print(marked("✓", "green", f"{what} {execution}"), soft_wrap=True)
     else:
-        click.echo(f"{execution} was not {what}: it has ended otherwise, or is not known", err=True)
-    if not done:
+        already = " already" if stays == what else ""
+        click.echo(f"{execution} was not {what}: it is {stays}{already}", err=True)
+    if stays is not None:
         click.get_current_context().exit(1)

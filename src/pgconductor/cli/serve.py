@@ -20,7 +20,7 @@ from pgconductor.cli.text import console, line, marked, redacted_dsn
 from pgconductor.conductor import Conductor
 from pgconductor.logs import LogSetup, set_up
 from pgconductor.orchestrator import Orchestrator
-from pgconductor.route import is_absent
+from pgconductor.route import absence
 
 log = logging.getLogger("pgconductor.worker")
 SERVER_SECONDS_MAX = 60
@@ -106,10 +106,11 @@ async def _wait_for_server(dsn: str) -> None:
     """Return when a server answers, or after a minute: services that are started together come up in any order."""
     until = time.monotonic() + SERVER_SECONDS_MAX
     is_told = False
-    while await asyncio.to_thread(is_absent, dsn) and time.monotonic() < until:
+    while (reason := await asyncio.to_thread(absence, dsn)) and time.monotonic() < until:
         if not is_told:
             is_told = True
-            log.warning("no Postgres answers at %s yet; trying for %d s", redacted_dsn(dsn), SERVER_SECONDS_MAX)
+            where = redacted_dsn(dsn)
+            log.warning("no Postgres answers at %s yet (%s); trying for %d s", where, reason, SERVER_SECONDS_MAX)
         await asyncio.sleep(SERVER_PAUSE_SECONDS)
 
 

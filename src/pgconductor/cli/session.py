@@ -45,15 +45,15 @@ class Settings:
 
     def ask(self, work: Callable[[LoopClient, Engine], Awaitable[T]]) -> T:
         """Do something with a client, then close it."""
+        return asyncio.run(self.ask_here(work))
 
-        async def session() -> T:
-            client = LoopClient(self.engine, self._address, self._migrate)
-            try:
-                return await work(client, self.engine)
-            finally:
-                await client.close()
-
-        return asyncio.run(session())
+    async def ask_here(self, work: Callable[[LoopClient, Engine], Awaitable[T]]) -> T:
+        """Do so on the running event loop."""
+        client = LoopClient(self.engine, self._address, self._migrate)
+        try:
+            return await work(client, self.engine)
+        finally:
+            await client.close()
 
     def conduct(self, work: Callable[[Conductor], Awaitable[T]]) -> T:
         """Do something with a conductor, then close it."""
