@@ -26,6 +26,7 @@ T = TypeVar("T")
 SIZE_MAX: Final = 4
 PATIENCE_SECONDS: Final = 15.0
 _LOCK_TIMEOUT: Final = "55P03"
+_NO_RIGHT: Final = "42501"
 _NOT_MIGRATED: Final = {"42883", "3F000", "42P01"}  # no such function, schema, table
 
 
@@ -65,6 +66,7 @@ class Pool:
         self._slots = asyncio.Semaphore(SIZE_MAX)
         self._route: Route | None = None
         self._was_reached = False
+        self._role = ""
         self._closed_count = 0
         self.query_count = 0
 
@@ -119,7 +121,7 @@ class Pool:
         if self._route is None or self._route.dsn != dsn:
             self._route = Route(dsn, self._name)
         connection = await self._route.connect(Connection)
-        self._was_reached = True
+        self._was_reached, self._role = True, connection.info.user
         return Wire(connection, is_pooled=self._route.is_pooled)
 
     async def _try(self, query: Query[T]) -> T:
@@ -157,13 +159,13 @@ class Pool:
         """Return if the query is to be repeated; raise what the caller is to see otherwise."""
         lost = is_lost(error)
         if not lost and not is_rolled_back(error):
-            raise reported(error, self._schema) from error
+            raise reported(error, self._schema, self._role) from error
         if lost or error.sqlstate == "25006":
             self.abandon()  # where one connection broke, the others have most likely broken too
         if lost and (is_late or not is_repeatable):
             raise _unknown(error) from error
         if is_late:
-            raise reported(error, self._schema) from error
+            raise reported(error, self._schema, self._role) from error
 
 
 def _unknown(error: BaseException) -> OutcomeUnknown:
@@ -184,8 +186,8 @@ def _unknown_if(was_lost: bool) -> Generator[None]:
         raise
 
 
-def reported(error: psycopg.Error, schema: str) -> ConductorError:
-    """Return what the caller is to see for an error of the server."""
+def reported(error: psycopg.Error, schema: str, role: str) -> ConductorError:
+    """Return what the caller is to see for an error of the server; `role` is whom it was said to."""
     known = translate(error)
     if isinstance(known, ConductorError):
         return known
@@ -199,6 +201,11 @@ def reported(error: psycopg.Error, schema: str) -> ConductorError:
         return ServerError(
             f"another transaction holds what is needed, and has not ended ({message})",
             "end it, then repeat the call; it may have enqueued with the same dedupe_key, or a task that is new",
+        )
+    if error.sqlstate == _NO_RIGHT:
+        return ServerError(
+            f"role {role!r} may not do that: {message} (SQLSTATE {error.sqlstate})",
+            "make it a member of one that may; the owner of the schema sees them with `pgconductor roles`",
         )
     return ServerError(f"the server refused: {message} (SQLSTATE {error.sqlstate})")
 
