@@ -339,6 +339,29 @@ def test_a_worker_waits_for_a_postgres_that_is_not_there_yet(application: Path) 
             assert worker.wait(60) == 0
 
 
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [
+        ("x = (", "SyntaxError: '(' was never closed"),
+        ("1 / 0", "ZeroDivisionError: division by zero"),
+        ("import nosuch", "ModuleNotFoundError: No module named 'nosuch'"),
+    ],
+)
+def test_code_that_cannot_be_imported_is_shown_from_its_own_line_on(
+    database: str, tmp_path: Path, code: str, error: str
+) -> None:
+    (tmp_path / "broken.py").write_text(code)
+    result = subprocess.run(
+        command(database, "worker", "broken:app"), cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+
+    shown = result.stderr.splitlines()
+    assert (result.returncode, shown[0], shown[-1]) == (1, "error: cannot import broken", error)
+    (place,) = [number for number, text in enumerate(shown) if text.startswith("  File ")]
+    assert "broken.py" in shown[place]
+    assert shown[place + 1] == f"    {code}"
+
+
 def test_a_worker_that_postgres_refuses_does_not_wait(database: str, application: Path) -> None:
     dsn = make_conninfo(database, dbname="nowhere")
     result = subprocess.run(

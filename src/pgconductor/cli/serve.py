@@ -6,6 +6,7 @@ import importlib
 import logging
 import sys
 import time
+import traceback
 from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
@@ -18,6 +19,7 @@ from pgconductor.cli.loop import run
 from pgconductor.cli.session import SCHEMA, Settings, pass_settings
 from pgconductor.cli.text import console, line, marked, redacted_dsn
 from pgconductor.conductor import Conductor
+from pgconductor.errors import ConductorError
 from pgconductor.logs import LogSetup, set_up
 from pgconductor.orchestrator import Orchestrator
 from pgconductor.route import absence
@@ -54,12 +56,7 @@ def load(application: str, settings: Settings) -> Conductor[Any]:
     """
     name, _, attribute = application.partition(":")
     sys.path.insert(0, str(Path.cwd()))
-    try:
-        module = importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name != name and not name.startswith(f"{error.name}."):
-            raise
-        raise click.UsageError(f"there is no module {name!r} here ({Path.cwd()})") from error
+    module = _import(name)
     found = getattr(module, attribute, None) if attribute else _only_conductor(module)
     if not isinstance(cast("object", found), Conductor):
         raise click.UsageError(f"{application!r} is not a Conductor; name it as module:variable")
@@ -69,6 +66,27 @@ def load(application: str, settings: Settings) -> Conductor[Any]:
     if settings.given_dsn:
         app.use_address(settings.dsn)
     return app
+
+
+def _import(name: str) -> ModuleType:
+    """Import the application's module; what is wrong with its code is shown from its own first line on."""
+    try:
+        return importlib.import_module(name)
+    except (ConductorError, OSError):
+        raise  # they tell in one line what to mend
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}."):
+            raise click.UsageError(f"there is no module {name!r} here ({Path.cwd()})") from error
+        own = error.__traceback__
+        while own is not None and _is_of_import(own.tb_frame.f_code.co_filename):
+            own = own.tb_next
+        shown = "".join(traceback.format_exception(error.with_traceback(own)))
+        click.echo(f"{click.style('error:', fg='red', bold=True)} cannot import {name}\n{shown}", err=True, nl=False)
+        raise SystemExit(1) from error
+
+
+def _is_of_import(file: str) -> bool:
+    return file in (__file__, importlib.__file__) or file.startswith("<frozen importlib")
 
 
 def _only_conductor(module: ModuleType) -> object:
