@@ -1,5 +1,7 @@
 """From calls and their options to the rows that are enqueued."""
 
+import functools
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, Final
@@ -8,11 +10,13 @@ from msgspec import Raw
 
 from pgconductor.errors import ConfigurationError, EncodeError, NotInvocable
 from pgconductor.ids import new_id, new_ids
+from pgconductor.logs import current_run
 from pgconductor.options import NO_OPTIONS, CallOptions
 from pgconductor.task import Call, Task, check_call
 from pgconductor.written import AlikeExecutions, NewExecution
 
 BYTES_MAX: Final = 256 * 1024 * 1024
+log = logging.getLogger("pgconductor.calls")
 
 
 class CallPlan:
@@ -43,6 +47,7 @@ class CallPlan:
         self._check_task(call.task)
         options = self._merged(call.options)
         self.conn = options.conn
+        _look_for_handler(call.task, options)
         return _new_execution(new_id(), call, options)
 
     def rows(self, calls: Sequence[Call[Any]]) -> list[NewExecution]:
@@ -58,6 +63,8 @@ class CallPlan:
         merged = {id(call.options): call.options for call in calls}
         options = {key: self._merged(each) for key, each in merged.items()}
         self._check_connections(list(options.values()))
+        for call in {call.task: call for call in calls}.values():
+            _look_for_handler(call.task, options[id(call.options)])
         ids = new_ids(len(calls))
         rows = [_new_execution(id_, call, options[id(call.options)]) for id_, call in zip(ids, calls, strict=True)]
         _check_size(call.payload for call in calls)
@@ -77,6 +84,7 @@ class CallPlan:
             return None
         self._check_task(task)
         _check_size(payloads)
+        _look_for_handler(task, options)
         return AlikeExecutions(new_ids(len(calls)), task, options.queue, options.priority or 0, payloads)
 
     def spread(self, ids: list[str]) -> list[str]:
@@ -116,6 +124,26 @@ class CallPlan:
                 folded[place] = row
             self._places.append(place)
         return folded
+
+
+def _look_for_handler(task: str, options: CallOptions) -> None:
+    """Warn of a call from a handler that would be made again whenever the handler runs again."""
+    run = current_run.get()
+    if run is None or options.dedupe_key is not None or options.conn is not None:
+        return
+    ids = run.log_ids()
+    if ids["step"] is None:
+        _warn_of_repetition(ids["task"], task)
+
+
+@functools.cache  # so that a pair is told once
+def _warn_of_repetition(caller: str, called: str) -> None:
+    log.warning(
+        "the handler of task %r enqueues %r outside a step: each resume and each retry of it will do so again; "
+        "use ctx.start, or give a dedupe_key",
+        caller,
+        called,
+    )
 
 
 def _check_size(payloads: Iterable[str]) -> None:

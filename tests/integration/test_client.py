@@ -36,7 +36,7 @@ from pgconductor.errors import (
 )
 from pgconductor.wire import Wire
 from pgconductor.written import NewExecution
-from tests.integration.conftest import client_of
+from tests.integration.conftest import Working, client_of
 from tests.sql.support import Db
 from tests.waiting import until
 
@@ -529,3 +529,34 @@ async def test_close_is_idempotent_and_the_conductor_works_again(app: Conductor,
 
     await task.invoke(2)
     assert len(executions(db)) == 2
+
+
+async def test_a_handler_that_enqueues_outside_a_step_is_warned_of_once(
+    app: Conductor, working: Working, caplog: pytest.LogCaptureFixture
+) -> None:
+    @app.task
+    async def called(ctx: Context, n: int) -> int:
+        return n
+
+    @app.task
+    async def careless(ctx: Context) -> None:
+        await called.invoke(1)
+        await app.invoke_many([called.bind(2), called.bind(3)])
+
+    @app.task
+    async def careful(ctx: Context) -> None:
+        async def enqueue() -> None:
+            await called.invoke(4)
+
+        await ctx.step("enqueue", enqueue)
+        await app.invoke(called.bind(5), dedupe_key="five")
+        await ctx.start("six", called.bind(6))
+
+    async with working():
+        for task in (careful, careless, careless):
+            await (await task.invoke()).result("10s")
+
+    told = [record.getMessage() for record in caplog.records if record.name == "pgconductor.calls"]
+    assert [line.partition(":")[0] for line in told] == [
+        "the handler of task 'careless' enqueues 'called' outside a step"
+    ]
