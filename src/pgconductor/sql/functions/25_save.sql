@@ -151,6 +151,8 @@ create or replace function insert_plain_children(
   p_ops new_operation[], p_alike alike_children[], p_children uuid[], p_payloads json, p_now timestamptz
 ) returns int[]
 language plpgsql volatile set search_path from current as $$
+declare
+  v_firsts int[] := array(select a.first from unnest(p_alike) a);
 begin
   with written as (
     insert into execution (id, ord, created_at, lane_id, priority, depth, parent_id, parent_step, parent_round, parent_index,
@@ -159,25 +161,15 @@ begin
            case when a.fans_out then c.place - a.places_before else 0 end, a.root_id, c.payload
     -- arrays are unfolded in the select list: after from, their rows would be stored before they are read
     from (select unnest(p_children) as id, unnest(draw_ords(cardinality(p_children))) as ord,
-                 generate_subscripts(p_children, 1) as place, unnest(entries_of(p_alike)) as entry,
-                 json_array_elements(p_payloads) as payload) c
+                 generate_subscripts(p_children, 1) as place, json_array_elements(p_payloads) as payload) c
     join (select a.entry, a.lane_id, a.priority, a.first - a.before - 1 as places_before, o.depth, o.execution_id as parent_id,
                  o.name, o.round, o.root_id, o.kind = 'invoke_all' as fans_out
           from unnest(p_alike) with ordinality as a(op, first, last, before, lane_id, task, priority, due_at, entry)
-          join unnest(p_ops) o on o.place = a.op) a on a.entry = c.entry
+          join unnest(p_ops) o on o.place = a.op) a on a.entry = width_bucket(c.place, v_firsts)
     returning lane_id, priority, ord, id
   )
   insert into ready (lane_id, priority, ord, execution_id) select lane_id, priority, ord, id from written;
   return array(select distinct a.lane_id from unnest(p_alike) a join unnest(p_ops) o on o.place = a.op);
-end $$;
-
--- Of each child, in their order: which entry of p_alike says how it is called.
-create or replace function entries_of(p_alike alike_children[]) returns int[]
-language plpgsql immutable set search_path from current as $$
-begin
-  return array(
-    select a.entry from unnest(p_alike) with ordinality as a(op, first, last, before, lane_id, task, priority, due_at, entry)
-    cross join lateral generate_series(a.first, a.last) as n(place) order by n.place);
 end $$;
 
 -- The executions of the children of new operations. Those beyond a fan-out's window are due at infinity until one before
@@ -186,6 +178,8 @@ create or replace function child_executions(
   p_ops new_operation[], p_alike alike_children[], p_children uuid[], p_payloads json
 ) returns new_execution[]
 language plpgsql volatile set search_path from current as $$
+declare
+  v_firsts int[] := array(select a.first from unnest(p_alike) a);
 begin
   return (
     select array_agg(row(
@@ -200,9 +194,9 @@ begin
              case when o.kind = 'invoke_all' then a.before + c.place - a.first + 1 else 0 end as index
       -- arrays are unfolded in the select list: after from, their rows would be stored before they are read
       from (select unnest(p_children) as id, json_array_elements(p_payloads) as payload,
-                   generate_subscripts(p_children, 1) as place, unnest(entries_of(p_alike)) as entry) c
+                   generate_subscripts(p_children, 1) as place) c
       join unnest(p_alike) with ordinality as a(op, first, last, before, lane_id, task, priority, due_at, entry)
-        on a.entry = c.entry
+        on a.entry = width_bucket(c.place, v_firsts)
       join unnest(p_ops) o on o.place = a.op
       order by c.place) c);
 end $$;

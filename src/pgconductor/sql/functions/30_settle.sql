@@ -386,9 +386,9 @@ end $$;
 create or replace function plan_settle(p_orchestrator uuid, p_now timestamptz) returns void
 language plpgsql volatile set search_path from current as $$
 declare
-  v_id uuid := '00000000-0000-0000-0000-000000000000';
+  v_id uuid := '00000000-0000-0000-0000-000000000000'::uuid;
   v_held settlement[] := array[row(v_id, 'parked', null, null, null, '[]', null, null, null, null)::settlement];
-  v_none new_operation[] := '{}';
+  v_none new_operation[] := '{}'::new_operation[];
 begin
   perform lock_for_settle(v_held, '{}', '{}');
   perform settle_held(p_orchestrator, v_held, null, null, null, null, p_now);
