@@ -246,9 +246,10 @@ def test_processes_that_start_at_once_share_one_server(project: Path) -> None:
     assert len(pids) == 1
 
 
-def test_a_command_that_starts_it_says_so_and_the_next_one_does_not(project: Path) -> None:
+@pytest.mark.parametrize("words", ["status", "invoke work"])
+def test_a_command_that_starts_it_says_so_and_the_next_one_does_not(project: Path, words: str) -> None:
     environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
-    command = [sys.executable, "-m", "pgconductor", "status"]
+    command = [sys.executable, "-m", "pgconductor", *words.split()]
     said = [
         subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, check=False).stderr
         for _ in range(2)

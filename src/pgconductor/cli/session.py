@@ -57,6 +57,7 @@ class Settings:
 
     def conduct(self, work: Callable[[Conductor], Awaitable[T]]) -> T:
         """Do something with a conductor, then close it."""
+        _ = self.dsn  # tells of the development server if it starts here
 
         async def session() -> T:
             async with Conductor(self.given_dsn, schema=self.schema) as app:
