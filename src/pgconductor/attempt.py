@@ -162,7 +162,9 @@ class Attempt:
         self.task = task
         self.queue = queue
         self.host = host
-        self._journal = Journal(claimed, token, memos or Memos.of(claimed.steps)) if memos or claimed.steps else None
+        if memos is None and claimed.steps:
+            memos = Memos.of(claimed.steps)
+        self._journal = None if memos is None else Journal(claimed, token, memos)
         self.cancelled = False
         self.exit: Exit | None = None
         self.closed = False
@@ -173,8 +175,7 @@ class Attempt:
         self._rest: asyncio.Future[None] | None = None
         self._asked_count = 0
         self._quiet = 0
-        self._leaving = False
-        self._hard = False
+        self._leaving = self._hard = False
         self._is_concurrent = False
         self._is_left = False
         self._check_is_due = False

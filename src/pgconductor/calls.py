@@ -47,7 +47,7 @@ class CallPlan:
         self._check_task(call.task)
         options = self._merged(call.options)
         self.conn = options.conn
-        _look_for_handler(call.task, options)
+        _warn_if_repeated(call.task, options)
         return _new_execution(new_id(), call, options)
 
     def rows(self, calls: Sequence[Call[Any]]) -> list[NewExecution]:
@@ -63,8 +63,8 @@ class CallPlan:
         merged = {id(call.options): call.options for call in calls}
         options = {key: self._merged(each) for key, each in merged.items()}
         self._check_connections(list(options.values()))
-        for call in {call.task: call for call in calls}.values():
-            _look_for_handler(call.task, options[id(call.options)])
+        for task, key in {(call.task, id(call.options)) for call in calls}:
+            _warn_if_repeated(task, options[key])
         ids = new_ids(len(calls))
         rows = [_new_execution(id_, call, options[id(call.options)]) for id_, call in zip(ids, calls, strict=True)]
         _check_size(call.payload for call in calls)
@@ -84,7 +84,7 @@ class CallPlan:
             return None
         self._check_task(task)
         _check_size(payloads)
-        _look_for_handler(task, options)
+        _warn_if_repeated(task, options)
         return AlikeExecutions(new_ids(len(calls)), task, options.queue, options.priority or 0, payloads)
 
     def spread(self, ids: list[str]) -> list[str]:
@@ -126,10 +126,10 @@ class CallPlan:
         return folded
 
 
-def _look_for_handler(task: str, options: CallOptions) -> None:
-    """Warn of a call from a handler that would be made again whenever the handler runs again."""
+def _warn_if_repeated(task: str, options: CallOptions) -> None:
+    """Warn of a call from a handler, since it is made again whenever the handler runs again."""
     run = current_run.get()
-    if run is None or options.dedupe_key is not None or options.conn is not None:
+    if run is None or run.closed or options.dedupe_key is not None or options.conn is not None:
         return
     ids = run.log_ids()
     if ids["step"] is None:

@@ -29,6 +29,9 @@ _STANDARD: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asc
 class HasIds(Protocol):
     """A run, as log lines see it."""
 
+    closed: bool
+    """Whether it is over; what it has started may go on."""
+
     def log_ids(self) -> Mapping[str, Any]:
         """Return a value for each of `ID_FIELDS`."""
         ...

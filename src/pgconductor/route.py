@@ -197,7 +197,7 @@ def connection_string(dsn: str, name: str, *, with_options: bool = True, options
 def absence(dsn: str) -> str | None:
     """Return why no server answers there, or lets nobody in yet; None where one does.
 
-    What a server refuses, such as a password, is an answer. Blocks for as long as a connection may take.
+    What a server refuses, such as a password, is an answer. Blocks for as long as two connections may take.
     """
     address = connection_string(dsn, "pgconductor ping")
     if PGconn.ping(address.encode()) not in (Ping.NO_RESPONSE, Ping.REJECT):

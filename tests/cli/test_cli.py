@@ -172,6 +172,18 @@ def test_whoever_waits_is_told_what_for(database: str, monkeypatch: pytest.Monke
     assert "has not ended within 1s; it goes on" in error
 
 
+def test_nothing_that_is_told_meanwhile_holds_up_whoever_waits(
+    database: str, db: Db, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["pgconductor.cli.invoke"], "TELL_SECONDS", 0.01)
+    with db.transaction():
+        db.execute("lock table orchestrator in access exclusive mode")  # why_not_running reads it
+        result = run(database, "invoke", "nobody", "--wait", "--timeout", "500ms")
+
+    assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
+    assert "has not ended within 500ms" in result.stderr
+
+
 @pytest.mark.parametrize("evil", ["\x1b[2J\x1b]0;owned\x07", "\x9b31m", "a\rb", "\u202egnp.exe", "[red]x[/red]"])
 def test_a_terminal_obeys_nothing_that_was_stored(database: str, db: Db, evil: str) -> None:
     id = enqueue(db, payload={"text": evil})
@@ -345,6 +357,7 @@ def test_a_worker_waits_for_a_postgres_that_is_not_there_yet(application: Path) 
         ("x = (", "SyntaxError: '(' was never closed"),
         ("1 / 0", "ZeroDivisionError: division by zero"),
         ("import nosuch", "ModuleNotFoundError: No module named 'nosuch'"),
+        ("open('no.toml')", "FileNotFoundError: [Errno 2] No such file or directory: 'no.toml'"),
     ],
 )
 def test_code_that_cannot_be_imported_is_shown_from_its_own_line_on(

@@ -534,6 +534,9 @@ async def test_close_is_idempotent_and_the_conductor_works_again(app: Conductor,
 async def test_a_handler_that_enqueues_outside_a_step_is_warned_of_once(
     app: Conductor, working: Working, caplog: pytest.LogCaptureFixture
 ) -> None:
+    orders: asyncio.Queue[Call[int]] = asyncio.Queue()
+    services: list[asyncio.Task[None]] = []
+
     @app.task
     async def called(ctx: Context, n: int) -> int:
         return n
@@ -544,6 +547,10 @@ async def test_a_handler_that_enqueues_outside_a_step_is_warned_of_once(
         await app.invoke_many([called.bind(2), called.bind(3)])
 
     @app.task
+    async def half_careful(ctx: Context) -> None:
+        await app.invoke_many([called.bind(2), called.with_options(dedupe_key="three").bind(3)])
+
+    @app.task
     async def careful(ctx: Context) -> None:
         async def enqueue() -> None:
             await called.invoke(4)
@@ -552,11 +559,21 @@ async def test_a_handler_that_enqueues_outside_a_step_is_warned_of_once(
         await app.invoke(called.bind(5), dedupe_key="five")
         await ctx.start("six", called.bind(6))
 
+    @app.task
+    async def starting(ctx: Context) -> None:
+        async def serve() -> None:
+            await app.invoke(await orders.get())
+
+        services.append(asyncio.ensure_future(serve()))
+
     async with working():
-        for task in (careful, careless, careless):
+        for task in (careful, careless, careless, half_careful, starting):
             await (await task.invoke()).result("10s")
+        orders.put_nowait(called.bind(7))
+        await services[0]
 
     told = [record.getMessage() for record in caplog.records if record.name == "pgconductor.calls"]
     assert [line.partition(":")[0] for line in told] == [
-        "the handler of task 'careless' enqueues 'called' outside a step"
+        "the handler of task 'careless' enqueues 'called' outside a step",
+        "the handler of task 'half_careful' enqueues 'called' outside a step",
     ]

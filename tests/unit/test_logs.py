@@ -22,6 +22,8 @@ IDS = {
 
 
 class Run:
+    closed = False
+
     def log_ids(self) -> Mapping[str, Any]:
         return IDS
 

@@ -82,14 +82,20 @@ async def _invoke(
 
 async def _wait(settings: Settings, run: Run[object], timeout: timedelta | None) -> object:
     """Return the result; where it takes long, say meanwhile what the execution waits for."""
-    ended = asyncio.ensure_future(run.result(timeout))
-    await asyncio.wait([ended], timeout=TELL_SECONDS)
-    if not ended.done():
-        with contextlib.suppress(ConductorError):  # who may invoke need not be allowed to read
-            found = await settings.ask_here(lambda client, engine: client.run(engine.why_not_running(str(run.id))))
-            if found is not None:
-                click.echo(f"{run.id} is {found['state']}: {line(found['summary'])}", err=True)
-    return await ended
+    telling = asyncio.create_task(_tell_later(settings, run))
+    try:
+        return await run.result(timeout)
+    finally:
+        telling.cancel()
+        await asyncio.wait([telling])
+
+
+async def _tell_later(settings: Settings, run: Run[object]) -> None:
+    await asyncio.sleep(TELL_SECONDS)
+    with contextlib.suppress(ConductorError):  # who may invoke need not be allowed to read
+        found = await settings.ask_here(lambda client, engine: client.run(engine.why_not_running(str(run.id))))
+        if found is not None:
+            click.echo(f"{run.id} is {found['state']}: {line(found['summary'])}", err=True)
 
 
 def _print(report: dict[str, Any]) -> None:

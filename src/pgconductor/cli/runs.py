@@ -112,7 +112,7 @@ def why(settings: Settings, execution: UUID, as_json: bool) -> None:
 @pass_settings
 def cancel(settings: Settings, execution: UUID, reason: str, as_json: bool) -> None:
     """Ask for the end of an execution and its children."""
-    stays = settings.conduct(lambda app: _moved(app, execution, app.cancel(execution, reason=reason)))
+    stays = settings.conduct(lambda app: _state_if_unmoved(app, execution, app.cancel(execution, reason=reason)))
     _report(execution, stays, "cancelled", as_json=as_json)
 
 
@@ -122,12 +122,12 @@ def cancel(settings: Settings, execution: UUID, reason: str, as_json: bool) -> N
 @pass_settings
 def retry(settings: Settings, execution: UUID, as_json: bool) -> None:
     """Run a failed or cancelled execution again; its finished steps stay."""
-    stays = settings.conduct(lambda app: _moved(app, execution, app.retry(execution)))
+    stays = settings.conduct(lambda app: _state_if_unmoved(app, execution, app.retry(execution)))
     _report(execution, stays, "retried", as_json=as_json)
 
 
-async def _moved(app: Conductor[None], execution: UUID, move: Awaitable[bool]) -> str | None:
-    """Return None if the execution was moved, else where it stands."""
+async def _state_if_unmoved(app: Conductor[None], execution: UUID, move: Awaitable[bool]) -> str | None:
+    """Return where an execution stands that was not moved; None if it was."""
     if await move:
         return None
     try:

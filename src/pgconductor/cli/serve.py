@@ -72,8 +72,8 @@ def _import(name: str) -> ModuleType:
     """Import the application's module; what is wrong with its code is shown from its own first line on."""
     try:
         return importlib.import_module(name)
-    except (ConductorError, OSError):
-        raise  # they tell in one line what to mend
+    except ConductorError:
+        raise  # it tells in one line what to mend
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}."):
             raise click.UsageError(f"there is no module {name!r} here ({Path.cwd()})") from error

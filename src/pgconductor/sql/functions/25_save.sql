@@ -151,8 +151,6 @@ create or replace function insert_plain_children(
   p_ops new_operation[], p_alike alike_children[], p_children uuid[], p_payloads json, p_now timestamptz
 ) returns int[]
 language plpgsql volatile set search_path from current as $$
-declare
-  v_firsts int[] := array(select a.first from unnest(p_alike) a);
 begin
   with written as (
     insert into execution (id, ord, created_at, lane_id, priority, depth, parent_id, parent_step, parent_round, parent_index,
@@ -165,7 +163,7 @@ begin
     join (select a.entry, a.lane_id, a.priority, a.first - a.before - 1 as places_before, o.depth, o.execution_id as parent_id,
                  o.name, o.round, o.root_id, o.kind = 'invoke_all' as fans_out
           from unnest(p_alike) with ordinality as a(op, first, last, before, lane_id, task, priority, due_at, entry)
-          join unnest(p_ops) o on o.place = a.op) a on a.entry = width_bucket(c.place, v_firsts)
+          join unnest(p_ops) o on o.place = a.op) a on a.entry = width_bucket(c.place, array(select f.first from unnest(p_alike) f))
     returning lane_id, priority, ord, id
   )
   insert into ready (lane_id, priority, ord, execution_id) select lane_id, priority, ord, id from written;
@@ -178,8 +176,6 @@ create or replace function child_executions(
   p_ops new_operation[], p_alike alike_children[], p_children uuid[], p_payloads json
 ) returns new_execution[]
 language plpgsql volatile set search_path from current as $$
-declare
-  v_firsts int[] := array(select a.first from unnest(p_alike) a);
 begin
   return (
     select array_agg(row(
@@ -196,7 +192,7 @@ begin
       from (select unnest(p_children) as id, json_array_elements(p_payloads) as payload,
                    generate_subscripts(p_children, 1) as place) c
       join unnest(p_alike) with ordinality as a(op, first, last, before, lane_id, task, priority, due_at, entry)
-        on a.entry = width_bucket(c.place, v_firsts)
+        on a.entry = width_bucket(c.place, array(select f.first from unnest(p_alike) f))
       join unnest(p_ops) o on o.place = a.op
       order by c.place) c);
 end $$;
