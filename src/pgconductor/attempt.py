@@ -36,7 +36,7 @@ from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from contextvars import ContextVar
 from datetime import timedelta
 from functools import cache
-from typing import Any, Literal, Protocol, TypeVar, cast
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, cast
 
 import psycopg
 from msgspec import Raw
@@ -46,7 +46,7 @@ from pgconductor.engine import Engine, Query
 from pgconductor.errors import AttemptTimeout, ConductorError, Crash, StaleLease, Suspend, is_permanent
 from pgconductor.faults import fault
 from pgconductor.journal import Journal, check_match
-from pgconductor.logs import current_run
+from pgconductor.logs import current_run, shown
 from pgconductor.memos import Memos
 from pgconductor.model import delay_after
 from pgconductor.stored_error import error_to_json
@@ -107,6 +107,10 @@ class Host(Protocol):
         """Store an operation and create its children; raises `StaleLease`."""
         ...
 
+    def pause_of(self, seconds: float, /) -> float:
+        """How long a pause before a step's next try is in fact."""
+        ...
+
     def submit_thread(self, fn: Callable[[], T], /) -> "ThreadFuture[T]":
         """Run a function in a thread of the process's own."""
         ...
@@ -148,6 +152,7 @@ class Attempt:
         is_in_thread: Whether the handler runs in a thread, and may go on when the run is over.
     """
 
+    is_alone: ClassVar[bool] = False  # whether its process is there for this run
     __slots__ = (
         "_asked_count", "_busy", "_check_is_due", "_hard", "_is_concurrent", "_is_left", "_journal", "_leaving",
         "_main", "_opening", "_quiet", "_refusal", "_rest", "_storing", "_turns", "_waits", "cancelled", "claimed",
@@ -191,11 +196,6 @@ class Attempt:
         if self._journal is None:
             self._journal = Journal(self.claimed, self.token, Memos())
         return self._journal
-
-    @property
-    def memos(self) -> Memos:
-        """What the execution has recorded, for the process to keep while it is parked."""
-        return self.journal.memos
 
     # ------------------------------------------------------------ the run
 
@@ -313,7 +313,7 @@ class Attempt:
                 ops=self.journal.unsaved or None,
                 awaits=self.journal.open_awaits(),
                 cached=True,
-                long=len(self.memos.operations) >= LONG_COUNT,
+                long=len(self.journal.memos.operations) >= LONG_COUNT,
             )
         return Outcome(self.claimed.id, self.token, "released")
 
@@ -327,10 +327,10 @@ class Attempt:
         config, number = self.task.config, self.claimed.failures + 1
         stored = Raw(error_to_json(error).encode())
         if is_permanent(error) or config.retry.gives_up_on(error) or number >= config.max_attempts:
-            log.error("%s failed after %d attempt%s", self.label, number, "s" * (number > 1), exc_info=error)
+            log.error("%s failed after %d attempt%s", self.label, number, "s" * (number > 1), exc_info=shown(error))
             return Outcome(self.claimed.id, self.token, "failed", error=stored)
         delay = delay_after(error, config.retry, number, _chance)
-        log.warning("%s failed, attempt %d; again in %.3gs", self.label, number, delay, exc_info=error)
+        log.warning("%s failed, attempt %d; again in %.3gs", self.label, number, delay, exc_info=shown(error))
         fresh = [Fresh(name, round_) for name, round_ in sorted(self.journal.timed_out_by(error))]
         return Outcome(self.claimed.id, self.token, "retried", error=stored, delay=delay, fresh=fresh or None)
 

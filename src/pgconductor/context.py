@@ -3,7 +3,6 @@
 import asyncio
 import copy
 import inspect
-import random
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Concatenate, Literal, cast, overload
@@ -48,8 +47,6 @@ R = TypeVar("R")
 T = TypeVar("T")
 E = TypeVar("E")
 D = TypeVar("D", default=None)
-
-_chance = random.Random()  # noqa: S311
 
 
 class Context(RunFacts[D]):
@@ -143,8 +140,7 @@ class Context(RunFacts[D]):
             except Exception as error:
                 if is_final(error, options.retry):
                     raise
-                self.logger.warning("step %r failed, try %d", name, number, exc_info=error)
-                await asyncio.sleep(options.retry.delay(number, _chance))
+                await asyncio.sleep(self._pause_after(name, number, options, error))
         return await self._try(name, fn, args, kwargs)
 
     async def _try(self, name: str, fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:

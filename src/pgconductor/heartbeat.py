@@ -249,7 +249,8 @@ class Heartbeat:
         self._note("sweep", moved.gave_up)
         if moved.lost:
             self._sweeps_apart = time.monotonic() - began_at > self._timing.sweep_limit / 2
-            log.warning("took over %d executions of processes that stopped beating", moved.lost)
+            plural = "s" * (moved.lost > 1)
+            log.warning("took over %d execution%s of processes that stopped beating", moved.lost, plural)
         if moved.lost or moved.queues or moved.watchers:
             self._tell(self._listener.on_swept, moved)
         if moved.futile and self._holding_off is None and self._can_hold_off:

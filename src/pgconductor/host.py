@@ -112,6 +112,10 @@ class ProcessHost:
         """Build the call that stores a step in the transaction of its own writes, to be committed within the trust."""
         return self.engine.save_transaction(self.orchestrator_id, step, self._idle_seconds)
 
+    def pause_of(self, seconds: float) -> float:
+        """How long a pause before a step's next try is in fact: so long; tests have another clock."""
+        return seconds
+
     def submit_thread(self, fn: Callable[[], T]) -> "ThreadFuture[T]":
         """Run a function in a thread of the process's own."""
         return self._threads.submit(fn)

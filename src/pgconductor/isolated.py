@@ -46,6 +46,8 @@ log = logging.getLogger("pgconductor.isolated")
 LINE_BYTES_MAX = 256 * 1024 * 1024
 START_RETRY_SECONDS: Final = 5.0
 """How long an execution goes back when its process cannot start."""
+END_SECONDS_MAX: Final = 1.0
+"""How long the end of a process is waited for that says nothing any more."""
 MARGIN_SECONDS: Final = 5.0
 """How long after its task's timeout a run may take to say so, before its process is ended."""
 CANCEL_SECONDS: Final = 10.0
@@ -168,6 +170,14 @@ class _Child:
                 return line
         return b""
 
+    async def how_it_ended(self) -> str:
+        """Say how the process ended, if it has."""
+        try:
+            code = await asyncio.wait_for(self.process.wait(), END_SECONDS_MAX)
+        except TimeoutError:
+            return "it answers no more"
+        return f"exit code {code}" if code >= 0 else f"signal {-code}"
+
     def kill(self) -> None:
         self.is_ended = True
         with contextlib.suppress(ProcessLookupError):
@@ -274,7 +284,7 @@ def locate(module: str) -> tuple[str, str | None]:
 class IsolatedAttempt(Attempt):
     """A run whose handler is in a child process."""
 
-    __slots__ = ("_child", "_is_overdue", "_processes", "_timer")
+    __slots__ = ("_child", "_end", "_is_overdue", "_processes", "_timer")
 
     def __init__(self, processes: Processes, *args: Any) -> None:
         super().__init__(*args)
@@ -282,6 +292,7 @@ class IsolatedAttempt(Attempt):
         self._child: _Child | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._is_overdue = False
+        self._end = ""
 
     async def run(self) -> Completion | Outcome | None:
         """Have the handler run in a child process; see `Attempt.run`."""
@@ -302,6 +313,7 @@ class IsolatedAttempt(Attempt):
         try:
             await child.begin(order)
             answer = await self._wait_for_answer(child)
+            self._end = "" if answer else await child.how_it_ended()
         except _StartFailed as failure:
             return self._not_started(failure)
         finally:
@@ -330,7 +342,7 @@ class IsolatedAttempt(Attempt):
             EncodeError: It is more than the process reads at once.
         """
         # what a kept memo says is loaded again by the child: it has its own connection
-        claimed = msgspec.structs.replace(self.claimed, steps=self.memos.rows())
+        claimed = msgspec.structs.replace(self.claimed, steps=self.journal.memos.rows())
         order = _encode(Start(claimed, self.token, self.task.name, self.queue, self.host.orchestrator_id))
         if len(order) >= LINE_BYTES_MAX:
             raise EncodeError(
@@ -371,7 +383,8 @@ class IsolatedAttempt(Attempt):
 
     def _crashed(self) -> Outcome:
         count = self.claimed.crashes + 1
-        log.error("%s: its process died, crash %d of %d", self.label, count, self.task.config.max_crashes)
+        most = self.task.config.max_crashes
+        log.error("%s: its process died (%s), crash %d of %d", self.label, self._end, count, most)
         return Outcome(self.claimed.id, self.token, "crashed")
 
     # ------------------------------------------------------------ how long it may take

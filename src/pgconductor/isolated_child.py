@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
-from typing import Any, Final, cast
+from typing import Any, ClassVar, Final, cast
 
 import msgspec
 
@@ -74,6 +74,7 @@ class _ChildAttempt(Attempt):
     """A run that tells when its handler has returned and steps which it left behind still run."""
 
     __slots__ = ("on_rest",)
+    is_alone: ClassVar[bool] = True
     on_rest: Callable[[], None]
 
     async def _finish_work(self) -> None:

@@ -9,10 +9,13 @@ What the command line was told of logging holds for the processes of handlers, t
 import json
 import logging
 import math
+import os
 import sys
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
 from typing import Any, Final, Protocol, TypeAlias, cast
 
 from msgspec import Struct
@@ -23,6 +26,7 @@ ID_FIELDS: Final = ("execution_id", "root_id", "parent_id", "task", "queue", "at
 DEPTH_MAX: Final = 6
 ITEMS_MAX: Final = 200
 
+_PACKAGE: Final = f"{Path(__file__).parent}{os.sep}"
 _STANDARD: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
 
@@ -63,7 +67,21 @@ def set_up(setup: LogSetup) -> None:
         from rich.logging import RichHandler  # which takes longer to load than all that is here
 
         handler = RichHandler(console=Console(stderr=True), show_path=False, markup=False)
-    logging.basicConfig(level=setup.level, handlers=[handler], format="%(levelname)s %(name)s: %(message)s")
+    when = "" if sys.stderr.isatty() else "%(asctime)s "  # rich shows the time by itself
+    logging.basicConfig(level=setup.level, handlers=[handler], format=f"{when}%(levelname)s %(name)s: %(message)s")
+
+
+def shown(error: BaseException) -> tuple[type[BaseException], BaseException, TracebackType | None]:
+    """Return what `exc_info` takes of a handler's error: its frames begin where the engine calls the user's code."""
+    return type(error), error, below_engine(error.__traceback__)
+
+
+def below_engine(traceback: TracebackType | None) -> TracebackType | None:
+    """Leave out the frames of the engine that a traceback begins with, unless it has no others."""
+    own = traceback
+    while own is not None and own.tb_frame.f_code.co_filename.startswith(_PACKAGE):
+        own = own.tb_next
+    return own or traceback
 
 
 def ids_of(record: logging.LogRecord) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What the async and the plain context share: the facts of a run, its logger, and started children."""
 
 import logging
+import random
 from collections.abc import Callable, MutableMapping, Sequence
 from concurrent.futures import Future
 from contextvars import copy_context
@@ -20,6 +21,7 @@ from pgconductor.checks import SMALLINT_MAX, check_function, check_integer, chec
 from pgconductor.durations import Duration, seconds
 from pgconductor.engine import Ended
 from pgconductor.errors import ConductorError, ConfigurationError, Fail, Retry
+from pgconductor.logs import shown
 from pgconductor.model import RetryPolicy, State
 from pgconductor.run import Run
 from pgconductor.task import Call, Task
@@ -32,6 +34,7 @@ D = TypeVar("D", default=None)
 T = TypeVar("T")
 
 ONCE = RetryPolicy()
+_chance = random.Random()  # noqa: S311
 STEP_THREAD = "pgconductor step"
 """The name of the threads of steps that have a timeout."""
 
@@ -164,6 +167,14 @@ class RunFacts(Generic[D]):
     def logger(self) -> "logging.LoggerAdapter[Any]":
         """A logger that puts the run's ids on every line and does not repeat lines when the handler runs again."""
         return RunLogger(self._attempt)
+
+    def _pause_after(self, step: str, number: int, options: StepOptions, error: Exception) -> float:
+        """Log a try of a step that failed, and return how long to pause before the next one."""
+        pause = self._attempt.host.pause_of(options.retry.delay(number, _chance))
+        said = "%s: step %r failed, try %d of %d; again in %.3gs"
+        told = (self._attempt.label, step, number, options.max_attempts, pause)
+        self.logger.warning(said, *told, exc_info=shown(error))
+        return pause
 
     @property
     def cancelled(self) -> bool:

@@ -20,6 +20,7 @@ import msgspec
 
 from pgconductor.codec import VALUE_BYTES_MAX, Raw
 from pgconductor.errors import error_type_of, errors_in
+from pgconductor.logs import below_engine
 
 TEXT_BYTES_MAX = 32 * 1024
 """The most bytes of UTF-8 that one error's message may have; what is beyond is cut."""
@@ -49,7 +50,8 @@ class StoredError(msgspec.Struct, frozen=True, omit_defaults=True):
     Attributes:
         type: The error's class: the bare name for builtins, `module.Class` otherwise.
         message: Its text, at most `TEXT_BYTES_MAX` bytes.
-        traceback: Its frames, outermost first; plain text where another language stored it.
+        traceback: Its frames, outermost first, from where the engine called the user's code; plain text where another
+            language stored it.
         cause: What it was raised from, or what was being handled.
         is_context: Whether `cause` was only being handled.
         group: The members of an exception group.
@@ -127,7 +129,7 @@ def _store(error: BaseException, budget: _Budget) -> StoredError:
     return StoredError(
         type=_clean(error_type_of(error), _LINE_BYTES_MAX),
         message=message,
-        traceback=tuple(_frames(error.__traceback__)),
+        traceback=tuple(_frames(below_engine(error.__traceback__))),
         cause=_store(cause, budget) if cause is not None and budget.admit(cause) else None,
         is_context=is_context,
         group=tuple(_store(member, budget) for member in errors_in(error) if budget.admit(member)),

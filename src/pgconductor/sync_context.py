@@ -8,7 +8,6 @@ committed together.
 import asyncio
 import copy
 import logging
-import random
 import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
@@ -59,7 +58,6 @@ D = DefaultTypeVar("D", default=None)
 log = logging.getLogger("pgconductor.attempt")
 LOOK_SECONDS: Final = 0.2
 """How often a pause between two tries of a step looks whether the run is to be left."""
-_chance = random.Random()  # noqa: S311
 
 
 class SyncContext(RunFacts[D]):
@@ -112,8 +110,7 @@ class SyncContext(RunFacts[D]):
             except Exception as error:
                 if is_final(error, options.retry):
                     raise
-                self.logger.warning("step %r failed, try %d", name, number, exc_info=error)
-                self._pause(options.retry.delay(number, _chance))
+                self._pause(self._pause_after(name, number, options, error))
         return self._try(name, fn, args, kwargs)
 
     def _pause(self, seconds: float) -> None:
@@ -350,7 +347,7 @@ def call_in_thread(fn: Callable[..., Any], attempt: Attempt, args: Any, kwargs: 
 
 
 def _warn_if_left_behind(attempt: Attempt, running: Future[Any]) -> None:
-    if running.running():
+    if running.running() and not attempt.is_alone:
         log.warning(
             "%s: its handler goes on in its thread although the run is over; until it returns, the process has one "
             "thread more",

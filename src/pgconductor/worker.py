@@ -411,8 +411,8 @@ class Worker:
         self._finished_count += 1
         if settlement is not None:
             if type(settlement) is Outcome and settlement.cached:
-                attempt.memos.keep_input(attempt.claimed)
-                floor.keep(settlement.id, settlement.token, attempt.memos)
+                attempt.journal.memos.keep_input(attempt.claimed)
+                floor.keep(settlement.id, settlement.token, attempt.journal.memos)
             floor.settle(settlement)
         self.fill()
         if len(self.buffer) <= self.low_water:

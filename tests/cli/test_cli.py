@@ -18,7 +18,7 @@ from psycopg.conninfo import make_conninfo
 
 from pgconductor.cli import loop, main
 from pgconductor.embedded import EmbeddedServer
-from tests.sql.support import Db, claim, enqueue, enqueue_many, fail, op, park, register, save, settle
+from tests.sql.support import Db, call, cancel, claim, enqueue, enqueue_many, fail, op, park, register, save, settle
 
 APPLICATION = """
 from pgconductor import Conductor, Context
@@ -118,6 +118,22 @@ def test_show_draws_tree_and_waterfall(database: str, db: Db) -> None:
     assert re.search(r"└── ○ child as charge", text)
     for line in (r"✓ load +step +━", r"◌ charge +invoke +╍", r"◌ nap +sleep +╍"):
         assert re.search(line, text), (line, text)
+
+
+def test_show_says_until_when_a_wait_lasts_and_that_a_cancel_ended_it(database: str, db: Db) -> None:
+    id = enqueue(db)
+    register(db, "work")
+    claim(db)
+    late = {"type": "WaitTimeout", "message": "wait 'paid' timed out after 2d"}
+    park(db, id, op(id, "paid", "wait_for", due_in=172_800, event="paid", timeout_error=late))
+
+    text = run(database, "runs", "show", id).stdout
+    assert re.search(r"◌ paid +wait_for +╍.* until 20", text)
+    assert "timed out" not in text
+    cancel(db, id)
+    text = run(database, "runs", "show", id).stdout
+    assert re.search(r"⊘ paid +wait_for +━", text)
+    assert "timed out" not in text
 
 
 def test_show_goes_to_any_depth_and_json_has_it_all(database: str, db: Db) -> None:
@@ -225,7 +241,21 @@ def test_status_counts_and_names_stranded_work(database: str, db: Db) -> None:
 
     assert (found["ready"], found["running"]) == (1, 0)
     assert "no workers" in text
-    assert "task orphan has work in queue default, and no worker has ever registered it" in text
+    assert "! task orphan has work in queue default: no process has ever registered task 'orphan'" in text
+
+
+def test_work_whose_code_no_live_worker_has_is_stranded(database: str, db: Db) -> None:
+    call(db, "register_orchestrator", uuid4(), "deploy", "1", "host", 1, "{default}", None)  # beats now
+    call(
+        db, "register_tasks", "deploy", [{"name": "old", "queue": "default", "max_attempts": 3, "max_crashes": 5}], None
+    )
+    enqueue(db, task="old")
+    assert answer(database, "status")["stranded"] == []
+
+    db.execute("update orchestrator set task_ids = '{}'")  # the next release lacks it
+    reason = "task old has work in queue default: the one live process that works on queue 'default' lacks the code of"
+    assert reason in run(database, "status").stdout
+    assert reason in " ".join(run(database, "doctor").stdout.split())
 
 
 def test_doctor_finds_a_missing_schema(server: str) -> None:

@@ -53,11 +53,12 @@ async def test_more_than_the_process_reads_fails_the_execution_and_nothing_else(
 
 @pytest.mark.covers("F64", "P4")
 async def test_a_handler_that_kills_its_process_uses_up_the_crash_budget_alone(
-    working: Conductor[None], db: psycopg.Connection[dict[str, Any]]
+    working: Conductor[None], db: psycopg.Connection[dict[str, Any]], caplog: pytest.LogCaptureFixture
 ) -> None:
     with pytest.raises(ExecutionFailed) as caught:
         await (await isolated_app.deadly.invoke()).result(60)
     assert caught.value.error_type == "pgconductor.errors.WorkerLost"
+    assert [line for line in caplog.messages if "its process died (exit code 7), crash " in line]
     row = db.execute("select crashes, attempt from executions").fetchone()
     assert row == {"crashes": 3, "attempt": 1}
 

@@ -211,6 +211,7 @@ async def test_an_error_is_stored_with_its_traceback_and_causes(app: App, db: Db
     error = row["error"]
     assert (error["type"], error["message"]) == ("ValueError", "on top")
     assert (error["cause"]["type"], error["cause"]["message"]) == ("KeyError", "'root'")
+    assert error["traceback"][0]["file"] == __file__  # where the engine called the handler
     assert error["traceback"][-1]["text"] == 'raise ValueError("on top") from error'
     assert error["cause"]["traceback"][-1]["function"].endswith("root")
     assert 'raise KeyError("root")' in caught.value.remote_traceback

@@ -51,6 +51,19 @@ async def work(ctx: Context[Log], how: str) -> str:
 
 
 @app.task
+async def wavering(ctx: Context[Log]) -> int:
+    tries: list[int] = []
+
+    def waver() -> int:
+        tries.append(0)
+        if len(tries) < 3:
+            raise ConnectionError("not yet")
+        return len(tries)
+
+    return await ctx.step_options(max_attempts=3).step("waver", waver)
+
+
+@app.task
 async def parent(ctx: Context[Log], how: str, forgive: bool = False) -> str:
     try:
         return await ctx.invoke("child", work.bind(how))
@@ -157,6 +170,17 @@ async def test_a_delayed_execution_runs_when_it_is_due(conductor_test: Conductor
 
     await t.advance(hours=1)
     assert await run.result() == "late"
+
+
+async def test_a_step_is_tried_again_at_once(conductor_test: ConductorTest, caplog: pytest.LogCaptureFixture) -> None:
+    t = await conductor_test(app)
+    run = await wavering.invoke()
+
+    await t.drain()
+
+    assert await run.result() == 3
+    tries = [line.partition("step ")[2] for line in caplog.messages if "'waver'" in line]
+    assert tries == [f"'waver' failed, try {number} of 3; again in 0s" for number in (1, 2)]
 
 
 # ---------------------------------------------------------------- errors

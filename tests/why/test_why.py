@@ -231,8 +231,12 @@ def test_processes_without_the_code_of_the_task(db: Db) -> None:
     tasks = {row["name"]: row["id"] for row in db.execute("select name, id from task").fetchall()}
     call(db, "note_tasks", WORKER, array([tasks["other"]]))
     id = enqueue(db)
+    assert only(db, id)["text"] == ("the one live process that works on queue 'default' lacks the code of task 'work'")
+    second = uuid4()
+    register(db, worker=second)
+    call(db, "note_tasks", second, array([tasks["other"]]))
     assert only(db, id)["text"] == (
-        "none of the 1 live processes that work on queue 'default' has the code of task 'work'"
+        "none of the 2 live processes that work on queue 'default' has the code of task 'work'"
     )
     call(db, "note_tasks", WORKER, array([tasks["work"]]))
     assert codes(db, id) == ["next"]

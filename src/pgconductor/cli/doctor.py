@@ -12,7 +12,7 @@ from rich.text import Text
 from pgconductor import schema
 from pgconductor.cli.session import Settings, json_option, pass_settings, print_json
 from pgconductor.cli.status import stranded_reason
-from pgconductor.cli.text import console, elapsed, line, redacted, redacted_dsn, safe
+from pgconductor.cli.text import console, counted, elapsed, line, redacted, redacted_dsn, safe
 from pgconductor.client import LoopClient
 from pgconductor.engine import Engine
 from pgconductor.errors import ConductorError, ServerError
@@ -84,7 +84,7 @@ def _judge_schema(settings: Settings) -> Check:
     except FAULTS as error:
         return _failed("schema", error)
     if planned:
-        missing = f"{len(planned)} steps are missing in schema {settings.schema}"
+        missing = f"{counted(len(planned), 'step')} to take in schema {settings.schema}"
         return Check("schema", "failure", missing, "run `pgconductor migrate`")
     return Check("schema", "ok", f"{settings.schema} is up to date")
 

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from pgconductor.cli.text import MARKS, STYLES, ago, elapsed, instant, line, safe, span, state
+from pgconductor.cli.text import MARKS, STYLES, ago, counted, elapsed, instant, line, safe, span, state
 from pgconductor.stored_error import error_from_json
 
 Json = dict[str, Any]
@@ -64,7 +64,7 @@ def _facts(run: Json) -> Table:
 
 def _rows(run: Json) -> Iterator[tuple[str, str | Text]]:
     attempt = f", attempt {run['attempt']}" if run["attempt"] > 1 else ""
-    crashes = f", lost {run['crashes']} times with its worker" if run["crashes"] else ""
+    crashes = f", lost {counted(run['crashes'], 'time')} with its worker" if run["crashes"] else ""
     yield "queue", f"{line(run['queue'])}, priority {run['priority']}{attempt}{crashes}"
     yield "created", f"{_clock(run['created_at'])}  {ago(run['created_at'])}"
     if run["state"] == "scheduled":
@@ -142,15 +142,16 @@ def _bars(run: Json, steps: list[Json], nodes: dict[str, Json]) -> Iterator[Bar]
     yield Bar(line(run["task"]), "run", run["state"], started or created, finished, None, "")
     before = started or created
     for step in steps:
-        start, end = instant(step["created_at"]), instant(step["finished_at"])
+        start, end, status = instant(step["created_at"]), instant(step["finished_at"]), step["status"]
         if start is None:
             continue
+        if status == "pending" and finished:
+            end, status = finished, "cancelled"  # what is open at an execution's end nobody answers any more
         if step["kind"] in ("step", "transaction") and end and end - start < MOMENT:
             start = max(before, min(before, end))  # it is recorded when it ends; it began after what came before
         before = end or before
-        yield Bar(
-            _step_name(step), step["kind"], step["status"], start, end, instant(step["due_at"]), _note(step, nodes)
-        )
+        note = _note(step, nodes) if status == step["status"] else ""
+        yield Bar(_step_name(step), step["kind"], status, start, end, instant(step["due_at"]), note)
 
 
 def _step_name(step: Json) -> str:
@@ -160,12 +161,11 @@ def _step_name(step: Json) -> str:
 
 
 def _note(step: Json, nodes: dict[str, Json]) -> str:
-    if step["error"]:
-        return line(step["error"].get("message", ""), 80)
-    child = nodes.get(step["child_id"] or "")
-    if child and step["status"] == "pending":
-        return str(child["state"])
-    return f"until {_clock(step['due_at'])}" if step["status"] == "pending" and step["due_at"] else ""
+    if step["status"] == "pending":  # its error is what it says when its time is over
+        child = nodes.get(step["child_id"] or "")
+        due = f"until {_clock(step['due_at'])}" if step["due_at"] else ""
+        return str(child["state"]) if child else due
+    return line(step["error"].get("message", ""), 80) if step["error"] else ""
 
 
 def _waterfall(bars: list[Bar], width: int) -> Table:

@@ -33,10 +33,7 @@ def status(settings: Settings, as_json: bool) -> None:
 
 def stranded_reason(each: dict[str, Any]) -> str:
     """Say why a task's ready work does not run."""
-    task, queue = line(each["task"]), line(each["queue"])
-    if not each["registered"]:
-        return f"task {task} has work in queue {queue}, and no worker has ever registered it"
-    return f"task {task} has work in queue {queue}, and no live worker works on that queue"
+    return f"task {line(each['task'])} has work in queue {line(each['queue'])}: {line(each['reason'], 300)}"
 
 
 def _counts(found: dict[str, Any]) -> Text:

@@ -115,6 +115,11 @@ def ago(text: str | None) -> str:
     return f"{elapsed(seconds)} ago" if seconds >= 0 else f"in {elapsed(-seconds)}"
 
 
+def counted(number: int, what: str) -> str:
+    """Write a number of things: `1 time`, `2 times`."""
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
+
+
 def span(start: str | None, end: str | None) -> str:
     """Write how long something took, or has taken until now."""
     first, last = instant(start), instant(end)

@@ -103,6 +103,10 @@ class _Host(ProcessHost):
     crash: Callable[[str, str], None]
     """Told the execution and the name of what was committed; raises `Crash` to drop the run."""
 
+    def pause_of(self, seconds: float) -> float:  # noqa: ARG002
+        """None: the clock of the test stands still while a handler runs."""
+        return 0.0
+
     def save(self, step: SavedStep) -> "asyncio.Future[None]":
         return asyncio.ensure_future(self._stored(super().save(step), step))
 

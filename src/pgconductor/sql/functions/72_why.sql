@@ -174,7 +174,9 @@ language sql stable set search_path from current as $$
     when w.serving = 0 then jsonb_build_array(reason('no_worker_for_queue',
       format('no live process works on queue %L', p_queue.name)))
     when w.knowing = 0 then jsonb_build_array(reason('no_worker_for_task', format(
-      'none of the %s live processes that work on queue %L has the code of task %L', w.serving, p_queue.name, p_task.name)))
+      case when w.serving = 1 then 'the one live process that works on queue %2$L lacks the code of task %3$L'
+           else 'none of the %s live processes that work on queue %L has the code of task %L' end,
+      w.serving, p_queue.name, p_task.name)))
     else '[]' end
   from (select count(*) as serving,
                count(*) filter (where o.task_ids is null or p_task.id = any(o.task_ids)) as knowing

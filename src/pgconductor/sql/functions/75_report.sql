@@ -63,12 +63,9 @@ language sql stable set search_path from current as $$
 $$;
 
 -- Where everything stands: counts of what has not ended, processes, and work that nobody alive can run.
--- stranded: tasks with ready work that nobody registered, or whose queue no live process works on.
+-- stranded: tasks with ready work that no live process would run, and why.
 create or replace function overview(p_expiry interval default '20 seconds') returns json
 language sql stable set search_path from current as $$
-  with live as (
-    select * from orchestrator where beat_at > clock_timestamp() - p_expiry
-  )
   select json_build_object(
     'now', clock_timestamp(),
     'ready', (select count(*) from ready) + (select count(*) from backlog), 'running', (select count(*) from lease),
@@ -82,10 +79,11 @@ language sql stable set search_path from current as $$
              w.beat_at > clock_timestamp() - p_expiry as live
       from workers w limit 1000) w),
     'stranded', (select coalesce(json_agg(json_build_object('task', t.name, 'queue', q.name,
-        'registered', t.registered_at is not null) order by t.name), '[]')
+        'registered', t.registered_at is not null, 'reason', u.reasons -> 0 ->> 'text') order by t.name), '[]')
       from lane l join task t on t.id = l.task_id join queue q on q.id = l.queue_id
+      cross join lateral (select why_unserved(t, q, p_expiry, clock_timestamp()) as reasons) u
       where (exists (select from ready r where r.lane_id = l.id) or exists (select from backlog b where b.lane_id = l.id))
-        and (t.registered_at is null or not exists (select from live where q.name = any(live.queues)))))
+        and u.reasons <> '[]'))
 $$;
 
 -- Every task with its limits: [{name, queue, registered, ready_count, running_count, window, expires, limits: [{kind, key,
