@@ -515,8 +515,8 @@ def call_handler(attempt: Attempt) -> Awaitable[Any]:
     if task.config.batch is not None:
         return _call_batch(fn, attempt, signature.decode_element(payload))
     args, kwargs = signature.decode_payload(payload)
-    if attempt.claimed.trigger_kind is not None:
-        kwargs.update(handed_over(signature.triggers, attempt.claimed))
+    if signature.triggers:
+        kwargs.update(handed_over(signature.triggers, attempt.claimed, signature.required_triggers))
     if runs_on_loop(task):
         context: Context[Any] = Context(attempt)
         called: Awaitable[Any] = fn(context, *args, **kwargs)

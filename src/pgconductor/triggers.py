@@ -15,6 +15,7 @@ from msgspec.json import Decoder
 from pgconductor.annotations import admits, union_members
 from pgconductor.claimed import NULL, Claimed, TriggerKind
 from pgconductor.codec import UNTYPED, Codec, codec_for
+from pgconductor.errors import DecodeError
 from pgconductor.model import Change, Event, Operation, Tick
 
 _NOTHING: Final = b"null"
@@ -38,23 +39,30 @@ _event = Decoder(_Event)
 _change = Decoder(_Change)
 
 
-def handed_over(parameters: Mapping[str, Any], claimed: Claimed) -> dict[str, Any]:
+def handed_over(
+    parameters: Mapping[str, Any], claimed: Claimed, required: frozenset[str] = frozenset()
+) -> dict[str, Any]:
     """Return the trigger object for each parameter that admits one of the execution's kind.
 
     Args:
         parameters: The annotations of the handler's trigger parameters, by name.
-        claimed: An execution that a trigger started.
+        claimed: The execution, which a trigger may have started.
+        required: The parameters that have no default.
 
     Returns:
         Keyword arguments; the other trigger parameters are left to their defaults.
 
     Raises:
-        DecodeError: What was stored no longer fits the annotation, as in `Event[Payload]`.
+        DecodeError: What was stored no longer fits the annotation, as in `Event[Payload]`, or a parameter without a
+            default gets nothing, since the execution was started in another way.
     """
     kind = claimed.trigger_kind
+    wanted = {name: each for name, each in parameters.items() if kind and admits(each, (_KINDS[kind],))}
+    for name in sorted(required - wanted.keys()):
+        how = claimed.trigger or "a call"
+        raise DecodeError(f"parameter {name!r}", f"a trigger hands it over, but {how} started this execution")
     if kind is None:
         return {}
-    wanted = {name: each for name, each in parameters.items() if admits(each, (_KINDS[kind],))}
     return {name: _read(kind, bytes(claimed.trigger_data), annotation) for name, annotation in wanted.items()}
 
 

@@ -178,6 +178,13 @@ def test_cancel_and_retry_exit_by_their_success(database: str, db: Db) -> None:
     assert (unknown.exit_code, unknown.stderr.endswith("was not cancelled: it is not known\n")) == (1, True)
 
 
+def test_an_invoke_of_what_nobody_runs_says_so(database: str) -> None:
+    result = run(database, "invoke", "nobody")
+
+    assert result.exit_code == 0
+    assert result.stderr.endswith(" is ready: no process has ever registered task 'nobody'\n")
+
+
 def test_whoever_waits_is_told_what_for(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules["pgconductor.cli.invoke"], "TELL_SECONDS", 0.01)
     result = run(database, "invoke", "nobody", "--wait", "--timeout", "1s")

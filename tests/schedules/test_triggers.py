@@ -24,7 +24,7 @@ from pgconductor import (
     table,
 )
 from pgconductor.claimed import Claimed, TriggerKind
-from pgconductor.errors import ConfigurationError
+from pgconductor.errors import ConfigurationError, DecodeError
 from pgconductor.triggers import handed_over
 
 AT = datetime(2026, 5, 4, 12, tzinfo=UTC)
@@ -124,3 +124,13 @@ def test_a_required_tick_needs_a_schedule() -> None:
 
         @app.task(on=[cron("@daily"), invocable()])
         async def report(ctx: Context, tick: Tick) -> None: ...
+
+
+def test_a_parameter_without_default_is_refused_where_nothing_is_handed_over() -> None:
+    parameters = {"tick": Tick, "event": Event[Paid] | None}
+    started = claimed(None, {})
+    assert handed_over(parameters, started) == {}
+    with pytest.raises(
+        DecodeError, match="parameter 'tick': a trigger hands it over, but a call started this execution"
+    ):
+        handed_over(parameters, started, frozenset({"tick"}))

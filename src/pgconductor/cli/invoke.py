@@ -15,8 +15,9 @@ from pgconductor.errors import ConductorError, ExecutionCancelled, ExecutionFail
 from pgconductor.options import Options
 from pgconductor.run import Run
 
+_UNSERVED: Final = ("unknown_task", "no_worker_for_queue", "no_worker_for_task")
 TELL_SECONDS: Final = 3.0
-"""After so long `--wait` says what keeps the execution from its end."""
+"""After so long `--wait` says what keeps the execution from its end; without it, that takes no longer."""
 
 
 def _payload(_: click.Context, __: click.Parameter, text: str) -> dict[str, Any]:
@@ -70,6 +71,9 @@ async def _invoke(
     run = await app.invoke(call, **options)
     report: dict[str, Any] = {"id": str(run.id), "task": task}
     if not wait:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(TELL_SECONDS):
+                await _tell(settings, run, _UNSERVED)
         return report | {"state": await run.state()}, False
     try:
         return report | {"state": "completed", "result": await _wait(settings, run, timeout)}, False
@@ -92,9 +96,14 @@ async def _wait(settings: Settings, run: Run[object], timeout: timedelta | None)
 
 async def _tell_later(settings: Settings, run: Run[object]) -> None:
     await asyncio.sleep(TELL_SECONDS)
+    await _tell(settings, run)
+
+
+async def _tell(settings: Settings, run: Run[object], only: tuple[str, ...] = ()) -> None:
+    """Say on stderr what keeps an execution from its end; if only some reasons count, for one of these."""
     with contextlib.suppress(ConductorError):  # who may invoke need not be allowed to read
         found = await settings.ask_here(lambda client, engine: client.run(engine.why_not_running(str(run.id))))
-        if found is not None:
+        if found is not None and (not only or found["reasons"][0]["code"] in only):
             click.echo(f"{run.id} is {found['state']}: {line(found['summary'])}", err=True)
 
 
