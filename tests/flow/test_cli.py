@@ -31,6 +31,8 @@ def test_a_limit_is_changed_and_given_back(database: str, db: Db) -> None:
     claim(db)
 
     assert "the concurrency limit of work is 3" in run(database, "limit", "work", "3")
+    assert "the concurrency limit of work per tenant is 2" in run(database, "limit", "work", "2", "--key", "tenant")
+    run(database, "limit", "work", "--reset", "--key", "tenant")
     assert len(claim(db, token=2)) == 2
     db.execute("create table audit.lowered ()")
     assert "is the code's again" in run(database, "limit", "work", "--reset")

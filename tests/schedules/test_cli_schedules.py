@@ -39,7 +39,7 @@ def test_one_schedule_or_all_of_a_task_are_paused_and_resumed(database: str, db:
         db.execute("select schedule('report', %s, '@daily')", (name,))
     assert answer(database, "pause", "report", "a") == {"task": "report", "paused": 1}
     assert paused(db) == [True, False]
-    assert "1 of the schedules" in run(database, "pause", "report").output
+    assert run(database, "pause", "report").output == "1 schedule of report paused\n"
     assert paused(db) == [True, True]
     assert answer(database, "resume", "report") == {"task": "report", "resumed": 2}
     assert paused(db) == [False, False]

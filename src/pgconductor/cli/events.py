@@ -38,7 +38,7 @@ def list_(settings: Settings, name: str | None, limit: int, as_json: bool) -> No
     for each in found:
         payload = Text(line(_shown(each["payload"]))[:200])
         table.add_row(ago(each["emitted_at"]), Text(line(each["name"])), payload, each["id"])
-    console().print(table if found else "no events yet")
+    console().print(table if found else f"no events named {line(name)}" if name else "no events yet")
     return None
 
 

@@ -6,7 +6,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pgconductor.cli.session import Settings, json_option, pass_settings, print_json
-from pgconductor.cli.text import ago, console, line
+from pgconductor.cli.text import ago, console, counted, line
 from pgconductor.client import LoopClient
 from pgconductor.engine import Engine
 from pgconductor.schedules import FiredNow
@@ -91,7 +91,7 @@ def _set_paused(settings: Settings, task: str, name: str | None, *, paused: bool
     if as_json:
         print_json({"task": task, what: count})
     else:
-        console().print(f"{count} of the schedules of {line(task)} {what}")
+        console().print(f"{counted(count, 'schedule')} of {line(task)} {what}")
 
 
 def _state(paused_at: str | None, error: str | None) -> Text:

@@ -71,7 +71,8 @@ def limit(
         print_json({"task": task, "kind": kind, "key": key, "limit": limit})
     else:
         what = "is the code's again" if reset else f"is {limit}"
-        console().print(f"the {kind} limit of {line(task)} {what}")
+        whose = f" per {line(key)}" if key else ""
+        console().print(f"the {kind} limit of {line(task)}{whose} {what}")
 
 
 def _held_by(task: dict[str, Any]) -> list[str]:

@@ -194,7 +194,7 @@ language sql stable set search_path from current as $$
           select json_agg(h.execution_id) from (
             select execution_id from permit where limit_id = t.id and key = f.key order by 1 limit 5) h)))
     else reason('rate_limit',
-      format('the limit of %s starts within %s', f.max, t.period) || f.for_key
+      format('the limit of %s starts in %s s', f.max, trim_scale(extract(epoch from t.period))) || f.for_key
         || coalesce(' lets the next one in at ' || words_for(u.opens_at), ' lets nothing in'), jsonb_build_object(
         'max', f.max, 'key_path', t.key_path, 'key', f.key, 'opens_at', u.opens_at)) end order by t.id), '[]')
   from task_limit t
