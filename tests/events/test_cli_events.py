@@ -64,3 +64,15 @@ def test_listeners_shows_who_is_started_and_who_waits(database: str, db: Db) -> 
 def test_nothing_yet_is_said_in_words(database: str) -> None:
     assert "no events yet" in run(database, "list").stdout
     assert "nobody listens" in run(database, "listeners").stdout
+
+
+def test_an_event_that_nobody_listens_to_is_emitted_with_a_word_about_it(database: str, db: Db) -> None:
+    waiting(db)
+
+    missed = run(database, "emit", "order.payed")
+    assert (missed.exit_code, missed.stderr) == (
+        0, "no task is started by order.payed, and no execution waits for it now\n",
+    )  # fmt: skip
+    assert run(database, "emit", "order.paid").stderr == ""
+    assert "no events named order.lost" in run(database, "list", "order.lost").stdout
+    assert len(db.execute("select from event").fetchall()) == 2
