@@ -260,7 +260,7 @@ async def test_f1_01_what_is_slow_to_take_over_is_taken_over_while_the_beats_go_
     boot_id = worker.boot_id
     await run.result(30)
     assert world.facts(run.id) == LOST_ONCE
-    await until(lambda: "took over 1 executions" in worker.log)
+    await until(lambda: "took over 1 execution of" in worker.log)
     assert worker.boot_id == boot_id  # it has not lost its own leases meanwhile
 
 
