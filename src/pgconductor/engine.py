@@ -317,9 +317,9 @@ class Engine(Reports):
     ) -> Query[Settled | None]:
         """See 30_settle.sql. Answers None when the process was declared dead."""
         opened = apart([operation for each in outcomes or () for operation in each.ops or ()])
-        bare = outcomes and [replace(each, ops=None) if each.ops else each for each in outcomes]
+        bare = [replace(each, ops=None) if each.ops else each for each in outcomes or ()]
+        written = None if outcomes is None else as_text(bare)
         ties = parents_of(completed), are_level(completed)
-        written = None if bare is None else as_text(bare)
         parameters = (orchestrator, *in_columns(completed), written, self._now(), *opened, *ties)
         types = "uuid uuid[] bigint[] json json timestamptz json json uuid[] json uuid[] boolean"
         return self._query("settle", types, parameters, _settled)

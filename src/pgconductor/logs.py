@@ -78,10 +78,14 @@ def shown(error: BaseException) -> tuple[type[BaseException], BaseException, Tra
 
 def below_engine(traceback: TracebackType | None) -> TracebackType | None:
     """Leave out the frames of the engine that a traceback begins with, unless it has no others."""
-    own = traceback
-    while own is not None and own.tb_frame.f_code.co_filename.startswith(_PACKAGE):
-        own = own.tb_next
-    return own or traceback
+    return below(traceback, lambda file: file.startswith(_PACKAGE)) or traceback
+
+
+def below(traceback: TracebackType | None, is_above: Callable[[str], bool]) -> TracebackType | None:
+    """Leave out the frames that a traceback begins with, as long as `is_above` says so of their files."""
+    while traceback is not None and is_above(traceback.tb_frame.f_code.co_filename):
+        traceback = traceback.tb_next
+    return traceback
 
 
 def ids_of(record: logging.LogRecord) -> dict[str, Any]:

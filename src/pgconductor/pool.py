@@ -17,7 +17,7 @@ import psycopg
 
 from pgconductor.engine import Query
 from pgconductor.errors import ConductorError, ServerError
-from pgconductor.route import Route, unreachable
+from pgconductor.route import Route, first_line, unreachable
 from pgconductor.session import backoff_seconds, is_lost, is_rolled_back, translate
 from pgconductor.wire import Wire
 
@@ -170,7 +170,7 @@ class Pool:
 
 def _unknown(error: BaseException) -> OutcomeUnknown:
     return OutcomeUnknown(
-        f"the connection was lost, and whether the call was carried out is unknown ({_first_line(error)})",
+        f"the connection was lost, and whether the call was carried out is unknown ({first_line(error)})",
         "look before you repeat it, or repeat it with the same dedupe_key",
     )
 
@@ -191,7 +191,7 @@ def reported(error: psycopg.Error, schema: str, role: str) -> ConductorError:
     known = translate(error)
     if isinstance(known, ConductorError):
         return known
-    message = error.diag.message_primary or _first_line(error)
+    message = error.diag.message_primary or first_line(error)
     if error.sqlstate in _NOT_MIGRATED:
         return NotMigrated(
             f"schema {schema!r} has no engine, or an older one ({message})",
@@ -208,7 +208,3 @@ def reported(error: psycopg.Error, schema: str, role: str) -> ConductorError:
             "make it a member of one that may; the owner of the schema sees them with `pgconductor roles`",
         )
     return ServerError(f"the server refused: {message} (SQLSTATE {error.sqlstate})")
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]

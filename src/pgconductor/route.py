@@ -194,16 +194,18 @@ def connection_string(dsn: str, name: str, *, with_options: bool = True, options
     return make_conninfo("", **settings)
 
 
-def absence(dsn: str) -> str | None:
-    """Return why no server answers there, or lets nobody in yet; None where one does.
+def is_absent(dsn: str) -> bool:
+    """Return whether no server answers there, or only one that does not let anybody in yet.
 
-    What a server refuses, such as a password, is an answer. Blocks for as long as two connections may take.
+    What a server refuses, such as a password, is an answer. Blocks for as long as a connection may take.
     """
-    address = connection_string(dsn, "pgconductor ping")
-    if PGconn.ping(address.encode()) not in (Ping.NO_RESPONSE, Ping.REJECT):
-        return None
+    return PGconn.ping(connection_string(dsn, "pgconductor ping").encode()) in (Ping.NO_RESPONSE, Ping.REJECT)
+
+
+def why_absent(dsn: str) -> str | None:
+    """Return why no connection can be made there; None where one can. Blocks for as long as that takes."""
     try:
-        psycopg.connect(address).close()
+        psycopg.connect(connection_string(dsn, "pgconductor ping")).close()
     except psycopg.OperationalError as error:
         return _reason(error)
     return None
@@ -219,7 +221,12 @@ def unreachable(error: BaseException) -> ServerError:
 
 
 def _reason(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0].removeprefix("connection failed: ")
+    return first_line(error).removeprefix("connection failed: ")
+
+
+def first_line(error: BaseException) -> str:
+    """Return what an error of the driver says first; more lines tell of other addresses, or give hints."""
+    return str(error).strip().partition("\n")[0]
 
 
 def refuses_options(error: psycopg.Error) -> bool:

@@ -57,13 +57,14 @@ def handed_over(
             default gets nothing, since the execution was started in another way.
     """
     kind = claimed.trigger_kind
-    wanted = {name: each for name, each in parameters.items() if kind and admits(each, (_KINDS[kind],))}
-    for name in sorted(required - wanted.keys()):
+    given: dict[str, Any] = {}
+    if kind is not None:
+        wanted = {name: each for name, each in parameters.items() if admits(each, (_KINDS[kind],))}
+        given = {name: _read(kind, bytes(claimed.trigger_data), annotation) for name, annotation in wanted.items()}
+    if missing := required - given.keys():
         how = claimed.trigger or "a call"
-        raise DecodeError(f"parameter {name!r}", f"a trigger hands it over, but {how} started this execution")
-    if kind is None:
-        return {}
-    return {name: _read(kind, bytes(claimed.trigger_data), annotation) for name, annotation in wanted.items()}
+        raise DecodeError(f"parameter {min(missing)!r}", f"a trigger hands it over, but {how} started this execution")
+    return given
 
 
 def _read(kind: TriggerKind, data: bytes, annotation: Any) -> Tick | Event[Any] | Change[Any]:

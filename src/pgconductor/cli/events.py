@@ -11,7 +11,6 @@ from rich.text import Text
 
 from pgconductor.cli.session import Settings, json_option, pass_settings, print_json
 from pgconductor.cli.text import ago, console, line
-from pgconductor.errors import ConductorError
 
 TELL_SECONDS: Final = 2.0
 """How long an emit may be held up by looking who listens."""
@@ -75,24 +74,22 @@ def emit(settings: Settings, name: str, payload: object, as_json: bool) -> None:
 
     pgconductor events emit order.paid '{"order_id": 7, "cents": 500}'
     """
-    is_heard = asyncio.run(_is_heard(settings, name))  # asked before: whoever waits for it waits no longer then
+    heard = _listened_to(settings)  # asked before: whoever waits for it waits no longer then
     id = settings.conduct(lambda app: app.emit(app.event(name, object), payload))
     if as_json:
         print_json({"id": str(id), "event": name})
     else:
         console().print(f"{line(name)} emitted: {id}")
-    if not is_heard:
+    if heard is not None and name not in heard:
         click.echo(f"no task is started by {line(name)}, and no execution waits for it now", err=True)
 
 
-async def _is_heard(settings: Settings, name: str) -> bool:
-    """Tell whether anybody listens to an event, as far as whoever emits it may know, and soon knows."""
-    try:
-        async with asyncio.timeout(TELL_SECONDS):
-            found = await settings.ask_here(lambda client, engine: client.run(engine.list_subscriptions()))
-    except (ConductorError, TimeoutError):
-        return True
-    return any(each["event"] == name and (each["tasks"] or each["waiting_count"]) for each in found)
+def _listened_to(settings: Settings) -> set[str] | None:
+    """Return the events that somebody listens to; None where whoever emits may not know, or not soon."""
+    found = asyncio.run(
+        settings.ask_aside(lambda client, engine: client.run(engine.list_subscriptions()), TELL_SECONDS)
+    )
+    return None if found is None else {each["event"] for each in found}
 
 
 def _shown(payload: object) -> str:

@@ -1,7 +1,6 @@
 """`pgconductor invoke`: start an execution from the shell."""
 
 import asyncio
-import contextlib
 from datetime import timedelta
 from typing import Any, Final
 
@@ -11,7 +10,7 @@ import msgspec
 from pgconductor.cli.session import Settings, duration, json_option, pass_settings, print_json
 from pgconductor.cli.text import console, line, safe, state
 from pgconductor.conductor import Conductor
-from pgconductor.errors import ConductorError, ExecutionCancelled, ExecutionFailed
+from pgconductor.errors import ExecutionCancelled, ExecutionFailed
 from pgconductor.options import Options
 from pgconductor.run import Run
 
@@ -71,9 +70,7 @@ async def _invoke(
     run = await app.invoke(call, **options)
     report: dict[str, Any] = {"id": str(run.id), "task": task}
     if not wait:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(TELL_SECONDS):
-                await _tell(settings, run, _UNSERVED)
+        await _tell(settings, run, TELL_SECONDS, _UNSERVED)
         return report | {"state": await run.state()}, False
     try:
         return report | {"state": "completed", "result": await _wait(settings, run, timeout)}, False
@@ -96,15 +93,15 @@ async def _wait(settings: Settings, run: Run[object], timeout: timedelta | None)
 
 async def _tell_later(settings: Settings, run: Run[object]) -> None:
     await asyncio.sleep(TELL_SECONDS)
-    await _tell(settings, run)
+    await _tell(settings, run, None)
 
 
-async def _tell(settings: Settings, run: Run[object], only: tuple[str, ...] = ()) -> None:
+async def _tell(settings: Settings, run: Run[object], seconds: float | None, only: tuple[str, ...] = ()) -> None:
     """Say on stderr what keeps an execution from its end; if only some reasons count, for one of these."""
-    with contextlib.suppress(ConductorError):  # who may invoke need not be allowed to read
-        found = await settings.ask_here(lambda client, engine: client.run(engine.why_not_running(str(run.id))))
-        if found is not None and (not only or found["reasons"][0]["code"] in only):
-            click.echo(f"{run.id} is {found['state']}: {line(found['summary'])}", err=True)
+    # who may invoke need not be allowed to read
+    found = await settings.ask_aside(lambda client, engine: client.run(engine.why_not_running(str(run.id))), seconds)
+    if found is not None and (not only or found["reasons"][0]["code"] in only):
+        click.echo(f"{run.id} is {found['state']}: {line(found['summary'])}", err=True)
 
 
 def _print(report: dict[str, Any]) -> None:

@@ -20,9 +20,9 @@ from pgconductor.cli.session import SCHEMA, Settings, pass_settings
 from pgconductor.cli.text import console, line, marked, redacted_dsn
 from pgconductor.conductor import Conductor
 from pgconductor.errors import ConductorError
-from pgconductor.logs import LogSetup, set_up
+from pgconductor.logs import LogSetup, below, set_up
 from pgconductor.orchestrator import Orchestrator
-from pgconductor.route import absence
+from pgconductor.route import is_absent, why_absent
 
 log = logging.getLogger("pgconductor.worker")
 SERVER_SECONDS_MAX = 60
@@ -77,9 +77,7 @@ def _import(name: str) -> ModuleType:
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}."):
             raise click.UsageError(f"there is no module {name!r} here ({Path.cwd()})") from error
-        own = error.__traceback__
-        while own is not None and _is_of_import(own.tb_frame.f_code.co_filename):
-            own = own.tb_next
+        own = below(error.__traceback__, _is_of_import)
         shown = "".join(traceback.format_exception(error.with_traceback(own)))
         click.echo(f"{click.style('error:', fg='red', bold=True)} cannot import {name}\n{shown}", err=True, nl=False)
         raise SystemExit(1) from error
@@ -124,8 +122,8 @@ async def _wait_for_server(dsn: str) -> None:
     """Return when a server answers, or after a minute: services that are started together come up in any order."""
     until = time.monotonic() + SERVER_SECONDS_MAX
     is_told = False
-    while (reason := await asyncio.to_thread(absence, dsn)) and time.monotonic() < until:
-        if not is_told:
+    while await asyncio.to_thread(is_absent, dsn) and time.monotonic() < until:
+        if not is_told and (reason := await asyncio.to_thread(why_absent, dsn)):
             is_told = True
             where = redacted_dsn(dsn)
             log.warning("no Postgres answers at %s yet (%s); trying for %d s", where, reason, SERVER_SECONDS_MAX)

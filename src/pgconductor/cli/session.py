@@ -1,6 +1,7 @@
 """What the commands share: where the database is, one client a command, durations, and JSON on request."""
 
 import asyncio
+import contextlib
 import json
 import re
 from collections.abc import Awaitable, Callable
@@ -17,6 +18,7 @@ from pgconductor.client import LoopClient
 from pgconductor.conductor import Conductor
 from pgconductor.durations import parse_duration
 from pgconductor.engine import Engine
+from pgconductor.errors import ConductorError
 
 T = TypeVar("T")
 SCHEMA: Final = "pgconductor"
@@ -54,6 +56,13 @@ class Settings:
             return await work(client, self.engine)
         finally:
             await client.close()
+
+    async def ask_aside(self, work: Callable[[LoopClient, Engine], Awaitable[T]], seconds: float | None) -> T | None:
+        """Do so where the command can do without: None where that is refused, or takes longer than so many seconds."""
+        with contextlib.suppress(ConductorError, TimeoutError):
+            async with asyncio.timeout(seconds):
+                return await self.ask_here(work)
+        return None
 
     def conduct(self, work: Callable[[Conductor], Awaitable[T]]) -> T:
         """Do something with a conductor, then close it."""
