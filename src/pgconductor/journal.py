@@ -23,14 +23,13 @@ from msgspec import Raw
 
 from pgconductor.calls import BYTES_MAX
 from pgconductor.checks import INT_MAX, check_flag, check_integer, check_name
-from pgconductor.claimed import NULL, ChildAnswer, Claimed, Recorded, StepKind
+from pgconductor.children import check_children, children_of, gathered, value_of
+from pgconductor.claimed import NULL, ChildAnswer, Claimed, Recorded, StepKind, StepStatus
 from pgconductor.codec import codec_for
 from pgconductor.durations import Duration, seconds
 from pgconductor.engine import Moved
 from pgconductor.errors import (
     NO_ID,
-    ChildCancelled,
-    ChildFailed,
     ChildTimeout,
     ConductorError,
     ConfigurationError,
@@ -44,13 +43,10 @@ from pgconductor.errors import (
     errors_in,
 )
 from pgconductor.events import encode_where, new_event
-from pgconductor.ids import new_ids
 from pgconductor.memos import Memos
 from pgconductor.model import EventDef, check_event
-from pgconductor.options import CallOptions
-from pgconductor.stored_error import error_from_json
 from pgconductor.task import Call, check_call, check_calls
-from pgconductor.written import Await, NewExecution, Operation, SavedStep
+from pgconductor.written import Await, Children, Operation, SavedStep
 
 E = TypeVar("E")
 T = TypeVar("T", bound=Exception)
@@ -255,12 +251,12 @@ class Journal:
         if memo is None:
             return self._open_fan_out(name, calls, timeout, max_in_flight)
         answers = self.memos.children.get(name, [])
-        _check_children(memo, answers, calls)
+        check_children(memo, answers, calls)
         if memo.status == "pending":
             return self._await(memo)
         if memo.status == "timed_out":
             raise self._timeout_of(memo, "")
-        return _gathered(name, calls, answers)
+        return gathered(name, calls, answers)
 
     def start(self, name: str, call: Call[Any], *, detached: bool) -> tuple[str, Operation | None]:
         """Start a child; returns its id, and what has to be stored first, if it is new."""
@@ -272,7 +268,7 @@ class Journal:
         operation = self._child_operation(name, "start", [call], None)
         operation.detached = detached
         operation.token = self._token
-        return cast("list[NewExecution]", operation.children)[0].id, operation
+        return cast("Children", operation.children).ids[0], operation
 
     def wait(
         self, name: str, members: Sequence[str], count: int, timeout: Duration | None, *, is_ours: bool = False
@@ -358,7 +354,7 @@ class Journal:
                 pass
         elif memo.status == "timed_out":
             raise self._timeout_of(memo, call.task)
-        return _value_of(memo, memo.name, call)
+        return value_of(memo, memo.name, call)
 
     def _timeout_of(self, memo: Recorded, task: str) -> ChildTimeout:
         child_id = UUID(memo.child_id) if memo.child_id else NO_ID
@@ -410,19 +406,15 @@ class Journal:
     def remember_open(self, operation: Operation) -> None:
         """Know an operation as the database will: open, with its children."""
         name, round_, kind = operation.name, operation.round, operation.kind
-        children = operation.children or []
-        single = children[0] if children and kind != "invoke_all" else None
-        status = "completed" if operation.detached else "pending"
-        self.memos.add(
-            Recorded(
-                name, round_, 0, kind, cast("Any", status), NULL, NULL, single.id if single else None,
-                single.task if single else operation.event, dropped=False,
-            )
-        )  # fmt: skip
-        if kind == "invoke_all":
-            self.memos.add_children(
-                name, [ChildAnswer(NULL, "pending", NULL, child.id, child.task) for child in children]
-            )
+        children = operation.children
+        child_id, child_task = None, operation.event
+        if children is not None and kind != "invoke_all":
+            child_id, child_task = children.ids[0], children.alike[0].task
+        status: StepStatus = "completed" if operation.detached else "pending"
+        self.memos.add(Recorded(name, round_, 0, kind, status, NULL, NULL, child_id, child_task, dropped=False))
+        if children is not None and kind == "invoke_all":
+            asked = zip(children.ids, children.tasks(), strict=True)
+            self.memos.add_children(name, [ChildAnswer(NULL, "pending", NULL, id, task) for id, task in asked])
 
     def _open_fan_out(
         self, name: str, calls: Sequence[Call[Any]], timeout: Duration | None, max_in_flight: int | None
@@ -445,7 +437,7 @@ class Journal:
         if self._claimed.depth >= DEPTH_MAX:
             raise DepthExceeded(calls[0].task, DEPTH_MAX)
         operation = Operation(self._claimed.id, name, self.round_of(name), kind)
-        operation.children = rows_of_children(calls, f"{kind} {name!r}")
+        operation.children = children_of(calls, f"{kind} {name!r}")
         if timeout is not None:
             operation.due_in = seconds(timeout, f"{kind} {name!r}: timeout")
             operation.timeout_error = _stored_timeout(ChildTimeout(timeout), timeout)
@@ -456,64 +448,6 @@ def remember_call(journal: Journal, name: str, answer: str) -> None:
     """Know that something which answers nothing was done; `false`: it was not, the lease is gone."""
     if answer != "false":
         journal.remember(journal.finished(name, "call", b"null"))
-
-
-def rows_of_children(calls: Sequence[Call[Any]], place: str) -> list[NewExecution]:
-    """Return the rows of children, refusing options that an attached child cannot have."""
-    checked: CallOptions | None = None
-    for call in calls:
-        if call.options is not checked:  # calls of one task mostly share theirs
-            checked = call.options
-            _check_child_options(checked, place)
-    return [_child(id, call) for id, call in zip(new_ids(len(calls)), calls, strict=True)]
-
-
-def _check_child_options(options: CallOptions, place: str) -> None:
-    for option in ("conn", "dedupe_key", "throttle", "debounce"):
-        if getattr(options, option) is not None:
-            raise ConfigurationError(f"{place}: {option}", "cannot be given to a child", "drop it, or use app.invoke")
-
-
-def _child(id: str, call: Call[Any]) -> NewExecution:
-    options = call.options
-    return NewExecution(
-        id,
-        call.task,
-        Raw(call.payload.encode()),
-        options.queue,
-        options.priority or 0,
-        options.run_at,
-        None if options.delay is None else options.delay.total_seconds(),
-    )
-
-
-def _gathered(name: str, calls: Sequence[Call[Any]], answers: Sequence[ChildAnswer]) -> list[Any]:
-    values: list[Any] = []
-    failures: list[Exception] = []
-    for answer, call in zip(answers, calls, strict=True):
-        try:
-            values.append(_value_of(answer, name, call))
-        except ChildFailed as failure:
-            failures.append(failure)
-    if failures:
-        raise ExceptionGroup(f"{len(failures)} of {len(calls)} children of {name!r} failed", failures)
-    return values
-
-
-def _value_of(answer: Recorded | ChildAnswer, name: str, call: Call[Any]) -> Any:
-    if answer.status == "completed":
-        return call.returns.decode(answer.value, "result of child", name)
-    stored = error_from_json(bytes(answer.error))
-    child_id = UUID(answer.child_id) if answer.child_id else NO_ID
-    if answer.status == "cancelled":
-        raise ChildCancelled(stored.message, execution_id=child_id, task=call.task)
-    raise ChildFailed(
-        stored.message,
-        execution_id=child_id,
-        task=call.task,
-        error_type=stored.type,
-        remote_traceback=stored.render(),
-    )
 
 
 def check_match(memo: Recorded, kind: StepKind, child_task: str | None) -> None:
@@ -558,22 +492,6 @@ def timed_out_operations(error: BaseException) -> set[tuple[str, int]]:
             todo.append(each.__cause__)
         todo += errors_in(each)
     return found
-
-
-def _check_children(memo: Recorded, children: Sequence[ChildAnswer], calls: Sequence[Call[Any]]) -> None:
-    """Refuse a fan-out that was recorded with another number of children, or of other tasks.
-
-    Raises:
-        StepMismatch: It was.
-    """
-    if len(children) != len(calls):
-        raise StepMismatch(memo.name, f"invoke_all of {len(children)} children", f"invoke_all of {len(calls)}")
-    for index, (child, call) in enumerate(zip(children, calls, strict=True), 1):
-        task = child.child_task or memo.child_task
-        if task != call.task and task is not None:
-            raise StepMismatch(
-                memo.name, f"invoke_all with {task!r} as child {index}", f"invoke_all with {call.task!r}"
-            )
 
 
 def _stored_timeout(error: ConductorError, timeout: Duration) -> Raw:

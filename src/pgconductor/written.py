@@ -4,9 +4,9 @@ Many of a kind go in one JSON text. Where there may be thousands that are alike,
 each other instead (`apart`, `in_columns`): objects cost the server three times as much to read.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
-from itertools import groupby
+from itertools import repeat
 from operator import attrgetter
 from typing import Literal
 
@@ -80,6 +80,35 @@ class SavedStep(Struct, gc=False):
     event: NewEvent | UnsetType = UNSET
 
 
+class AlikeChildren(Struct, omit_defaults=True, gc=False):
+    """How so many children in a row are called; `op`: the operation that has them, by its place among those sent."""
+
+    op: int
+    count: int
+    task: str
+    queue: str | None = None
+    priority: int = 0
+    run_at: datetime | None = None
+    delay: float | None = None
+
+
+class Children(Struct, gc=False):
+    """The children of one operation, in order: their ids, their payloads as JSON text, and how they are called."""
+
+    ids: list[str]
+    payloads: list[str]
+    alike: list[AlikeChildren]
+
+    def tasks(self) -> Iterator[str]:
+        """Yield the task of each."""
+        for each in self.alike:
+            yield from repeat(each.task, each.count)
+
+    def weigh(self) -> int:
+        """Return about how many bytes they take in a statement."""
+        return 100 * len(self.ids) + len("".join(self.payloads).encode())
+
+
 class Operation(Struct, omit_defaults=True, gc=False):
     """Something to wait for: a sleep, children, a wait on children, an event. `token` only where saved by itself."""
 
@@ -94,25 +123,13 @@ class Operation(Struct, omit_defaults=True, gc=False):
     detached: bool = False
     timeout_error: Raw | UnsetType = UNSET
     window: int | None = None
-    children: list[NewExecution] | None = None
+    children: Children | None = None
     event: str | None = None
     where: Raw | UnsetType = UNSET
 
     def weigh(self) -> int:
         """Return about how many bytes it takes in a statement."""
-        return 100 + sum(100 + len(bytes(child.payload)) for child in self.children or ())
-
-
-class AlikeChildren(Struct, omit_defaults=True, gc=False):
-    """How so many children in a row, of the `op`-th operation that goes along, are called."""
-
-    op: int
-    count: int
-    task: str
-    queue: str | None = None
-    priority: int = 0
-    run_at: datetime | None = None
-    delay: float | None = None
+        return 100 + (0 if self.children is None else self.children.weigh())
 
 
 class Await(Struct, omit_defaults=True, gc=False):
@@ -206,19 +223,15 @@ class LimitRow(Struct):
 def apart(operations: Sequence[Operation]) -> tuple[str, str, IdArray, str]:
     """Write operations, and their children apart from them: how these are called, their ids and their payloads."""
     alike: list[AlikeChildren] = []
-    children: list[NewExecution] = []
+    ids: list[str] = []
+    payloads: list[str] = []
     for place, operation in enumerate(operations, 1):
-        for call, group in groupby(operation.children or (), _call_of):
-            some = list(group)
-            alike.append(AlikeChildren(place, len(some), *call))
-            children += some
+        if (children := operation.children) is not None:
+            alike += [replace(each, op=place) for each in children.alike]
+            ids += children.ids
+            payloads += children.payloads
     bare = [replace(each, children=None) for each in operations]
-    ids, payloads = IdArray([child.id for child in children]), [child.payload for child in children]
-    return as_text(bare), as_text(alike), ids, as_text(payloads)
-
-
-def _call_of(child: NewExecution) -> tuple[str, str | None, int, datetime | None, float | None]:
-    return child.task, child.queue, child.priority, child.run_at, child.delay
+    return as_text(bare), as_text(alike), IdArray(ids), f"[{','.join(payloads)}]"
 
 
 def in_columns(completed: Sequence[Completion]) -> tuple[IdArray, str, str]:

@@ -3,23 +3,19 @@
 import json
 
 from msgspec import Raw
-from msgspec.structs import replace
 
 from pgconductor.ids import new_ids
-from pgconductor.written import Completion, NewExecution, Operation, apart, are_level, in_columns, parents_of
+from pgconductor.written import AlikeChildren, Children, Completion, Operation, apart, are_level, in_columns, parents_of
 
 
-def child(id: str, number: int, **call: object) -> NewExecution:
-    return replace(NewExecution(id, "child", Raw(json.dumps({"i": number}).encode())), **call)
-
-
-def test_children_in_a_row_that_are_called_alike_are_one_entry() -> None:
+def test_children_go_apart_from_their_operations() -> None:
     ids = new_ids(5)
-    calls: list[dict[str, object]] = [{}, {}, {"priority": 2}, {}, {}]
-    children = [child(id, number, **call) for number, (id, call) in enumerate(zip(ids, calls, strict=True))]
+    children = Children(ids[:4], ['{"i":0}', '{"i":1}', '{"i":2}', '{"i":3}'], [
+        AlikeChildren(0, 2, "child"), AlikeChildren(0, 1, "child", priority=2), AlikeChildren(0, 1, "child"),
+    ])  # fmt: skip
     nap = Operation("e", "nap", 0, "sleep", due_in=1)
-    all_ = Operation("e", "all", 0, "invoke_all", children=children[:4])
-    one = Operation("f", "one", 0, "invoke", children=children[4:])
+    all_ = Operation("e", "all", 0, "invoke_all", children=children)
+    one = Operation("f", "one", 0, "invoke", children=Children(ids[4:], ['{"i":4}'], [AlikeChildren(0, 1, "child")]))
 
     operations, alike, written_ids, payloads = apart([nap, all_, one])
 
@@ -33,7 +29,7 @@ def test_children_in_a_row_that_are_called_alike_are_one_entry() -> None:
     ]
     assert list(written_ids) == ids
     assert json.loads(payloads) == [{"i": number} for number in range(5)]
-    assert all_.children == children[:4]  # what is sent again is whole
+    assert all_.children == children  # what is sent again is whole
 
 
 def test_completions_go_in_columns_and_name_each_parent_once() -> None:
