@@ -138,7 +138,8 @@ def check_calls(values: object, place: str) -> None:
         ConfigurationError: It is no sequence, or a member is not a call.
     """
     for value in check_sequence(values, place, "calls"):
-        check_call(value, place)
+        if type(value) is not Call:
+            check_call(value, place)
 
 
 def check_task(value: object, place: str) -> None:
