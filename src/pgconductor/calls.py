@@ -12,7 +12,7 @@ from pgconductor.errors import ConfigurationError, EncodeError, NotInvocable
 from pgconductor.ids import new_id, new_ids
 from pgconductor.logs import current_run
 from pgconductor.options import NO_OPTIONS, CallOptions
-from pgconductor.task import Call, Task, check_call
+from pgconductor.task import Call, Task, check_call, payloads_of
 from pgconductor.written import AlikeExecutions, NewExecution
 
 BYTES_MAX: Final = 256 * 1024 * 1024
@@ -79,10 +79,10 @@ class CallPlan:
         """
         task, own = calls[0].task, calls[0].options
         options = self._merged(own)
-        payloads = [call.payload for call in calls if call.options is own and call.task == task]
-        if len(payloads) < len(calls) or not options.is_plain:
+        if not options.is_plain or not all(call.options is own and call.task == task for call in calls):
             return None
         self._check_task(task)
+        payloads = payloads_of(calls)
         _check_size(payloads)
         _warn_if_repeated(task, options)
         return AlikeExecutions(new_ids(len(calls)), task, options.queue, options.priority or 0, payloads)

@@ -11,7 +11,7 @@ from pgconductor.errors import NO_ID, ChildCancelled, ChildFailed, Configuration
 from pgconductor.ids import new_ids
 from pgconductor.options import CallOptions
 from pgconductor.stored_error import error_from_json
-from pgconductor.task import Call
+from pgconductor.task import Call, payloads_of
 from pgconductor.written import AlikeChildren, Children
 
 
@@ -31,7 +31,7 @@ def children_of(calls: Sequence[Call[Any]], place: str) -> Children:
                 called = other
                 alike.append(replace(called))
         alike[-1].count += 1
-    return Children(new_ids(len(calls)), [call.payload for call in calls], alike)
+    return Children(new_ids(len(calls)), payloads_of(calls), alike)
 
 
 def _called(task: str, options: CallOptions, place: str) -> AlikeChildren:

@@ -21,7 +21,7 @@ equals its string comes back from an unannotated place as the string.
 
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import Any, Generic, TypeAlias, cast
 
@@ -48,6 +48,7 @@ _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _STRINGS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 
 write_json: Callable[[Any], bytes] = msgspec.json.Encoder().encode
+write_lines: Callable[[Iterable[Any]], bytes] = msgspec.json.Encoder().encode_lines
 """Write any value that msgspec knows, without a check of any kind."""
 
 

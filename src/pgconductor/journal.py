@@ -24,7 +24,7 @@ from msgspec import Raw
 from pgconductor.calls import BYTES_MAX
 from pgconductor.checks import INT_MAX, check_flag, check_integer, check_name
 from pgconductor.children import check_children, children_of, gathered, value_of
-from pgconductor.claimed import NULL, ChildAnswer, Claimed, Recorded, StepKind, StepStatus
+from pgconductor.claimed import NULL, Claimed, Recorded, StepKind, StepStatus
 from pgconductor.codec import codec_for
 from pgconductor.durations import Duration, seconds
 from pgconductor.engine import Moved
@@ -408,13 +408,14 @@ class Journal:
         name, round_, kind = operation.name, operation.round, operation.kind
         children = operation.children
         child_id, child_task = None, operation.event
-        if children is not None and kind != "invoke_all":
-            child_id, child_task = children.ids[0], children.alike[0].task
+        if children is not None:
+            child_task = children.task
+            if kind == "invoke_all":
+                self.memos.add_children(name, children.pending())
+            else:
+                child_id = children.ids[0]
         status: StepStatus = "completed" if operation.detached else "pending"
         self.memos.add(Recorded(name, round_, 0, kind, status, NULL, NULL, child_id, child_task, dropped=False))
-        if children is not None and kind == "invoke_all":
-            asked = zip(children.ids, children.tasks(), strict=True)
-            self.memos.add_children(name, [ChildAnswer(NULL, "pending", NULL, id, task) for id, task in asked])
 
     def _open_fan_out(
         self, name: str, calls: Sequence[Call[Any]], timeout: Duration | None, max_in_flight: int | None

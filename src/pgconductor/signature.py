@@ -12,13 +12,23 @@ one element of its list: whole if the element is a model, else `{"<parameter>": 
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, cast, get_args, get_origin
 
 import msgspec
 
 from pgconductor.annotations import Unresolved, describe_type, hints_of, is_model, return_type, union_members
-from pgconductor.codec import UNTYPED, VALUE_BYTES_MAX, Codec, Raw, codec_for, is_storable, too_large, write_json
+from pgconductor.codec import (
+    UNTYPED,
+    VALUE_BYTES_MAX,
+    Codec,
+    Raw,
+    codec_for,
+    is_storable,
+    too_large,
+    write_json,
+    write_lines,
+)
 from pgconductor.errors import ConfigurationError, DecodeError, EncodeError
 from pgconductor.refusal import read_fault
 
@@ -159,6 +169,11 @@ class Signature:
     def write_plain(self, values: tuple[Any, ...]) -> str:
         """Write what `plain_values` returned as the payload."""
         return write_json(self._document(*values)).decode()
+
+    def write_each_plain(self, many: Iterable[tuple[Any, ...]]) -> list[str]:
+        """Do as `write_plain` for many calls; together they take half as long."""
+        lines = write_lines([self._document(*values) for values in many])
+        return lines.decode().split("\n")[:-1]
 
     def decode_payload(self, raw: Raw) -> Arguments:
         """Read a payload as the arguments that the handler is called with.

@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, Protocol, cast
 
 from msgspec import Struct
@@ -62,6 +62,10 @@ class Payload(Protocol):
         """Return the JSON text of what `plain_values` returned."""
         ...
 
+    def write_each_plain(self, many: Iterable[tuple[Any, ...]], /) -> list[str]:
+        """Return the JSON texts of many of them."""
+        ...
+
 
 class Client(Protocol):
     """What sends a call; the conductor does."""
@@ -118,6 +122,15 @@ class Call(Struct, Generic[R_co], gc=False, eq=False):
     def __repr__(self) -> str:
         """Show the task and the beginning of its payload."""
         return f"<Call {self.task} {self.payload[:80]}>"
+
+
+def payloads_of(calls: Sequence[Call[Any]]) -> list[str]:
+    """Return the payloads of calls. Those of one task that are to be encoded yet are encoded together."""
+    signature = calls[0].signature
+    many = [each.arguments for each in calls if each.signature is signature]
+    if len(many) == len(calls) and all(isinstance(arguments, tuple) for arguments in many):
+        return signature.write_each_plain(cast("list[tuple[Any, ...]]", many))
+    return [each.payload for each in calls]
 
 
 def check_call(value: object, place: str) -> None:

@@ -4,16 +4,15 @@ Many of a kind go in one JSON text. Where there may be thousands that are alike,
 each other instead (`apart`, `in_columns`): objects cost the server three times as much to read.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import datetime
-from itertools import repeat
 from operator import attrgetter
 from typing import Literal
 
 from msgspec import UNSET, Raw, Struct, UnsetType
 from msgspec.structs import replace
 
-from pgconductor.claimed import StepKind
+from pgconductor.claimed import NULL, ChildAnswer, StepKind
 from pgconductor.events import NewEvent
 from pgconductor.id_array import IdArray
 from pgconductor.queries import as_text
@@ -99,10 +98,17 @@ class Children(Struct, gc=False):
     payloads: list[str]
     alike: list[AlikeChildren]
 
-    def tasks(self) -> Iterator[str]:
-        """Yield the task of each."""
-        for each in self.alike:
-            yield from repeat(each.task, each.count)
+    @property
+    def task(self) -> str | None:
+        """The task that all of them are of; None where they are of several."""
+        first = self.alike[0].task
+        return first if all(each.task == first for each in self.alike) else None
+
+    def pending(self) -> list[ChildAnswer]:
+        """Return what is known of each while it has not ended: its task, where they are of several."""
+        if self.task is not None:
+            return [ChildAnswer(NULL, "pending")] * len(self.ids)
+        return [ChildAnswer(NULL, "pending", child_task=each.task) for each in self.alike for _ in range(each.count)]
 
     def weigh(self) -> int:
         """Return about how many bytes they take in a statement."""

@@ -189,3 +189,4 @@ def test_arguments_that_are_encoded_later_are_encoded_as_they_would_be_at_once(
     assert signature.plain_values(args, {}) == (args if is_plain else None)
     if is_plain:
         assert signature.write_plain(args) == signature.encode_payload(args, {})
+        assert signature.write_each_plain([args] * 2) == [signature.encode_payload(args, {})] * 2

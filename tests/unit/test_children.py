@@ -32,10 +32,18 @@ def test_children_in_a_row_that_are_called_alike_are_one_entry() -> None:
         AlikeChildren(0, 1, "child"),
         AlikeChildren(0, 1, "other"),
     ]
-    assert list(children.tasks()) == ["child"] * 5 + ["other"]
+    assert children.task is None
+    assert [each.child_task for each in children.pending()] == ["child"] * 5 + ["other"]
     assert children.payloads == [*(f'{{"number":{number}}}' for number in range(5)), '{"text":"ä"}']
     assert children.ids == sorted(set(children.ids))
     assert children.weigh() == 6 * 100 + 5 * len('{"number":0}') + len('{"text":"ä"}'.encode())
+
+
+def test_children_of_one_task_say_so_once() -> None:
+    children = children_of([child.bind(0), child.with_options(priority=2).bind(1)], "invoke_all 'all'")
+
+    assert children.task == "child"
+    assert [(each.status, each.child_task) for each in children.pending()] == [("pending", None)] * 2
 
 
 def test_an_option_that_an_attached_child_cannot_have_is_named_wherever_it_stands() -> None:

@@ -354,6 +354,9 @@ def test_plain_arguments_are_encoded_later_as_they_would_be_at_once(args: tuple[
     assert signature.plain_values(args, {}) == args
     assert signature.plain_values((), by_name) == args
     assert signature.write_plain(args) == signature.encode_payload(args, {})
+    assert signature.write_each_plain([args, (1, "", False)]) == [
+        signature.encode_payload(each, {}) for each in (args, (1, "", False))
+    ]
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import json
 import timeit
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import timedelta
 from typing import Any, cast
 
@@ -29,6 +29,9 @@ class Echo:
         return None
 
     def write_plain(self, values: tuple[Any, ...], /) -> str:
+        raise NotImplementedError
+
+    def write_each_plain(self, many: Iterable[tuple[Any, ...]], /) -> list[str]:
         raise NotImplementedError
 
     def encode(self, value: Any, /) -> str:
