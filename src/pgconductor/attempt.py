@@ -49,6 +49,7 @@ from pgconductor.journal import Journal, check_match
 from pgconductor.logs import current_run, shown
 from pgconductor.memos import Memos
 from pgconductor.model import delay_after
+from pgconductor.running_steps import RunningSteps
 from pgconductor.stored_error import error_to_json
 from pgconductor.task import Task, runs_on_loop
 from pgconductor.turns import Turns
@@ -87,6 +88,7 @@ class Host(Protocol):
     orchestrator_id: str
     schema: str
     engine: Engine
+    steps: RunningSteps
     is_leaving: bool
     """Whether the process is stopping: runs leave at their next operation."""
 
@@ -105,10 +107,6 @@ class Host(Protocol):
 
     def open(self, operation: Operation, /) -> Awaitable[None]:
         """Store an operation and create its children; raises `StaleLease`."""
-        ...
-
-    def pause_of(self, seconds: float, /) -> float:
-        """How long a pause before a step's next try is in fact."""
         ...
 
     def submit_thread(self, fn: Callable[[], T], /) -> "ThreadFuture[T]":

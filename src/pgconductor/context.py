@@ -21,9 +21,9 @@ from pgconductor.model import EventDef, RetryPolicy
 from pgconductor.operations import (
     PLAIN,
     Child,
-    Marked,
     RunFacts,
     StepOptions,
+    Trying,
     check_instant,
     check_reason,
     check_step_function,
@@ -145,7 +145,7 @@ class Context(RunFacts[D]):
 
     async def _try(self, name: str, fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         timeout = self._options.timeout
-        with Marked(name):
+        with Trying(self._attempt, name):
             if timeout is None:
                 value = fn(*args, **kwargs)
                 return await value if inspect.isawaitable(value) else value

@@ -21,6 +21,7 @@ from pgconductor.claimed import Claimed, Loaded, Missing
 from pgconductor.host import ProcessHost
 from pgconductor.isolated import IsolatedAttempt
 from pgconductor.memos import Memos
+from pgconductor.running_steps import RunningStep
 from pgconductor.settler import Settlement, Settler
 from pgconductor.task import Task
 from pgconductor.worker import Worker
@@ -336,6 +337,10 @@ class Crew:
             for item in [item for item in worker.buffer if item[0].id in wanted]:
                 worker.buffer.remove(item)
                 self.release([item])
+
+    def told_steps(self) -> list[RunningStep] | None:
+        """Return the steps that a beat tells of."""
+        return self._host.steps.told()
 
     def name_of(self, task: "asyncio.Task[Any] | None") -> str:
         """Say what an asyncio task runs."""

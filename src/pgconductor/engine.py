@@ -22,6 +22,7 @@ from pgconductor.queries import Query as Query  # noqa: PLC0414 (who imports the
 from pgconductor.queries import Report, Reports, Table, as_is, as_text, is_true, many_reports, reader
 from pgconductor.queries import quote as quote  # noqa: PLC0414
 from pgconductor.relations import TableShape, TriggerRow, TriggerStep
+from pgconductor.running_steps import RunningStep
 from pgconductor.scan import Range, ToldPlaces
 from pgconductor.schedules import DueSchedule, Fired, FiredNow, FiredSchedule, NewSchedule
 from pgconductor.written import (
@@ -392,10 +393,17 @@ class Engine(Reports):
         per = None if per_seconds is None else f"{per_seconds} seconds"
         return self._query("set_limit", "text int text text interval", (task, limit, kind, key, per), is_true)
 
-    def beat(self, orchestrator: str, stopping: bool = False, places: ToldPlaces | None = None) -> Query[Beat]:
+    def beat(
+        self,
+        orchestrator: str,
+        stopping: bool = False,
+        places: ToldPlaces | None = None,
+        steps: Sequence[RunningStep] | None = None,
+    ) -> Query[Beat]:
         """See 60_sweep.sql."""
-        told = None if places is None else as_text(places)
-        return self._query("beat", "uuid boolean timestamptz json", (orchestrator, stopping, self._now(), told), _beat)
+        told = (None if each is None else as_text(each) for each in (places, steps))
+        parameters = (orchestrator, stopping, self._now(), *told)
+        return self._query("beat", "uuid boolean timestamptz json json", parameters, _beat)
 
     def sweep(self, expiry_seconds: float) -> Query[Moved]:
         """See 60_sweep.sql."""

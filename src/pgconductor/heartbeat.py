@@ -34,10 +34,11 @@ import threading
 import time
 import traceback
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Final, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 from pgconductor.engine import Moved
 from pgconductor.membership import Membership
+from pgconductor.running_steps import RunningStep
 from pgconductor.scan import Scan
 from pgconductor.session import Session
 from pgconductor.vacuum import hold_off_vacuum
@@ -53,8 +54,25 @@ PASS_OVER_PAUSE: Final = 4.0  # of the time that a prune took which removed noth
 LONG_SWEEP_SECONDS: Final = 60.0
 
 
+class Runs(Protocol):
+    """What runs in the process; asked from the heartbeat's thread."""
+
+    def name_of(self, task: "asyncio.Task[Any] | None", /) -> str:
+        """Say what an asyncio task runs."""
+        ...
+
+    def told_steps(self) -> list[RunningStep] | None:
+        """Return the steps that a beat tells of."""
+        ...
+
+
 class Listener(Protocol):
     """Who hears of what the heartbeat learns; called in the main loop."""
+
+    @property
+    def crew(self) -> Runs:
+        """What runs."""
+        ...
 
     def on_cancel(self, ids: list[str]) -> None:
         """These executions are to be cancelled."""
@@ -70,10 +88,6 @@ class Listener(Protocol):
 
     def on_swept(self, moved: Moved) -> None:
         """Work of dead processes was taken over."""
-        ...
-
-    def running_now(self) -> str:
-        """Say what the loop's current task runs; called from the heartbeat's thread."""
         ...
 
 
@@ -206,7 +220,8 @@ class Heartbeat:
         id, asked_at, trust, limit = self._membership.id, time.monotonic(), self._timing.trust, self._answer_limit
         self._answer_limit = max(limit, min(2 * limit, trust))  # a later answer would confirm nothing
         # A call that is repeated after a broken connection would count from its first try: too early, never too late.
-        query = self._engine.beat(id, self.is_stopping, self._scan.told(asked_at))
+        told = self._scan.told(asked_at), self._listener.crew.told_steps()
+        query = self._engine.beat(id, self.is_stopping, *told)
         beat = await session.run(query, timeout=trust, answer_timeout=limit)
         self._answer_limit = self._timing.beat
         now = time.monotonic()
@@ -306,6 +321,6 @@ class Heartbeat:
         log.warning(
             "the event loop has been blocked for %.1f s by %s; await something, or make it a plain `def` task\n%s",
             stalled,
-            self._listener.running_now(),
+            self._listener.crew.name_of(asyncio.current_task(self._pulse.loop)),
             stack,
         )

@@ -27,6 +27,7 @@ from pgconductor.claimed import Loaded, Missing
 from pgconductor.isolated import Processes
 from pgconductor.loading import Loader
 from pgconductor.route import FailedOver, Route, Timeline
+from pgconductor.running_steps import RunningSteps
 from pgconductor.session import Session
 from pgconductor.threads import Threads
 from pgconductor.transactions import NoConnection
@@ -88,6 +89,7 @@ class ProcessHost:
         self.schema = engine.schema
         self.engine = engine
         self.is_leaving = False
+        self.steps = RunningSteps()
         self.is_fenced: Callable[[], bool] = membership.is_fenced
         self.processes = Processes(dsn, engine.schema, membership.timing)
         self._idle_seconds = min(membership.timing.trust, _IDLE_SECONDS_MAX)
@@ -111,10 +113,6 @@ class ProcessHost:
     def save_transaction(self, step: SavedStep) -> "Query[Literal['saved', 'lost', 'exists']]":
         """Build the call that stores a step in the transaction of its own writes, to be committed within the trust."""
         return self.engine.save_transaction(self.orchestrator_id, step, self._idle_seconds)
-
-    def pause_of(self, seconds: float) -> float:
-        """How long a pause before a step's next try is in fact: so long; tests have another clock."""
-        return seconds
 
     def submit_thread(self, fn: Callable[[], T]) -> "ThreadFuture[T]":
         """Run a function in a thread of the process's own."""

@@ -170,9 +170,11 @@ class RunFacts(Generic[D]):
 
     def _pause_after(self, step: str, number: int, options: StepOptions, error: Exception) -> float:
         """Log a try of a step that failed, and return how long to pause before the next one."""
-        pause = self._attempt.host.pause_of(options.retry.delay(number, _chance))
+        attempt = self._attempt
+        key, wanted = (attempt.claimed.id, step), options.retry.delay(number, _chance)
+        pause = attempt.host.steps.pause(key, number, options.max_attempts, error, wanted)
         said = "%s: step %r failed, try %d of %d; again in %.3gs"
-        told = (self._attempt.label, step, number, options.max_attempts, pause)
+        told = (attempt.label, step, number, options.max_attempts, pause)
         self.logger.warning(said, *told, exc_info=shown(error))
         return pause
 
@@ -308,3 +310,22 @@ class Marked:
         inside_step.reset(self._entered)
         if isinstance(error, SystemExit | KeyboardInterrupt | psycopg.Rollback):
             raise ConductorError(f"step {self._name!r} raised {type(error).__name__}: {error}") from error
+
+
+class Trying(Marked):
+    """Do so for one try of a step of a run, which its process tells of while it lasts."""
+
+    __slots__ = ("_key", "_steps")
+
+    def __init__(self, attempt: "Attempt", name: str) -> None:
+        super().__init__(name)
+        self._key = (attempt.claimed.id, name)
+        self._steps = attempt.host.steps
+
+    def __enter__(self) -> None:
+        super().__enter__()
+        self._steps.begin(self._key)
+
+    def __exit__(self, type_: object, error: BaseException | None, traceback: object) -> None:
+        self._steps.end(self._key)
+        super().__exit__(type_, error, traceback)

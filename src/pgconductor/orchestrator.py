@@ -443,10 +443,6 @@ class _Process:
         if moved.queues:
             self._notifier.tell("ready", moved.queues)
 
-    def running_now(self) -> str:
-        """Say what the loop's current task runs; called from the heartbeat's thread."""
-        return self.crew.name_of(asyncio.current_task(self._pulse.loop))
-
     # ------------------------------------------------------------ fencing
 
     def on_declared_dead(self, id: str) -> None:

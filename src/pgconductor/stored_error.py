@@ -137,6 +137,12 @@ def _store(error: BaseException, budget: _Budget) -> StoredError:
     )
 
 
+def headline(error: BaseException, bytes_max: int = 200) -> str:
+    """Say in a line what an error is."""
+    message = _message(error, bytes_max).strip().partition("\n")[0]
+    return _clean(f"{type(error).__name__}: {message}" if message else type(error).__name__, bytes_max)
+
+
 def _message(error: BaseException, bytes_max: int) -> str:
     try:
         text = str(error)

@@ -31,9 +31,9 @@ from pgconductor.model import EventDef, RetryPolicy
 from pgconductor.operations import (
     PLAIN,
     Child,
-    Marked,
     RunFacts,
     StepOptions,
+    Trying,
     call_plainly,
     check_instant,
     check_reason,
@@ -122,7 +122,7 @@ class SyncContext(RunFacts[D]):
         self._boundary()
 
     def _try(self, name: str, fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        with Marked(name):
+        with Trying(self._attempt, name):
             if self._options.timeout is None:
                 return fn(*args, **kwargs)
             return self._limited(name, fn, args, kwargs, self._options.timeout)

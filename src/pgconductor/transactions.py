@@ -20,7 +20,7 @@ from pgconductor.codec import Codec
 from pgconductor.connections import plain_cursor
 from pgconductor.errors import ConfigurationError, Suspend
 from pgconductor.faults import fault
-from pgconductor.operations import Marked
+from pgconductor.operations import Trying
 from pgconductor.session import backoff_seconds, level_of
 from pgconductor.wire import text_of
 from pgconductor.written import SavedStep
@@ -114,7 +114,7 @@ async def _transact(attempt: Attempt, name: str, fn: Callable[[Any], Any], codec
                 if settings := attempt.host.transaction_settings:
                     await conn.execute(settings.encode())
                 has_begun = True
-                raw, copied = await _call(name, fn, conn, codec)
+                raw, copied = await _call(attempt, name, fn, conn, codec)
                 step = attempt.journal.finished(name, "transaction", raw)
                 await _save(attempt, conn, step)
                 fault("before_transaction_commit")
@@ -127,8 +127,10 @@ async def _transact(attempt: Attempt, name: str, fn: Callable[[Any], Any], codec
     return copied
 
 
-async def _call(name: str, fn: Callable[[Any], Any], conn: Any, codec: Codec[Any]) -> tuple[bytes, Any]:
-    with Marked(name):
+async def _call(
+    attempt: Attempt, name: str, fn: Callable[[Any], Any], conn: Any, codec: Codec[Any]
+) -> tuple[bytes, Any]:
+    with Trying(attempt, name):
         awaited = fn(conn)
         if not inspect.isawaitable(awaited):
             raise ConfigurationError(f"transaction {name!r}", "is a plain function", "use async def")
@@ -150,7 +152,7 @@ def _transact_sync(attempt: Attempt, name: str, fn: Callable[[Any], Any], codec:
                 if settings := attempt.host.transaction_settings:
                     conn.execute(settings.encode())
                 has_begun = True
-                with Marked(name):
+                with Trying(attempt, name):
                     raw, copied = codec.store(fn(conn), f"transaction {name!r}")
                 step = attempt.journal.finished(name, "transaction", raw)
                 _save_sync(attempt, conn, step)

@@ -18,7 +18,23 @@ from psycopg.conninfo import make_conninfo
 
 from pgconductor.cli import loop, main
 from pgconductor.embedded import EmbeddedServer
-from tests.sql.support import Db, call, cancel, claim, enqueue, enqueue_many, fail, op, park, register, save, settle
+from tests.sql.support import (
+    WORKER,
+    Db,
+    at,
+    call,
+    cancel,
+    claim,
+    enqueue,
+    enqueue_many,
+    fail,
+    op,
+    park,
+    register,
+    retry,
+    save,
+    settle,
+)
 
 APPLICATION = """
 from pgconductor import Conductor, Context
@@ -118,6 +134,40 @@ def test_show_draws_tree_and_waterfall(database: str, db: Db) -> None:
     assert re.search(r"└── ○ child as charge", text)
     for line in (r"✓ load +step +━", r"◌ charge +invoke +╍", r"◌ nap +sleep +╍"):
         assert re.search(line, text), (line, text)
+
+
+def test_show_and_why_tell_where_it_runs_and_in_which_steps(database: str, db: Db) -> None:
+    id = enqueue(db)
+    register(db, "work")
+    claim(db)
+    save(db, id, "load")
+    told = [[id, "load", 60.0, 1], [id, "charge", 42.0, 2, 3, "ValueError: declined"],
+            [id, "mail", None, 1, 5, "OSError: no route", 9.0], [str(uuid4()), "other", 7.0, 1]]  # fmt: skip
+    call(db, "beat", WORKER, False, at(60), None, told)
+
+    text = run(database, "runs", "show", id).stdout
+    assert re.search(r"runs on +\S+:\d+ +since 20", text)
+    assert re.search(r"● charge +step +╍.* try 2 of 3: ValueError: decl", text)
+    assert re.search(r"● mail +step +╍.* again at \d\d:\d\d:\d\d", text)
+    assert "other" not in text
+    assert len(re.findall(r"\bload\b", text)) == 1  # it has ended since
+    why = run(database, "runs", "why", id).stdout.replace("\n", " ")
+    assert re.search(r"step 'charge' runs since [-0-9: ]+ UTC \(try 2 of 3, after ValueError: declined\)", why)
+    assert re.search(r"step 'mail' failed \(try 1 of 5: OSError: no route\), again at ", why)
+
+
+def test_what_an_earlier_run_did_is_not_told_of_the_next(database: str, db: Db) -> None:
+    id = enqueue(db)
+    register(db, "work")
+    claim(db)
+    call(db, "beat", WORKER, False, at(60), None, [[id, "charge", 42.0, 1]])
+    assert "charge" in run(database, "runs", "show", id).stdout
+    retry(db, id, now=61)
+    claim(db, token=2, now=62)
+
+    shown = run(database, "runs", "show", id).stdout
+    assert "running" in shown
+    assert "charge" not in shown
 
 
 def test_show_says_until_when_a_wait_lasts_and_that_a_cancel_ended_it(database: str, db: Db) -> None:

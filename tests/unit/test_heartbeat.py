@@ -28,6 +28,15 @@ class FarSession:
     async def close(self) -> None: ...
 
 
+class Idle:
+    """Runs nothing."""
+
+    def name_of(self, task: object, /) -> str:
+        return ""
+
+    def told_steps(self) -> None: ...
+
+
 class Nobody:
     """Hears nothing."""
 
@@ -35,8 +44,10 @@ class Nobody:
     def on_declared_dead(self, id: str) -> None: ...
     def on_stop_requested(self, id: str) -> None: ...
     def on_swept(self, moved: Moved) -> None: ...
-    def running_now(self) -> str:
-        return ""
+
+    @property
+    def crew(self) -> Idle:
+        return Idle()
 
 
 async def test_a_beat_whose_answer_takes_longer_than_a_beat_is_waited_for_in_the_end(

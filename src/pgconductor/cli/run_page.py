@@ -37,12 +37,13 @@ def print_run(out: Console, found: Json, nodes_max: int) -> None:
     run, steps, nodes = found["run"], found["steps"], found["tree"]
     out.print()
     out.print(Text.assemble(" ", state(run["state"]), "  ", (line(run["task"]), "bold"), "  ", (run["id"], "dim")))
-    out.print(_facts(run))
+    running = found.get("running")
+    out.print(_facts(run, running))
     _print_error(out, run)
     if len(nodes) > 1:
         _print_heading(out, "tree" if len(nodes) < nodes_max else f"tree, the first {nodes_max}")
         out.print(_tree(nodes))
-    bars = list(_bars(run, steps, {node["id"]: node for node in nodes}))
+    bars = [*_bars(run, steps, {node["id"]: node for node in nodes}), *_running_bars(running)]
     if len(bars) > 1:
         _print_heading(out, "waterfall" if len(steps) < nodes_max else f"waterfall, the first {nodes_max} steps")
         out.print(_waterfall(bars, out.width))
@@ -53,16 +54,16 @@ def _print_heading(out: Console, text: str) -> None:
     out.print(Text(f"\n {text}", style="bold"))
 
 
-def _facts(run: Json) -> Table:
+def _facts(run: Json, running: Json | None) -> Table:
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim", justify="right", min_width=9)
     table.add_column(overflow="fold")
-    for name, value in _rows(run):
+    for name, value in _rows(run, running):
         table.add_row(name, value if isinstance(value, Text) else safe(value, VALUE_LENGTH_MAX))
     return table
 
 
-def _rows(run: Json) -> Iterator[tuple[str, str | Text]]:
+def _rows(run: Json, running: Json | None) -> Iterator[tuple[str, str | Text]]:
     attempt = f", attempt {run['attempt']}" if run["attempt"] > 1 else ""
     crashes = f", lost {counted(run['crashes'], 'time')} with its worker" if run["crashes"] else ""
     yield "queue", f"{line(run['queue'])}, priority {run['priority']}{attempt}{crashes}"
@@ -71,6 +72,8 @@ def _rows(run: Json) -> Iterator[tuple[str, str | Text]]:
         yield "due", f"{_clock(run['run_at'])}  {ago(run['run_at'])}"
     if run["started_at"]:
         yield "started", f"{_clock(run['started_at'])}  after {span(run['created_at'], run['started_at'])}"
+    if running:
+        yield "runs on", f"{line(running['host'])}:{running['pid']}  since {_clock(running['since'])}"
     if run["finished_at"]:
         yield (
             "finished",
@@ -104,7 +107,8 @@ def _print_error(out: Console, run: Json) -> None:
         return
     stored = error_from_json(msgspec.json.encode(run["error"]))
     *frames, message = stored.render().splitlines() or [stored.type]
-    _print_heading(out, "error")
+    earlier = f"attempt {run['attempt'] - 1}" if run["attempt"] > 1 else "an earlier attempt"
+    _print_heading(out, "error" if run["finished_at"] else f"error of {earlier}")
     for frame in frames:
         out.print(Text(f" {safe(frame)}", style="dim"), soft_wrap=True)
     out.print(Text(f" {safe(message)}", style="red"), soft_wrap=True)
@@ -152,6 +156,18 @@ def _bars(run: Json, steps: list[Json], nodes: dict[str, Json]) -> Iterator[Bar]
         before = end or before
         note = _note(step, nodes) if status == step["status"] else ""
         yield Bar(_step_name(step), step["kind"], status, start, end, instant(step["due_at"]), note)
+
+
+def _running_bars(running: Json | None) -> Iterator[Bar]:
+    """Yield the steps whose code runs, or that pause between two tries, as their process told with its last beat."""
+    steps: list[Json] = running["steps"] if running else []
+    for step in steps:
+        start, again = instant(step["began_at"]), instant(step["next_at"])
+        failed = f"try {step['number']} of {step['most']}" if step["most"] else ""
+        if again is not None:
+            failed = f"again at {_clock(step['next_at'])[11:19]}, {failed}"
+        note = f"{failed}: {line(step['error'], 80)}" if failed else ""
+        yield Bar(line(step["step"]), "step", "running", start or datetime.now(UTC), None, again, note)
 
 
 def _step_name(step: Json) -> str:

@@ -33,6 +33,7 @@ from pgconductor.host import ProcessHost
 from pgconductor.loading import complete, missing_of
 from pgconductor.membership import Membership, Timing
 from pgconductor.registration import task_row
+from pgconductor.running_steps import RunningSteps
 from pgconductor.schedules import declared_schedules, plan
 from pgconductor.session import Session
 from pgconductor.settler import Effects, Saver, Settler
@@ -102,10 +103,6 @@ class _Host(ProcessHost):
 
     crash: Callable[[str, str], None]
     """Told the execution and the name of what was committed; raises `Crash` to drop the run."""
-
-    def pause_of(self, seconds: float) -> float:  # noqa: ARG002
-        """None: the clock of the test stands still while a handler runs."""
-        return 0.0
 
     def save(self, step: SavedStep) -> "asyncio.Future[None]":
         return asyncio.ensure_future(self._stored(super().save(step), step))
@@ -186,6 +183,7 @@ class ManualWorker:
         self._threads = Threads(RUNS_MAX)
         self._host = _Host(dsn, engine, self._membership, self._saver, self._session, self._threads, deps)
         self._host.crash = self._crash
+        self._host.steps = RunningSteps(pauses=False)  # the clock of the test stands still while a handler runs
         self._tasks: dict[int, Task[..., Any]] = {}
         self._tables: set[str] = set()
         self._queues: dict[str, int] = {}

@@ -3,7 +3,7 @@
 -- Returns null for an unknown id, else {id, task, queue, state, summary, reasons: [{code, text, ...}]}: everything that
 -- stands in the way now; summary is the text of the first. code is stable, text is not:
 --
---   ended                 it has run; outcome, at             running               where, since when
+--   ended                 it has run; outcome, at             running               where, since when, in which steps
 --   cancelling            told to stop, still unwinding       process_lost          its process shows no sign of life
 --   cancelled_ancestor    which                               not_due, backing_off  due_at
 --   held_in_fan_out       max_in_flight of which step         sleeping              step, due_at
@@ -61,6 +61,22 @@ language sql stable set search_path from current as $$
   where p_run.state not in ('completed', 'failed')
 $$;
 
+-- The steps whose code runs, or that pause between two tries, as its process told with its last beat; those that are
+-- recorded since are left out, and all that an earlier run did. began_at: of this try; null while it pauses. number: of
+-- this try, or of the one that has failed; most: null where none has failed.
+create or replace function running_steps(p_id uuid)
+returns table (step text, began_at timestamptz, number int, most int, error text, next_at timestamptz)
+language sql stable set search_path from current as $$
+  select t.told ->> 1, o.beat_at - make_interval(secs => (t.told ->> 2)::float8), (t.told ->> 3)::int,
+         (t.told ->> 4)::int, t.told ->> 5, o.beat_at + make_interval(secs => (t.told ->> 6)::float8)
+  from lease l
+  join orchestrator o on o.id = l.orchestrator_id and o.beat_at >= l.claimed_at
+  cross join lateral json_array_elements(o.steps) with ordinality as t(told, place)
+  where l.execution_id = p_id and (t.told ->> 0)::uuid = p_id
+    and not exists (select from step s where s.execution_id = p_id and s.name = t.told ->> 1 and s.index = 0 and not s.dropped)
+  order by t.place
+$$;
+
 create or replace function why_leased(p_id uuid, p_expiry interval, p_now timestamptz) returns jsonb
 language sql stable set search_path from current as $$
   select jsonb_build_array(reason(
@@ -68,9 +84,19 @@ language sql stable set search_path from current as $$
          when e.cancel_requested_at is not null then 'cancelling' else 'running' end,
     format(case when o.beat_at <= p_now - p_expiry then 'its process, %s:%s, shows no sign of life; a sweep takes it over'
                 when e.cancel_requested_at is not null then 'it runs on %s:%s since %s, and was told to stop'
-                else 'it runs on %s:%s since %s' end, o.host, o.pid, words_for(l.claimed_at)),
-    jsonb_build_object('orchestrator', o.id, 'host', o.host, 'pid', o.pid, 'since', l.claimed_at, 'beat_at', o.beat_at)))
+                else 'it runs on %s:%s since %s' end, o.host, o.pid, words_for(l.claimed_at)) || coalesce(s.words, ''),
+    jsonb_build_object('orchestrator', o.id, 'host', o.host, 'pid', o.pid, 'since', l.claimed_at, 'beat_at', o.beat_at,
+                       'steps', s.facts)))
   from lease l join orchestrator o on o.id = l.orchestrator_id join execution e on e.id = l.execution_id
+  cross join lateral (
+    select string_agg(case
+             when r.next_at is not null then format('; step %L failed (try %s of %s: %s), again at %s', r.step, r.number,
+                                                    r.most, r.error, words_for(r.next_at))
+             when r.most is null then format('; step %L runs since %s', r.step, words_for(r.began_at))
+             else format('; step %L runs since %s (try %s of %s, after %s)', r.step, words_for(r.began_at), r.number,
+                         r.most, r.error) end, '') as words,
+           coalesce(jsonb_agg(to_jsonb(r)), '[]') as facts
+    from (select * from running_steps(p_id) limit 5) r) s
   where l.execution_id = p_id
 $$;
 

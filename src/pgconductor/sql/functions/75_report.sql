@@ -25,7 +25,8 @@ begin
           order by id desc limit least(p_limit, 10000)) r);
 end $$;
 
--- An execution with all that is known of it, its steps, and its descendants: {run, steps, tree}; null if unknown.
+-- An execution with all that is known of it, its steps, and its descendants: {run, steps, running, tree}; null if unknown.
+-- running: {host, pid, since, steps}, while it runs.
 -- tree: [{id, parent_id, step, level, task, state, ...}], parents first, at most p_limit.
 create or replace function show_run(p_id uuid, p_limit int) returns json
 language sql stable set search_path from current set enable_seqscan = off as $$
@@ -48,6 +49,9 @@ language sql stable set search_path from current set enable_seqscan = off as $$
       select name, kind, status, round, index, child_id, created_at, finished_at, due_at,
              left(value::text, 2000) as value, error
       from steps where execution_id = p_id order by created_at, name, index limit p_limit) s),
+    'running', (select json_build_object('host', o.host, 'pid', o.pid, 'since', l.claimed_at, 'steps', (
+        select coalesce(json_agg(row_to_json(r)), '[]') from running_steps(p_id) r))
+      from lease l join orchestrator o on o.id = l.orchestrator_id where l.execution_id = p_id),
     'tree', (select json_agg(row_to_json(n)) from (
       select t.id, t.parent_id, t.step, t.level, d.task, d.queue, d.state, d.attempt, d.created_at, d.started_at,
              d.finished_at, left(d.error ->> 'message', 300) as error
