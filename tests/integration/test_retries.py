@@ -8,7 +8,17 @@ import psycopg
 import pytest
 from psycopg.rows import DictRow
 
-from pgconductor import ChildFailed, Conductor, Context, ExecutionFailed, Fail, Retry, RetryPolicy, SyncContext
+from pgconductor import (
+    ChildFailed,
+    Conductor,
+    Context,
+    ExecutionCancelled,
+    ExecutionFailed,
+    Fail,
+    Retry,
+    RetryPolicy,
+    SyncContext,
+)
 from tests.integration.conftest import Working
 from tests.waiting import until
 
@@ -304,3 +314,25 @@ async def test_a_group_of_what_is_given_up_on_is_given_up_on(app: App, working: 
         with pytest.raises(ExecutionFailed):
             await (await work.invoke()).result(20)
     assert attempts == [1]
+
+
+async def test_a_step_that_pauses_between_two_tries_is_told_of(app: App, db: Db, working: Working) -> None:
+    async def refuse() -> None:
+        raise ConnectionError("the bank refuses")
+
+    @app.task
+    async def work(ctx: Context) -> None:
+        patient = ctx.step_options(max_attempts=3, retry=RetryPolicy(first="1h"))
+        await patient.step("pay", refuse)
+
+    async with working():
+        run = await work.invoke()
+        select = "select step, number, most, error, next_at > now() as is_later from running_steps(%s)"
+        await until(lambda: rows(db, select, run.id) != [])
+        assert rows(db, select, run.id) == [
+            {"step": "pay", "number": 1, "most": 3, "error": "ConnectionError: the bank refuses", "is_later": True}
+        ]
+        await run.cancel()
+        with pytest.raises(ExecutionCancelled):
+            await run.result(20)
+    assert rows(db, select, run.id) == []
