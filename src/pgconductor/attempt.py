@@ -206,7 +206,7 @@ class Attempt:
         self._main = asyncio.current_task(self.host.loop)
         current_run.set(self)
         if self.is_over() or self.is_closing():
-            return None if self.exit == "abandoned" else Outcome(self.claimed.id, self.token, "unstarted")
+            return self.unstarted()
         try:
             fault("before_handler")
             timeout = self.task.config.timeout
@@ -295,6 +295,10 @@ class Attempt:
         while main.cancelling():
             main.uncancel()
 
+    def unstarted(self) -> Outcome | None:
+        """Return what is to be settled of a run whose handler was not called."""
+        return None if self.exit == "abandoned" else Outcome(self.claimed.id, self.token, "unstarted")
+
     def leave(self, way: Exit) -> Outcome | None:
         """Return what is to be settled of a run that is left."""
         self._is_left = True
@@ -305,14 +309,9 @@ class Attempt:
             return self._failed(refusal)
         if way == "parked" and not self.cancelled:
             return Outcome(
-                self.claimed.id,
-                self.token,
-                "parked",
-                ops=self.journal.unsaved or None,
-                awaits=self.journal.open_awaits(),
-                cached=True,
-                long=len(self.journal.memos.operations) >= LONG_COUNT,
-            )
+                self.claimed.id, self.token, "parked", ops=self.journal.unsaved or None,
+                awaits=self.journal.open_awaits(), cached=True, long=len(self.journal.memos.operations) >= LONG_COUNT,
+            )  # fmt: skip
         return Outcome(self.claimed.id, self.token, "released")
 
     def _failed(self, error: BaseException) -> Outcome | None:
@@ -385,7 +384,7 @@ class Attempt:
         self._interrupt()
 
     def is_over(self) -> bool:
-        """Whether the run was to be left before it began."""
+        """Whether the execution is being cancelled, or the run left."""
         return self.cancelled or self._hard or self.exit is not None
 
     def _interrupt(self) -> None:

@@ -119,7 +119,7 @@ class BatchRun:
         elements: list[tuple[BatchMember, Any]] = []
         for member in self.members:
             if not member.may_start():
-                done.append((member, member.leave(member.exit or "released")))
+                done.append((member, member.unstarted()))
             elif member in failures:
                 done.append((member, member.failed(failures[member])))
             else:

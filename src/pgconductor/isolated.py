@@ -113,6 +113,11 @@ _answer = msgspec.json.Decoder(Answer)
 _up = msgspec.json.Decoder(Up)
 
 
+def as_line(message: "Message | Home | Up | Answer") -> bytes:
+    """Write a message. Values go along as they are stored: JSON has line feeds between its tokens alone."""
+    return _encode(message).replace(b"\n", b" ") + b"\n"
+
+
 class _StartFailed(Exception):
     """A process has never come to serve. `stored`: why, as errors are stored."""
 
@@ -136,7 +141,7 @@ class _Child:
         self._is_up = False
 
     def send(self, message: Message | Home) -> None:
-        self.writer.write(_encode(message) + b"\n")
+        self.writer.write(as_line(message))
 
     async def begin(self, order: bytes) -> None:
         """Have one run begun, a `Start` as JSON.
@@ -144,7 +149,7 @@ class _Child:
         Raises:
             _StartFailed: The process has never come so far.
         """
-        self.writer.write(order + b"\n")
+        self.writer.write(order)
         if not self._is_up:
             await self._come_up()
 
@@ -298,7 +303,7 @@ class IsolatedAttempt(Attempt):
         """Have the handler run in a child process; see `Attempt.run`."""
         logs.current_run.set(self)
         if self.is_over():
-            return self.leave(self.exit or "released")
+            return self.unstarted()
         module = str(getattr(self.task.fn, "__module__", "__main__"))
         try:
             order = self._order()
@@ -307,7 +312,7 @@ class IsolatedAttempt(Attempt):
             return self._failed(error)
         if self.is_over() or self._leaving:  # told so while the process started
             self._processes.give_back(module, child)
-            return self.leave(self.exit or "released")
+            return self.unstarted()
         self._child = child
         answer: Answer | None = None
         try:
@@ -341,9 +346,9 @@ class IsolatedAttempt(Attempt):
         Raises:
             EncodeError: It is more than the process reads at once.
         """
-        # what a kept memo says is loaded again by the child: it has its own connection
+        # with the memos that this process kept: the child has none, and loads nothing
         claimed = msgspec.structs.replace(self.claimed, steps=self.journal.memos.rows())
-        order = _encode(Start(claimed, self.token, self.task.name, self.queue, self.host.orchestrator_id))
+        order = as_line(Start(claimed, self.token, self.task.name, self.queue, self.host.orchestrator_id))
         if len(order) >= LINE_BYTES_MAX:
             raise EncodeError(
                 "what a run begins with",
@@ -375,11 +380,11 @@ class IsolatedAttempt(Attempt):
 
     def _not_started(self, failure: _StartFailed) -> Outcome | None:
         if self._was_to_leave:
-            return self.leave(self.exit or "released")
+            return self.unstarted()
         text = error_from_json(failure.stored).render()
         log.error("%s: its process could not start; again in %gs\n%s", self.label, START_RETRY_SECONDS, text)
         stored = Raw(failure.stored.encode())
-        return Outcome(self.claimed.id, self.token, "released", error=stored, delay=START_RETRY_SECONDS)
+        return Outcome(self.claimed.id, self.token, "unstarted", error=stored, delay=START_RETRY_SECONDS)
 
     def _crashed(self) -> Outcome:
         count = self.claimed.crashes + 1

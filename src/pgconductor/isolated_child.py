@@ -21,7 +21,7 @@ from pgconductor.conductor import Conductor
 from pgconductor.engine import Engine
 from pgconductor.errors import ConductorError, StaleLease
 from pgconductor.host import ProcessHost
-from pgconductor.isolated import LINE_BYTES_MAX, Answer, Control, Home, Message, Start, Up
+from pgconductor.isolated import LINE_BYTES_MAX, Answer, Control, Home, Message, Start, Up, as_line
 from pgconductor.membership import Timing
 from pgconductor.operations import has_step_threads
 from pgconductor.session import Session
@@ -144,7 +144,7 @@ class _Runner:
         self._send(answer)
 
     def _send(self, answer: Answer) -> None:
-        self._writer.write(msgspec.json.encode(answer) + b"\n")
+        self._writer.write(as_line(answer))
 
 
 def _is_conductor(value: object) -> bool:
@@ -180,7 +180,7 @@ async def _main(descriptor: int) -> None:
         except BaseException as error:  # noqa: BLE001 (a module that is imported may even exit)
             await _say_why(writer, error)
             return
-        writer.write(msgspec.json.encode(Up()) + b"\n")
+        writer.write(as_line(Up()))
         await _serve(home, app, deps, reader, writer)
 
 
@@ -188,7 +188,7 @@ async def _say_why(writer: asyncio.StreamWriter, error: BaseException) -> None:
     """Tell the parent why nothing can be served here."""
     failure = ConductorError("its process could not start")
     failure.__cause__ = error
-    writer.write(msgspec.json.encode(Up(error_to_json(failure))) + b"\n")
+    writer.write(as_line(Up(error_to_json(failure))))
     writer.close()
     await writer.wait_closed()
 

@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine
 from contextvars import copy_context
 from functools import partial
-from typing import Any, Final, Protocol
+from typing import Any, Final, Literal, Protocol
 
 from pgconductor.attempt import Attempt
 from pgconductor.batch import BatchMember, BatchRun, Settlements
@@ -37,6 +37,7 @@ FETCH_SIZE: Final = 2000
 PREFETCH_SECONDS: Final = 0.1
 RATE_WINDOW_SECONDS: Final = 0.02
 _PUT_OFF_SECONDS: Final = 1.0
+_BROKEN_SECONDS: Final = 5.0
 SERVED_A_PASS: Final = 64
 PASS_SECONDS: Final = 0.01
 """How many executions the server runs, and for how long, before the event loop may look at anything else."""
@@ -222,13 +223,13 @@ class Worker:
         """Return what is to be given back, since the buffer lasts longer than from one call to the next.
 
         Then as many stay as have ended since the last call, and nothing is fetched ahead until the pace is measured
-        anew.
+        anew. Claims are numbered in their order; limited work of a later one may stand before what others brought.
         """
         ended_count = self._finished_count - self._ended_before
-        is_stuck = bool(self.buffer) and self.buffer[0][1] <= self._buffered_before
         self._ended_before = self._finished_count
-        if self.buffer:
-            self._buffered_before = self.buffer[-1][1]  # claims are numbered in their order
+        tokens = [token for _, token in self.buffer]
+        is_stuck = bool(tokens) and min(tokens) <= self._buffered_before
+        self._buffered_before = max(tokens, default=self._buffered_before)
         if not is_stuck:
             return []
         self._fetch_ahead(0)
@@ -381,11 +382,10 @@ class Worker:
         try:
             memos = complete(claimed, memos, await floor.load(missing))
         except Exception as error:  # noqa: BLE001 (logged and released: the run has not begun)
-            self._end(placeholder, self._broken(placeholder, error))
+            self._end(placeholder, self._broken(placeholder, error, "unstarted"))
             return
         if placeholder.is_over() or placeholder.is_leaving:
-            is_lost = placeholder.exit == "abandoned"
-            self._end(placeholder, None if is_lost else Outcome(claimed.id, token, "unstarted"))
+            self._end(placeholder, placeholder.unstarted())
             return
         attempt = self._attempt(claimed, token, memos)
         self.running[claimed.id] = (attempt, self.running[claimed.id][1])
@@ -418,15 +418,14 @@ class Worker:
         if len(self.buffer) <= self.low_water:
             floor.on_slot_free(self)
 
-    def _broken(self, attempt: Attempt, error: BaseException) -> Outcome | None:
-        claimed = attempt.claimed
+    def _broken(
+        self, attempt: Attempt, error: BaseException, way: Literal["released", "unstarted"] = "released"
+    ) -> Outcome | None:
+        delay = 0.0
         if not isinstance(error, asyncio.CancelledError):
-            log.error("the run of execution %s broke; it is released", claimed.id, exc_info=error)
-        if attempt.exit == "abandoned":
-            return None
-        return Outcome(
-            claimed.id, attempt.token, "released", delay=0.0 if isinstance(error, asyncio.CancelledError) else 5.0
-        )
+            delay = _BROKEN_SECONDS
+            log.error("the run of execution %s broke; it goes back for %gs", attempt.claimed.id, delay, exc_info=error)
+        return None if attempt.exit == "abandoned" else Outcome(attempt.claimed.id, attempt.token, way, delay=delay)
 
     def _owner(self) -> Floor:
         if self._floor is None:

@@ -66,6 +66,18 @@ def test_what_is_given_back_unstarted_has_not_started_and_counts_when_it_does(db
     assert len(claim(db, now=62, token=4, fire=True)) == 2
 
 
+def test_what_is_given_back_unstarted_for_a_while_has_not_started(db: Db) -> None:
+    limited(db, rate(1, 600))
+    (id,) = enqueue_many(db, *blank(1))
+    assert len(claim(db, now=0)) == 1
+    error = {"type": "builtins.OSError", "message": "no process"}
+    settle(db, {"id": id, "outcome": "unstarted", "delay": 5, "error": error}, now=1)
+
+    row = db.execute("select state, attempt, started_at, error ->> 'message' as error from executions").fetchone()
+    assert row == {"state": "scheduled", "attempt": 1, "started_at": None, "error": "no process"}
+    assert [each["id"] for each in claim(db, now=7, token=2, fire=True)] == [id]
+
+
 def test_what_has_started_counts_even_when_it_ended(db: Db) -> None:
     limited(db, rate(1, 60))
     enqueue_many(db, *blank(2))

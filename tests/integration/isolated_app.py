@@ -4,6 +4,7 @@
 """
 
 import asyncio
+import json
 import logging
 import multiprocessing
 import os
@@ -14,6 +15,8 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
+
+import msgspec
 
 from pgconductor import Conductor, Context, Orchestrator, RetryPolicy, SyncContext
 from pgconductor.membership import Timing
@@ -49,6 +52,11 @@ def where(ctx: SyncContext, n: int) -> list[int]:
 @app.task
 async def double(ctx: Context, n: int) -> int:
     return n * 2
+
+
+@app.task(executor="process")
+def as_it_is(ctx: SyncContext, value: dict[str, str]) -> msgspec.Raw:
+    return msgspec.Raw(json.dumps(value, indent=2).encode())
 
 
 @app.task(executor="process")

@@ -42,6 +42,15 @@ async def test_a_large_payload_reaches_the_process(working: Conductor[None]) -> 
     assert await (await isolated_app.length_of.invoke("x" * 300_000)).result(30) == 300_000
 
 
+async def test_values_go_between_the_processes_as_they_are_stored_line_feeds_included(
+    working: Conductor[None], db: psycopg.Connection[dict[str, Any]]
+) -> None:
+    run = await isolated_app.as_it_is.with_options(delay="1h").invoke({"text": "a\nb"})
+    db.execute("""update execution set payload = E'{\n  "value":\n  {"text": "a\\\\nb"}\n}'""")
+    db.execute("update timer set due_at = clock_timestamp()")
+    assert json.loads(bytes(await run.result(30))) == {"text": "a\nb"}
+
+
 async def test_more_than_the_process_reads_fails_the_execution_and_nothing_else(
     working: Conductor[None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -141,10 +150,10 @@ async def test_a_process_that_cannot_start_costs_nothing_and_the_reason_is_kept(
     monkeypatch.setenv(isolated_app.BROKEN, how)
     run = await isolated_app.on_its_loop.invoke(4)
     await until_row(db, "select from executions where error is not null")
-    row = db.execute("select crashes, attempt, finished_at, error::text from executions").fetchone()
+    row = db.execute("select crashes, attempt, started_at, finished_at, error::text from executions").fetchone()
     assert row is not None
     assert why in row.pop("error")
-    assert row == {"crashes": 0, "attempt": 1, "finished_at": None}
+    assert row == {"crashes": 0, "attempt": 1, "started_at": None, "finished_at": None}
     monkeypatch.delenv(isolated_app.BROKEN)
     assert await run.result(30) == 8
 

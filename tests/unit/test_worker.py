@@ -61,6 +61,15 @@ def test_what_was_claimed_since_the_last_look_stays() -> None:
     assert len(worker.take_stuck()) == 4
 
 
+def test_limited_work_that_stands_in_front_hides_nothing_behind_it() -> None:
+    worker = buffering(3)
+    assert worker.take_stuck() == []
+    worker.buffer.appendleft((Claimed("limited", 2, 1, Raw(b"{}")), 2))
+    finish(worker, 1)
+    assert [claimed.id for claimed, _ in worker.take_stuck()] == ["1.2", "1.1", "1.0"]
+    assert [claimed.id for claimed, _ in worker.buffer] == ["limited"]
+
+
 def test_after_what_went_back_nothing_is_fetched_ahead_until_the_pace_is_measured() -> None:
     worker = buffering(500)
     worker.prefetch_max = 400

@@ -287,6 +287,25 @@ def test_a_held_child_may_expire_from_its_release_on(db: Db) -> None:
     assert state(db, children[1]) == "failed"
 
 
+def test_children_that_a_window_held_wait_for_their_time_as_well(db: Db) -> None:
+    register(db, "work", "child")
+    enqueue(db)
+    parent = claim_one(db, tasks=["work"])
+    operation = op(parent, "all", "invoke_all", {}, {"delay": 50}, {"delay": 500}, window=1)
+    park(db, parent, operation)
+    first, second, third = [child["id"] for child in operation["children"]]
+
+    claim(db)
+    finish(db, first, now=100)
+    assert states(db, [second, third]) == ["ready", "scheduled"]  # the time of the second has passed
+    claim(db, now=101, token=2)
+    finish(db, second, token=2, now=110)
+    call(db, "fire_timers", at(499))
+    assert state(db, third) == "scheduled"
+    call(db, "fire_timers", at(500))
+    assert state(db, third) == "ready"
+
+
 def test_held_children_never_come_by_a_timer(db: Db) -> None:
     _, children = fan_out(db, 2, window=1)
     call(db, "fire_timers", "9999-01-01")

@@ -75,8 +75,8 @@ begin
   return (write_answers(v_full, p_now)).p_answered;
 end $$;
 
--- Makes the next held children of fan-outs with a window ready, one for each that ended inside the window. They are due
--- now, and from now on they may expire.
+-- Makes the next held children of fan-outs with a window ready, one for each that ended inside the window; those that were
+-- called for later wait for their time. From now, or from then, on they may expire.
 create or replace function release_next(p_ended ended_children[], p_now timestamptz) returns int[]
 language plpgsql volatile set search_path from current as $$
 declare
@@ -99,9 +99,12 @@ begin
     select * into v_next from next_held(v_item.child_ids, v_item.next_index, v_item.count);
     delete from timer where execution_id = any(v_next.ids);
     v_lanes := v_lanes || put_ready(array(
-      select row(lane_id, priority, ord, id, null, null, null)::ready from execution where id = any(v_next.ids)), true);
+      select row(lane_id, priority, ord, id, null, null, null)::ready from execution
+      where id = any(v_next.ids) and (run_at is null or run_at <= p_now)), true);
+    insert into timer (execution_id, due_at)
+    select id, run_at from execution where id = any(v_next.ids) and run_at > p_now;
     insert into expiry (execution_id, due_at)
-    select e.id, p_now + t.expires_in
+    select e.id, greatest(p_now, e.run_at) + t.expires_in
     from execution e join lane l on l.id = e.lane_id join task t on t.id = l.task_id
     where e.id = any(v_next.ids) and t.expires_in is not null;
     update wait_item set next_index = v_next.next_index

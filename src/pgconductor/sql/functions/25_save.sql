@@ -20,6 +20,7 @@ language plpgsql volatile set search_path from current as $$
 declare
   v_ops new_operation[];
   v_alike alike_children[];
+  v_lanes int[];
 begin
   perform check_sizes(p_ops);
   perform check_values('payload', p_payloads);
@@ -35,7 +36,26 @@ begin
   if are_plain(v_ops, v_alike) then
     return insert_plain_children(v_ops, v_alike, p_children, p_payloads, p_now);
   end if;
-  return insert_executions(child_executions(v_ops, v_alike, p_children, p_payloads), p_now);
+  v_lanes := insert_executions(child_executions(v_ops, v_alike, p_children, p_payloads), p_now);
+  if exists (select from unnest(v_ops) where "window" is not null) and exists (
+    select from unnest(v_alike) where due_at is not null
+  ) then
+    perform note_times(v_ops, v_alike, p_children);
+  end if;
+  return v_lanes;
+end $$;
+
+-- Writes when the children that a window holds are to run, once it lets them.
+create or replace function note_times(p_ops new_operation[], p_alike alike_children[], p_children uuid[]) returns void
+language plpgsql volatile set search_path from current as $$
+begin
+  update execution e set run_at = c.due_at
+  from (select p_children[c.place] as id, a.due_at
+        from unnest(p_alike) a
+        join unnest(p_ops) o on o.place = a.op
+        cross join lateral generate_series(greatest(a.first, a.first + o."window" - a.before), a.last) as c(place)
+        where a.due_at is not null and o."window" is not null) c
+  where e.id = c.id;
 end $$;
 
 -- The operations that are not there yet.
@@ -171,7 +191,7 @@ begin
 end $$;
 
 -- The executions of the children of new operations. Those beyond a fan-out's window are due at infinity until one before
--- them ends.
+-- them ends; note_times writes what else they are to wait for.
 create or replace function child_executions(
   p_ops new_operation[], p_alike alike_children[], p_children uuid[], p_payloads json
 ) returns new_execution[]

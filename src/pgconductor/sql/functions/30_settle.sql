@@ -239,7 +239,7 @@ begin
 end $$;
 
 -- Makes executions ready again, at once or after their delay. Those released keep their place before fresh work; those
--- unstarted stand where they stood, since nothing has happened to them.
+-- unstarted stand where they stood, since nothing has happened to them but what kept them from it (error).
 create or replace function requeue(p_again settlement[], p_now timestamptz) returns effects
 language plpgsql volatile set search_path from current as $$
 declare
@@ -247,10 +247,10 @@ declare
 begin
   update execution e
   set failures = e.failures + (a.outcome = 'retried')::int, error = coalesce(a.error, e.error),
-      started_at = coalesce(e.started_at, a.claimed_at)
+      started_at = coalesce(e.started_at, case when a.outcome <> 'unstarted' then a.claimed_at end)
   from (select a.outcome, a.error, a.claimed_at, k.row_at from unnest(p_again) a
         cross join lateral (select ctid as row_at from execution k where k.id = a.id offset 0) k
-        where a.outcome <> 'unstarted') a
+        where a.outcome <> 'unstarted' or a.error is not null) a
   where e.ctid = a.row_at;
   for v_fresh in
     select a.id, f.name, f.round
@@ -262,6 +262,8 @@ begin
   perform put_unseen_behind(array(select id from unnest(p_again) where outcome <> 'unstarted'));
   insert into timer (execution_id, due_at)
   select id, p_now + make_interval(secs => delay) from unnest(p_again) where delay > 0;
+  perform forget_starts(array(select unstarted_of(array(
+    select id from unnest(p_again) where outcome = 'unstarted' and delay > 0))));
   return row(put_back(array(
     select id from unnest(p_again) where coalesce(delay, 0) <= 0)), '{}')::effects;
 end $$;

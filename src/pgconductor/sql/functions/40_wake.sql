@@ -12,15 +12,22 @@ begin
     from execution e where e.id = any(p_ids)));
 end $$;
 
+-- Those of executions that have not begun, nor recorded anything.
+create or replace function unstarted_of(p_ids uuid[]) returns setof uuid
+language plpgsql stable set search_path from current as $$
+begin
+  return query
+    select e.id from execution e
+    where e.id = any(p_ids) and e.started_at is null and e.failures = 0 and e.crashes = 0
+      and (select true from step s where s.execution_id = e.id limit 1) is null;
+end $$;
+
 -- Makes executions ready again that were claimed: those that have begun, or have recorded anything, before fresh work, as
 -- make_ready does; the others stand where they stood, and have not started yet.
 create or replace function put_back(p_ids uuid[]) returns int[]
 language plpgsql volatile set search_path from current as $$
 declare
-  v_fresh uuid[] := array(
-    select e.id from execution e
-    where e.id = any(p_ids) and e.started_at is null and e.failures = 0 and e.crashes = 0
-      and (select true from step s where s.execution_id = e.id limit 1) is null);
+  v_fresh uuid[] := array(select unstarted_of(p_ids));
   v_lanes int[] := make_ready(array(select id from unnest(p_ids) id where id <> all(v_fresh)));
 begin
   if cardinality(v_fresh) = 0 then
