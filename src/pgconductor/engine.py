@@ -87,12 +87,15 @@ class Saved(Struct):
 class Moved(Struct):
     """What an operation set in motion besides itself; `prune`: whether a prune would find something.
 
+    `first_lost`, `dead`: which executions a sweep took over, and of which processes, as host:pid.
     `futile`: a vacuum would be in vain, and nobody holds it off.
     `gave_up`: a sweep met a lock that others hold on to, here, and did nothing.
     """
 
     result: str = ""
     lost: int = 0
+    first_lost: list[str] | None = None
+    dead: list[str] | None = None
     queues: list[int] | None = None
     watchers: list[str] | None = None
     prune: bool = False

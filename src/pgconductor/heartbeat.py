@@ -52,6 +52,7 @@ PULSE_SECONDS: Final = 0.25
 PRUNE_SHARE: Final = 0.2
 PASS_OVER_PAUSE: Final = 4.0  # of the time that a prune took which removed nothing
 LONG_SWEEP_SECONDS: Final = 60.0
+_TAKEN_OVER: Final = "took over %d execution%s of processes that stopped beating (%s): %s"
 
 
 class Runs(Protocol):
@@ -264,8 +265,9 @@ class Heartbeat:
         self._note("sweep", moved.gave_up)
         if moved.lost:
             self._sweeps_apart = time.monotonic() - began_at > self._timing.sweep_limit / 2
-            plural = "s" * (moved.lost > 1)
-            log.warning("took over %d execution%s of processes that stopped beating", moved.lost, plural)
+            dead, lost = moved.dead or [], moved.first_lost or []
+            told = _listed(dead, len(dead)), _listed(lost, moved.lost)
+            log.warning(_TAKEN_OVER, moved.lost, "s" * (moved.lost > 1), *told)
         if moved.lost or moved.queues or moved.watchers:
             self._tell(self._listener.on_swept, moved)
         if moved.futile and self._holding_off is None and self._can_hold_off:
@@ -324,3 +326,9 @@ class Heartbeat:
             self._listener.crew.name_of(asyncio.current_task(self._pulse.loop)),
             stack,
         )
+
+
+def _listed(some: list[str], count: int) -> str:
+    """Write the first of so many."""
+    few = some[:5]
+    return ", ".join(few) + (f" and {count - len(few)} more" if count > len(few) else "")

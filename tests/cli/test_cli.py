@@ -170,6 +170,20 @@ def test_what_an_earlier_run_did_is_not_told_of_the_next(database: str, db: Db) 
     assert "charge" not in shown
 
 
+def test_a_retry_says_which_failures_of_children_the_parent_sees_again(database: str, db: Db) -> None:
+    parent = enqueue(db)
+    register(db, "work", "child")
+    claim(db)
+    park(db, parent, op(parent, "charge", "invoke", {"task": "child"}))
+    fail(db, claim(db, token=2)[0]["id"], token=2)
+    claim(db, token=3)
+    fail(db, parent, token=3)
+
+    text = run(database, "runs", "retry", parent).stdout
+    assert text.startswith("✓ retried ")
+    assert "sees again that step 'charge' failed" in text
+
+
 def test_show_says_until_when_a_wait_lasts_and_that_a_cancel_ended_it(database: str, db: Db) -> None:
     id = enqueue(db)
     register(db, "work")

@@ -63,7 +63,7 @@ def test_what_has_ended(db: Db) -> None:
     fail(db, failed)
     assert [only(db, id)["text"] for id in (done, failed)] == [
         "it completed at 2040-01-01 00:00:00 UTC",
-        "it failed at 2040-01-01 00:00:00 UTC",
+        "it failed at 2040-01-01 00:00:00 UTC: boom",
     ]
 
 
@@ -116,8 +116,17 @@ def test_a_parent_waits_for_its_child(db: Db) -> None:
     reason = only(db, parent)
     assert (reason["code"], reason["child"], reason["child_state"]) == ("waiting_for_child", child, "ready")
     assert reason["text"] == (
-        "step 'call' waits for its child, task 'child', which is ready, until 2040-01-01 00:01:00 UTC"
+        f"step 'call' waits until 2040-01-01 00:01:00 UTC for its child {child}, task 'child', which is ready: "
+        "nothing stands in its way: the next free slot takes it"
     )
+
+
+def test_a_parent_waits_for_a_child_that_nobody_runs(db: Db) -> None:
+    parent, child = parent_and_child(db)
+    db.execute("update orchestrator set queues = '{other}'")
+    text = only(db, parent)["text"]
+    assert text.startswith(f"step 'call' waits for its child {child}, task 'child', which is ready: ")
+    assert text.endswith(": no live process works on queue 'default'")
 
 
 def test_a_parent_waits_for_many_children(db: Db) -> None:
@@ -125,6 +134,19 @@ def test_a_parent_waits_for_many_children(db: Db) -> None:
     finish(db, claim_one(db, limit=1))
     reason = only(db, parent)
     assert (reason["code"], reason["left"], reason["total"]) == ("waiting_for_children", 4, 5)
+
+
+def test_of_many_children_it_says_how_many_failed_and_which_is_open(db: Db) -> None:
+    parent, children = fan_out(db, 5)
+    claim(db)
+    for child in children[:2]:
+        fail(db, child)
+    reason = only(db, parent)
+    assert (reason["failed"], reason["first"]) == (2, children[2])
+    assert reason["text"] == (
+        "step 'all' waits for 3 more of 5 children, of which 2 failed; "
+        f"the first that is open is {children[2]}, which is running"
+    )
 
 
 def test_a_parent_waits_for_some_of_its_started_children(db: Db) -> None:
@@ -151,7 +173,7 @@ def test_who_waits_for_an_event(db: Db) -> None:
     park(db, claim_one(db), op(id, "paid", "wait_for", event="order.paid", where={"order": 7}))
     reason = only(db, id)
     assert (reason["code"], reason["event"], reason["where"]) == ("waiting_for_event", "order.paid", {"order": 7})
-    assert reason["text"] == "step 'paid' waits for event 'order.paid'"
+    assert reason["text"] == "step 'paid' waits for event 'order.paid' where {\"order\": 7}"
 
 
 def test_several_open_waits_are_all_told(db: Db) -> None:

@@ -1,7 +1,7 @@
 """`pgconductor events`: what was emitted, who listens, and emitting by hand."""
 
 import asyncio
-from typing import Any, Final
+from typing import Any
 
 import click
 import msgspec
@@ -9,11 +9,8 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from pgconductor.cli.session import Settings, json_option, pass_settings, print_json
+from pgconductor.cli.session import ASIDE_SECONDS, Settings, json_option, pass_settings, print_json
 from pgconductor.cli.text import ago, console, line
-
-TELL_SECONDS: Final = 2.0
-"""How long an emit may be held up by looking who listens."""
 
 
 def _payload(_: click.Context, __: click.Parameter, text: str) -> object:
@@ -87,7 +84,7 @@ def emit(settings: Settings, name: str, payload: object, as_json: bool) -> None:
 def _listened_to(settings: Settings) -> set[str] | None:
     """Return the events that somebody listens to; None where whoever emits may not know, or not soon."""
     found = asyncio.run(
-        settings.ask_aside(lambda client, engine: client.run(engine.list_subscriptions()), TELL_SECONDS)
+        settings.ask_aside(lambda client, engine: client.run(engine.list_subscriptions()), ASIDE_SECONDS)
     )
     return None if found is None else {each["event"] for each in found}
 

@@ -65,7 +65,7 @@ def _facts(run: Json, running: Json | None) -> Table:
 
 def _rows(run: Json, running: Json | None) -> Iterator[tuple[str, str | Text]]:
     attempt = f", attempt {run['attempt']}" if run["attempt"] > 1 else ""
-    crashes = f", lost {counted(run['crashes'], 'time')} with its worker" if run["crashes"] else ""
+    crashes = f", lost {counted(run['crashes'], 'time')} with its process" if run["crashes"] else ""
     yield "queue", f"{line(run['queue'])}, priority {run['priority']}{attempt}{crashes}"
     yield "created", f"{_clock(run['created_at'])}  {ago(run['created_at'])}"
     if run["state"] == "scheduled":

@@ -1,5 +1,6 @@
 """`pgconductor runs`: executions, one by one and in lists."""
 
+import asyncio
 from collections.abc import Awaitable
 from typing import Any, Final, cast, get_args
 from uuid import UUID
@@ -10,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pgconductor.cli.run_page import print_run
-from pgconductor.cli.session import Settings, json_option, pass_settings, print_json
+from pgconductor.cli.session import ASIDE_SECONDS, Settings, json_option, pass_settings, print_json
 from pgconductor.cli.text import ago, console, line, marked, span, state
 from pgconductor.conductor import Conductor
 from pgconductor.errors import ExecutionNotFound
@@ -124,6 +125,19 @@ def retry(settings: Settings, execution: UUID, as_json: bool) -> None:
     """Run a failed or cancelled execution again; its finished steps stay."""
     stays = settings.conduct(lambda app: _state_if_unmoved(app, execution, app.retry(execution)))
     _report(execution, stays, "retried", as_json=as_json)
+    if not as_json and (failed := asyncio.run(_failed_children(settings, execution))):
+        note = f"it goes on from what it has recorded, and sees again that {', '.join(failed)} failed"
+        console().print(Text(f"  {note}", style="dim"), soft_wrap=True)
+
+
+async def _failed_children(settings: Settings, execution: UUID) -> list[str]:
+    """Return the steps, at most five, whose recorded answer is that a child did not complete."""
+    found = await settings.ask_aside(
+        lambda client, engine: client.run(engine.show_run(str(execution), NODES_MAX)), ASIDE_SECONDS
+    )
+    steps: list[dict[str, Any]] = found["steps"] if found else []
+    failed = {line(each["name"]) for each in steps if each["child_id"] and each["status"] in ("failed", "cancelled")}
+    return [f"step {name!r}" for name in sorted(failed)[:5]]
 
 
 async def _state_if_unmoved(app: Conductor[None], execution: UUID, move: Awaitable[bool]) -> str | None:

@@ -23,6 +23,8 @@ from pgconductor.errors import ConductorError
 T = TypeVar("T")
 SCHEMA: Final = "pgconductor"
 """What `--schema` is where it is not given."""
+ASIDE_SECONDS: Final = 2.0
+"""How long a command waits for what it tells beside its answer."""
 _UNPRINTABLE = re.compile(r"[^ -~\n]")
 
 

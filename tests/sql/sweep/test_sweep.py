@@ -1,5 +1,6 @@
 """sweep: running → ready, failed, cancelled when the process is gone."""
 
+import re
 from uuid import UUID
 
 import pytest
@@ -231,7 +232,19 @@ def test_nobody_is_swept_right_after_the_server_started(db: Db) -> None:
 
 
 def test_sweeping_an_empty_engine_is_no_error(db: Db) -> None:
-    assert sweep(db, 30) == {"lost": 0, "queues": [], "watchers": [], "prune": False, "futile": False}
+    nothing = {"lost": 0, "first_lost": [], "dead": None, "queues": [], "watchers": []}
+    assert sweep(db, 30) == nothing | {"prune": False, "futile": False}
+
+
+def test_a_sweep_says_what_it_took_over_and_of_whom(db: Db) -> None:
+    register(db, "work")
+    made = enqueue_many(db, *blank(7))
+    claim(db, limit=7)
+    told = sweep(db, 30)
+    assert told["lost"] == 7
+    assert set(told["first_lost"]) < set(made)
+    assert len(told["first_lost"]) == 5
+    assert [re.fullmatch(r"\S+:\d+", place) is not None for place in told["dead"]] == [True]
 
 
 @pytest.mark.parametrize("how", ["complete", "fail", "cancel"])

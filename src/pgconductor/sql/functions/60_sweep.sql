@@ -223,6 +223,7 @@ language plpgsql volatile set search_path from current as $$
 declare
   v_dead uuid[];
   v_lost uuid[] := '{}'::uuid[];
+  v_places text[];
   v_lanes int[];
   v_effects effects := row('{}'::int[], '{}'::text[]);
 begin
@@ -232,13 +233,14 @@ begin
   end if;
   if cardinality(v_lost) > 0 then
     v_effects := lose(v_lost, p_now);
+    v_places := array(select host || ':' || pid from orchestrator where id = any(v_dead) order by 1);
   end if;
   delete from signal where orchestrator_id = any(v_dead);
   delete from orchestrator where id = any(v_dead);
   perform prune_events(p_now);
   v_lanes := v_effects.lane_ids || deliver_events(p_now) || sweep_limits(p_now);
-  return json_build_object('lost', cardinality(v_lost), 'queues', queues_of(v_lanes),
-                           'watchers', v_effects.watchers, 'prune', is_prune_due(p_now), 'futile', note_vacuums());
+  return json_build_object('lost', cardinality(v_lost), 'first_lost', v_lost[1:5], 'dead', v_places,
+                           'queues', queues_of(v_lanes), 'watchers', v_effects.watchers, 'prune', is_prune_due(p_now), 'futile', note_vacuums());
 end $$;
 
 -- The ends of those among crashed executions whose crash budget is used up.

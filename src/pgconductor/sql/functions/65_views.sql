@@ -26,7 +26,8 @@ create or replace view failed_executions as
 select * from executions where state = 'failed';
 
 create or replace view steps as
-select execution_id, name, kind::text as kind, status::text as status, value::jsonb as value, error::jsonb as error,
+select execution_id, name, kind::text as kind, status::text as status, value::jsonb as value,
+       case when status <> 'pending' then error::jsonb end as error,  -- while it is open, what it would be if it timed out
        child_id, created_at, finished_at, due_at, round, index
 from recorded_step;
 

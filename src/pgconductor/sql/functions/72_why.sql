@@ -37,10 +37,11 @@ begin
   end if;
   v_reasons := why_cancelled(v_run) || case
     when v_run.state in ('completed', 'failed', 'cancelled') then jsonb_build_array(reason('ended', format('it %s at %s',
-      case v_run.state when 'cancelled' then 'was cancelled' else v_run.state end, words_for(v_run.finished_at)),
+      case v_run.state when 'cancelled' then 'was cancelled' else v_run.state end, words_for(v_run.finished_at))
+        || case when v_run.state = 'failed' then coalesce(': ' || left(v_run.error ->> 'message', 300), '') else '' end,
       jsonb_build_object('outcome', v_run.state, 'at', v_run.finished_at)))
     when v_run.state = 'running' then why_leased(p_id, p_expiry, v_now)
-    when v_run.state = 'waiting' then why_parked(p_id)
+    when v_run.state = 'waiting' then why_parked(p_id, p_expiry, v_now)
     when v_run.state = 'scheduled' then why_scheduled(p_id, v_now)
     else why_ready(p_id, p_expiry, v_now) end;
   return json_build_object('id', v_run.id, 'task', v_run.task, 'queue', v_run.queue, 'state', v_run.state,
@@ -114,9 +115,9 @@ language sql stable set search_path from current as $$
 $$;
 
 -- What a parked execution has open. Started children count only where nothing else is waited for.
-create or replace function why_parked(p_id uuid) returns jsonb
+create or replace function why_parked(p_id uuid, p_expiry interval, p_now timestamptz) returns jsonb
 language sql stable set search_path from current as $$
-  select coalesce(jsonb_agg(why_open(s) order by s.created_at, s.name), '[]')
+  select coalesce(jsonb_agg(why_open(s, p_expiry, p_now) order by s.created_at, s.name), '[]')
   from (select * from step s
         where s.execution_id = p_id and s.index = 0 and s.status = 'pending' and not s.dropped
           and (s.kind <> 'start' or not exists (
@@ -125,26 +126,37 @@ language sql stable set search_path from current as $$
         order by s.created_at, s.name limit 5) s
 $$;
 
-create or replace function why_open(p_step step) returns jsonb
+-- What one operation waits for; of a child that runs nowhere, what keeps it from that.
+create or replace function why_open(p_step step, p_expiry interval, p_now timestamptz) returns jsonb
 language sql stable set search_path from current as $$
   select case
     when p_step.kind = 'sleep' then reason('sleeping',
       format('step %L sleeps until %s', p_step.name, words_for(p_step.due_at)), facts)
     when p_step.kind = 'wait_for' then reason('waiting_for_event',
-      format('step %L waits for event %L', p_step.name, p_step.child_task) || until,
+      format('step %L waits for event %L', p_step.name, p_step.child_task)
+        || coalesce(' where ' || left(p_step.event_where::text, 200), '') || until,
       facts || jsonb_build_object('event', p_step.child_task, 'where', p_step.event_where))
     when p_step.child_id is not null then (
-      select reason('waiting_for_child', format('step %L waits for its child, task %L, which is %s', p_step.name,
-        p_step.child_task, coalesce(c.state, 'gone')) || until,
+      select reason('waiting_for_child', format('step %L waits%s for its child %s, task %L, which is %s', p_step.name,
+        ltrim(until, ','), p_step.child_id, p_step.child_task, coalesce(c.state, 'gone')) || coalesce(': ' || case c.state
+          when 'ready' then why_ready(c.id, p_expiry, p_now) -> 0 ->> 'text'
+          when 'scheduled' then why_scheduled(c.id, p_now) -> 0 ->> 'text' end, ''),
         jsonb_build_object('step', p_step.name, 'due_at', p_step.due_at, 'child', p_step.child_id,
                           'child_task', p_step.child_task, 'child_state', c.state))
       from (select 1) one left join executions c on c.id = p_step.child_id)
     else (
       select reason('waiting_for_children', format('step %L waits for %s more of %s children', p_step.name,
-        i.left_count, case p_step.kind when 'wait' then m.linked else m.total end) || until,
-        jsonb_build_object('step', p_step.name, 'due_at', p_step.due_at, 'left', i.left_count,
-                          'total', case p_step.kind when 'wait' then m.linked else m.total end))
+        i.left_count, case p_step.kind when 'wait' then m.linked else m.total end)
+          || case when c.failed > 0 then format(', of which %s failed', c.failed) else '' end || until
+          || coalesce(format('; the first that is open is %s, which is %s', f.id, f.state), ''),
+        jsonb_build_object('step', p_step.name, 'due_at', p_step.due_at, 'left', i.left_count, 'failed', c.failed,
+                          'first', f.id, 'total', case p_step.kind when 'wait' then m.linked else m.total end))
       from wait_item i
+      cross join lateral (
+        select count(*) filter (where e.outcome = 'failed') as failed,
+               (array_agg(e.id order by e.parent_index) filter (where e.outcome is null))[1] as first
+        from execution e where e.id = any(p_step.child_ids)) c
+      left join executions f on f.id = c.first
       cross join lateral (
         select (select count(*) from wait_link k where k.execution_id = i.execution_id and k.item_name = i.name
                 and k.item_round = i.round) as linked,
