@@ -3,6 +3,7 @@
 import asyncio
 import copy
 import inspect
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Concatenate, Literal, cast, overload
@@ -99,10 +100,11 @@ class Context(RunFacts[D]):
             return _recorded(codec, memo)
         with _Working(attempt):
             fault("before_step")
+            began_at = time.monotonic()
             value = await self._tries(name, fn, args, kwargs)
             raw, copied = codec.store(value, f"step {name!r}")
             fault("before_step_save")
-            step = attempt.journal.finished(name, "step", raw)
+            step = attempt.journal.finished(name, "step", raw, began_at)
             await attempt.store(attempt.host.save(step), lambda _: attempt.journal.remember(step))
             fault("after_step_save")
         return copied

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, Final, Literal
 
-from msgspec import Raw, Struct
+from msgspec import UNSET, Raw, Struct
 from msgspec.structs import replace
 
 from pgconductor.claimed import NULL, Claimed, Loaded, Missing, read_loaded
@@ -310,8 +310,10 @@ class Engine(Reports):
 
         From here on no sweep can take over from its process, which may stand still.
         """
-        parameters = (orchestrator, step.id, step.token, step.name, step.round, bytes(step.value).decode(), self._now())
-        casts = "uuid uuid bigint text smallint json timestamptz"
+        seconds = 0.0 if step.seconds is UNSET else step.seconds
+        value = bytes(step.value).decode()
+        parameters = (orchestrator, step.id, step.token, step.name, step.round, value, self._now(), seconds)
+        casts = "uuid uuid bigint text smallint json timestamptz float8"
         query = self._query("save_transaction", casts, parameters, as_is, harmless=False)
         statement = f"{query.statement}, set_config('idle_in_transaction_session_timeout', %s, true)"
         return Query(statement, (*parameters, str(round(idle_seconds * 1000))), as_is, harmless=False)

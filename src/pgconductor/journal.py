@@ -12,6 +12,7 @@ coroutines, threads and processes.
 """
 
 import asyncio
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
@@ -54,6 +55,8 @@ Turn = Literal["waits", "left", "forgotten"]
 """Of an answer that a task asked for: it waits, it was cancelled, or that too, and the handler has gone on since."""
 
 STEPS_MAX = 10_000
+MOMENT_SECONDS: Final = 0.001
+"""A step that took less is stored without how long it took."""
 CHILDREN_MAX = 10_000
 DEPTH_MAX = 100
 CANCELLED = ("cancelled", "requested")
@@ -193,9 +196,12 @@ class Journal:
 
     # ------------------------------------------------------------ steps
 
-    def finished(self, name: str, kind: StepKind, value: bytes) -> SavedStep:
-        """Return what is to be stored of a finished step."""
-        return SavedStep(self._claimed.id, self._token, name, self.round_of(name), kind, Raw(value))
+    def finished(self, name: str, kind: StepKind, value: bytes, began_at: float | None = None) -> SavedStep:
+        """Return what is to be stored of a step that has just finished; `began_at`: on the monotonic clock."""
+        step = SavedStep(self._claimed.id, self._token, name, self.round_of(name), kind, Raw(value))
+        if began_at is not None and (seconds := time.monotonic() - began_at) >= MOMENT_SECONDS:
+            step.seconds = round(seconds, 6)
+        return step
 
     def remember(self, step: SavedStep) -> None:
         """Know a step once it is stored."""

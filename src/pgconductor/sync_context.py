@@ -84,9 +84,10 @@ class SyncContext(RunFacts[D]):
         if memo is not None:
             return cast("T", codec.decode(memo.value, f"step {name!r}"))
         fault("before_step")
+        began_at = time.monotonic()
         raw, copied = codec.store(self._tries(name, fn, args, kwargs), f"step {name!r}")
         fault("before_step_save")
-        step = self._attempt.journal.finished(name, "step", raw)
+        step = self._attempt.journal.finished(name, "step", raw, began_at)
         self._on_loop(self._store_step(step))
         fault("after_step_save")
         return cast("T", copied)

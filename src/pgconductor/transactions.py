@@ -107,7 +107,7 @@ def commit_once_sync(attempt: Attempt, name: str, fn: Callable[[Any], Any], code
 
 
 async def _transact(attempt: Attempt, name: str, fn: Callable[[Any], Any], codec: Codec[Any]) -> Any:
-    has_begun = False
+    has_begun, began_at = False, time.monotonic()
     async with attempt.host.transaction() as conn:
         try:
             async with conn.transaction():  # the outermost block: it begins here, and commits at its end only
@@ -115,7 +115,7 @@ async def _transact(attempt: Attempt, name: str, fn: Callable[[Any], Any], codec
                     await conn.execute(settings.encode())
                 has_begun = True
                 raw, copied = await _call(attempt, name, fn, conn, codec)
-                step = attempt.journal.finished(name, "transaction", raw)
+                step = attempt.journal.finished(name, "transaction", raw, began_at)
                 await _save(attempt, conn, step)
                 fault("before_transaction_commit")
         except Exception as error:
@@ -145,7 +145,7 @@ async def _save(attempt: Attempt, conn: Any, step: SavedStep) -> None:
 
 
 def _transact_sync(attempt: Attempt, name: str, fn: Callable[[Any], Any], codec: Codec[Any]) -> Any:
-    has_begun = False
+    has_begun, began_at = False, time.monotonic()
     with attempt.host.sync_transaction() as conn:
         try:
             with conn.transaction():  # the outermost block: it begins here, and commits at its end only
@@ -154,7 +154,7 @@ def _transact_sync(attempt: Attempt, name: str, fn: Callable[[Any], Any], codec:
                 has_begun = True
                 with Trying(attempt, name):
                     raw, copied = codec.store(fn(conn), f"transaction {name!r}")
-                step = attempt.journal.finished(name, "transaction", raw)
+                step = attempt.journal.finished(name, "transaction", raw, began_at)
                 _save_sync(attempt, conn, step)
                 fault("before_transaction_commit")
         except Exception as error:

@@ -68,7 +68,7 @@ def alike(rows: Sequence[NewExecution]) -> AlikeExecutions | None:
 
 
 class SavedStep(Struct, gc=False):
-    """A finished step of a running execution. With `event`, what it did was to emit that."""
+    """A finished step of a running execution, and how long it took. With `event`, what it did was to emit that."""
 
     id: str
     token: int
@@ -77,6 +77,7 @@ class SavedStep(Struct, gc=False):
     kind: StepKind
     value: Raw
     event: NewEvent | UnsetType = UNSET
+    seconds: float | UnsetType = UNSET
 
 
 class AlikeChildren(Struct, omit_defaults=True, gc=False):

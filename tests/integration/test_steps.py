@@ -48,6 +48,28 @@ async def test_a_step_is_saved_before_it_returns(app: App, db: Db, working: Work
         assert await (await look.invoke()).result(20) == ["first"]
 
 
+async def test_what_is_recorded_of_a_step_says_when_it_began(app: App, db: Db, working: Working) -> None:
+    async def work_for(seconds: float) -> None:
+        await asyncio.sleep(seconds)
+
+    @app.task
+    async def work(ctx: Context) -> None:
+        await asyncio.gather(*[ctx.step(f"step {tenths}", work_for, tenths / 10) for tenths in (1, 3)])
+        await asyncio.sleep(0.2)
+        await ctx.transaction("write", pause)
+
+    async def pause(conn: Any) -> None:
+        await asyncio.sleep(0.1)
+
+    async with working():
+        await (await work.invoke()).result(20)
+    found = rows(db, "select name, finished_at - created_at as took, created_at as began_at from steps order by name")
+    one, three, write = found
+    assert three["took"].total_seconds() >= 0.3
+    assert one["took"].total_seconds() >= 0.1
+    assert 0.1 <= write["took"].total_seconds() < (write["began_at"] - three["began_at"]).total_seconds()
+
+
 async def test_a_failing_step_is_not_recorded_and_runs_again(app: App, db: Db, working: Working) -> None:
     tries: list[int] = []
 

@@ -144,16 +144,12 @@ def _bars(run: Json, steps: list[Json], nodes: dict[str, Json]) -> Iterator[Bar]
     if started:
         yield Bar("queued", "queue", "waiting", created, started, None, "")
     yield Bar(line(run["task"]), "run", run["state"], started or created, finished, None, "")
-    before = started or created
     for step in steps:
         start, end, status = instant(step["created_at"]), instant(step["finished_at"]), step["status"]
         if start is None:
             continue
         if status == "pending" and finished:
             end, status = finished, "cancelled"  # what is open at an execution's end nobody answers any more
-        if step["kind"] in ("step", "transaction") and end and end - start < MOMENT:
-            start = max(before, min(before, end))  # it is recorded when it ends; it began after what came before
-        before = end or before
         note = _note(step, nodes) if status == step["status"] else ""
         yield Bar(_step_name(step), step["kind"], status, start, end, instant(step["due_at"]), note)
 

@@ -232,7 +232,7 @@ def test_nobody_is_swept_right_after_the_server_started(db: Db) -> None:
 
 
 def test_sweeping_an_empty_engine_is_no_error(db: Db) -> None:
-    nothing = {"lost": 0, "first_lost": [], "dead": None, "queues": [], "watchers": []}
+    nothing: Json = {"lost": 0, "first_lost": [], "dead": None, "queues": [], "watchers": []}
     assert sweep(db, 30) == nothing | {"prune": False, "futile": False}
 
 

@@ -217,7 +217,7 @@ begin
       order by c.place) c);
 end $$;
 
--- p_steps: [{id, token, name, round, kind, value, event?: {id, name, payload}}]; p_ops and what goes with them: as
+-- p_steps: [{id, token, name, round, kind, value, event?: {id, name, payload}, seconds?: how long it took}]; p_ops and what goes with them: as
 -- open_operations takes them, operations with token. A step with an event emits it: the two are there together, once.
 create or replace function save(
   p_orchestrator uuid, p_steps json, p_ops json, p_now timestamptz default null, p_alike json default null,
@@ -238,12 +238,15 @@ begin
   with given as materialized (
     select s.*, l.execution_id is not null as is_held
     from json_to_recordset(p_steps)
-      as s(id uuid, token bigint, name text, round smallint, kind step_kind, value json, event json)
+      as s(id uuid, token bigint, name text, round smallint, kind step_kind, value json, event json,
+           seconds float8)
     left join lateral (select * from lease k where k.execution_id = s.id offset 0) l
       on l.token = s.token and l.orchestrator_id = p_orchestrator
   ), saved as (
     insert into step (execution_id, name, round, kind, status, value, created_at, finished_at)
-    select id, name, round, kind, 'completed', value, v_now, v_now from given where is_held
+    select id, name, round, kind, 'completed', value,
+           case when seconds is null then v_now else v_now - make_interval(secs => seconds) end, v_now
+    from given where is_held
     on conflict do nothing
   )
   select array_agg(distinct id) filter (where not is_held), bool_or(event is not null) into v_lost, v_has_events from given;
@@ -315,7 +318,7 @@ end $$;
 -- caller rolls back.
 create or replace function save_transaction(
   p_orchestrator uuid, p_id uuid, p_token bigint, p_name text, p_round smallint, p_value json,
-  p_now timestamptz default null
+  p_now timestamptz default null, p_seconds float8 default 0
 ) returns text
 language plpgsql volatile set search_path from current set enable_seqscan = off set enable_mergejoin = off set jit = off set plan_cache_mode = force_generic_plan as $$
 declare
@@ -328,7 +331,7 @@ begin
   end if;
   perform check_size('value of step ' || p_name, p_value);
   insert into step (execution_id, name, round, kind, status, value, created_at, finished_at)
-  values (p_id, p_name, p_round, 'transaction', 'completed', p_value, v_now, v_now)
+  values (p_id, p_name, p_round, 'transaction', 'completed', p_value, v_now - make_interval(secs => p_seconds), v_now)
   on conflict do nothing;
   return case when found then 'saved' else 'exists' end;
 end $$;
