@@ -27,6 +27,7 @@ from pgconductor.scan import Range, ToldPlaces
 from pgconductor.schedules import DueSchedule, Fired, FiredNow, FiredSchedule, NewSchedule
 from pgconductor.written import (
     AlikeExecutions,
+    Blocked,
     Completion,
     Names,
     NewExecution,
@@ -404,11 +405,12 @@ class Engine(Reports):
         stopping: bool = False,
         places: ToldPlaces | None = None,
         steps: Sequence[RunningStep] | None = None,
+        blocked: Blocked | None = None,
     ) -> Query[Beat]:
         """See 60_sweep.sql."""
-        told = (None if each is None else as_text(each) for each in (places, steps))
+        told = (None if each is None else as_text(each) for each in (places, steps, blocked))
         parameters = (orchestrator, stopping, self._now(), *told)
-        return self._query("beat", "uuid boolean timestamptz json json", parameters, _beat)
+        return self._query("beat", "uuid boolean timestamptz json json json", parameters, _beat)
 
     def sweep(self, expiry_seconds: float) -> Query[Moved]:
         """See 60_sweep.sql."""

@@ -37,11 +37,13 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 from pgconductor.engine import Moved
+from pgconductor.logs import PACKAGE
 from pgconductor.membership import Membership
 from pgconductor.running_steps import RunningStep
 from pgconductor.scan import Scan
 from pgconductor.session import Session
 from pgconductor.vacuum import hold_off_vacuum
+from pgconductor.written import Blocked
 
 if TYPE_CHECKING:
     from pgconductor.engine import Engine
@@ -221,7 +223,7 @@ class Heartbeat:
         id, asked_at, trust, limit = self._membership.id, time.monotonic(), self._timing.trust, self._answer_limit
         self._answer_limit = max(limit, min(2 * limit, trust))  # a later answer would confirm nothing
         # A call that is repeated after a broken connection would count from its first try: too early, never too late.
-        told = self._scan.told(asked_at), self._listener.crew.told_steps()
+        told = self._scan.told(asked_at), self._listener.crew.told_steps(), self._blocked()
         query = self._engine.beat(id, self.is_stopping, *told)
         beat = await session.run(query, timeout=trust, answer_timeout=limit)
         self._answer_limit = self._timing.beat
@@ -306,26 +308,42 @@ class Heartbeat:
         with contextlib.suppress(RuntimeError):  # the main loop has just closed
             self._main.call_soon_threadsafe(hear, fact)
 
+    def _blocked(self) -> Blocked | None:
+        """Say what blocks the main loop, and for how long it has; None where nothing does."""
+        stalled = time.monotonic() - self._pulse.at if self._pulse.is_beating else 0.0
+        if stalled <= self._timing.stall_limit:
+            return None
+        by = self._listener.crew.name_of(asyncio.current_task(self._pulse.loop))
+        return Blocked(round(stalled, 1), by)
+
     async def _watch(self) -> None:
-        is_reported = False
+        reported: Blocked | None = None
         while True:
             await asyncio.sleep(PULSE_SECONDS * 2)
-            stalled = time.monotonic() - self._pulse.at if self._pulse.is_beating else 0.0
-            if stalled <= self._timing.stall_limit:
-                is_reported = False
-            elif not is_reported:
-                is_reported = True
-                self._report(stalled)
+            blocked = self._blocked()
+            if blocked is not None and reported is None:
+                self._report(blocked)
+            elif blocked is None and reported is not None:
+                log.warning("the event loop goes on; %s had blocked it for %.1f s", reported.by, reported.seconds)
+            reported = blocked
 
-    def _report(self, stalled: float) -> None:
-        frame = sys._current_frames().get(self._pulse.thread_id)  # pyright: ignore[reportPrivateUsage]
-        stack = "".join(traceback.format_stack(frame)) if frame else ""
+    def _report(self, blocked: Blocked) -> None:
         log.warning(
             "the event loop has been blocked for %.1f s by %s; await something, or make it a plain `def` task\n%s",
-            stalled,
-            self._listener.crew.name_of(asyncio.current_task(self._pulse.loop)),
-            stack,
+            blocked.seconds,
+            blocked.by,
+            _stack_of(self._pulse.thread_id),
         )
+
+
+def _stack_of(thread_id: int) -> str:
+    """Write where a thread is: in the user's code, if it is."""
+    frame = sys._current_frames().get(thread_id)  # pyright: ignore[reportPrivateUsage]
+    if frame is None:
+        return ""
+    stack = list(traceback.extract_stack(frame))
+    ours = [place for place, each in enumerate(stack, 1) if each.filename.startswith(PACKAGE)]
+    return "".join(traceback.format_list(stack[ours[-1] :] if ours and ours[-1] < len(stack) else stack))
 
 
 def _listed(some: list[str], count: int) -> str:

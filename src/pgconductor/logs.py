@@ -26,7 +26,7 @@ ID_FIELDS: Final = ("execution_id", "root_id", "parent_id", "task", "queue", "at
 DEPTH_MAX: Final = 6
 ITEMS_MAX: Final = 200
 
-_PACKAGE: Final = f"{Path(__file__).parent}{os.sep}"
+PACKAGE: Final = f"{Path(__file__).parent}{os.sep}"
 _STANDARD: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
 
@@ -78,7 +78,7 @@ def shown(error: BaseException) -> tuple[type[BaseException], BaseException, Tra
 
 def below_engine(traceback: TracebackType | None) -> TracebackType | None:
     """Leave out the frames of the engine that a traceback begins with, unless it has no others."""
-    return below(traceback, lambda file: file.startswith(_PACKAGE)) or traceback
+    return below(traceback, lambda file: file.startswith(PACKAGE)) or traceback
 
 
 def below(traceback: TracebackType | None, is_above: Callable[[str], bool]) -> TracebackType | None:

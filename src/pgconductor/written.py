@@ -186,6 +186,13 @@ class Outcome(Struct, omit_defaults=True, gc=False):
     long: bool = False
 
 
+class Blocked(Struct, frozen=True):
+    """For how long the event loop of a process has been blocked, and by what."""
+
+    seconds: float
+    by: str
+
+
 class Names(Struct, frozen=True):
     """Executions of one lane that a hint names."""
 

@@ -15,6 +15,7 @@ import psycopg
 import pytest
 from click.testing import CliRunner, Result
 from psycopg.conninfo import make_conninfo
+from psycopg.types.json import Json
 
 from pgconductor.cli import loop, main
 from pgconductor.embedded import EmbeddedServer
@@ -154,6 +155,26 @@ def test_show_and_why_tell_where_it_runs_and_in_which_steps(database: str, db: D
     why = run(database, "runs", "why", id).stdout.replace("\n", " ")
     assert re.search(r"step 'charge' runs since [-0-9: ]+ UTC \(try 2 of 3, after ValueError: declined\)", why)
     assert re.search(r"step 'mail' failed \(try 1 of 5: OSError: no route\), again at ", why)
+
+
+def test_a_process_whose_loop_is_blocked_is_shown_as_that_and_keeps_its_work_waiting(database: str, db: Db) -> None:
+    register(db, "work")
+    id = enqueue(db)
+    blocked = {"seconds": 33.4, "by": "task 'slow' execution 01a2"}
+    db.execute("update orchestrator set beat_at = clock_timestamp(), started_at = clock_timestamp()")
+    call(db, "beat", WORKER, False, None, None, None, Json(blocked))
+
+    assert "blocked for 33s" in run(database, "workers", "list").stdout
+    assert "blocked for 33s" in run(database, "status").stdout
+    doctor = run(database, "doctor").stdout
+    assert re.search(
+        r"! blocked worker +\S+:\d+: its event loop has been blocked for 33s by task 'slow' execution", doctor
+    )
+    why = run(database, "runs", "why", id).stdout
+    assert "has been blocked for 33.4 s by task 'slow' execution 01a2" in why
+    call(db, "beat", WORKER)
+    assert "nothing stands in its way" in run(database, "runs", "why", id).stdout
+    assert "blocked" not in run(database, "doctor").stdout
 
 
 def test_what_an_earlier_run_did_is_not_told_of_the_next(database: str, db: Db) -> None:

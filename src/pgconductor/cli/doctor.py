@@ -186,6 +186,11 @@ def _judge_workers(found: dict[str, Any]) -> Iterator[Check]:
     if dead:
         remedy = "a live worker takes their executions over within seconds"
         yield Check("lost workers", "warning", f"{dead} stopped beating", remedy)
+    for each in live:
+        if each["blocked_seconds"] is not None:
+            place, by = f"{line(each['host'])}:{each['pid']}", line(each["blocked_by"])
+            found_out = f"{place}: its event loop has been blocked for {each['blocked_seconds']:.0f}s by {by}"
+            yield Check("blocked worker", "warning", found_out, "await something there, or make it a plain `def` task")
 
 
 def _judge_work(found: dict[str, Any]) -> Iterator[Check]:

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from pgconductor.cli.session import Settings, json_option, pass_settings, print_json
 from pgconductor.cli.text import STYLES, ago, console, line, redacted_dsn
+from pgconductor.cli.workers import sign_of_life
 
 
 @click.command()
@@ -54,11 +55,8 @@ def _print_workers(out: Console, workers: list[dict[str, Any]]) -> None:
     for name in ("worker", "version", "queues", "running", "since", "last beat"):
         table.add_column(name, justify="right" if name == "running" else "left")
     for each in workers:
-        beat = Text(ago(each["beat_at"]), style="" if each["live"] else "red")
-        if each["stopping_at"]:
-            beat = Text("stopping", style="yellow")
         table.add_row(
             line(f"{each['host']}:{each['pid']}"), line(each["version"]), line(", ".join(each["queues"]), 60),
-            str(each["running_count"]), ago(each["started_at"]), beat,
+            str(each["running_count"]), ago(each["started_at"]), sign_of_life(each, each["stopping_at"]),
         )  # fmt: skip
     out.print(table)

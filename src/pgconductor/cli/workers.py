@@ -1,5 +1,7 @@
 """`pgconductor workers`: the processes, what they work on, and whether they live."""
 
+from typing import Any
+
 import click
 from rich import box
 from rich.table import Table
@@ -30,14 +32,16 @@ def list_(settings: Settings, as_json: bool) -> None:
         table.add_row(
             line(f"{each['host']}:{each['pid']}"), line(each["version"]), line(", ".join(each["queues"]), 60),
             tasks, str(each["running_count"]), ago(each["started_at"]),
-            sign_of_life(each["live"], each["beat_at"], each["stop_requested_at"] or each["stopping_at"]),
+            sign_of_life(each, each["stop_requested_at"] or each["stopping_at"]),
         )  # fmt: skip
     console().print(table if found else "no workers; start one with `pgconductor worker module:app`")
     return None
 
 
-def sign_of_life(live: bool, beat_at: str, stops_at: str | None) -> Text:
-    """Say when a process was last heard of, or that it is stopping."""
-    if not live:
-        return Text(ago(beat_at), style="red")
-    return Text("stopping", style="yellow") if stops_at else Text(ago(beat_at))
+def sign_of_life(worker: dict[str, Any], stops_at: str | None) -> Text:
+    """Say when a process was last heard of, or that it is stopping, or that its event loop is blocked."""
+    if not worker["live"]:
+        return Text(ago(worker["beat_at"]), style="red")
+    if worker["blocked_seconds"] is not None:
+        return Text(f"blocked for {worker['blocked_seconds']:.0f}s", style="yellow")
+    return Text("stopping", style="yellow") if stops_at else Text(ago(worker["beat_at"]))

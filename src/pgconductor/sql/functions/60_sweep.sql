@@ -2,13 +2,12 @@
 -- Called by every process; the work itself is done by one at a time (a lock that is tried, never waited for).
 -- Locks: as in 00_locks.sql; the sweep takes the row of a dead orchestrator for update.
 
--- p_places, p_steps: what the process has to tell of places and of the steps that it runs, as the columns of its row
--- have it.
+-- p_places, p_steps, p_blocked: what the process has to tell, as the columns of its row have it.
 -- Returns {alive, cancel: [execution ids to tell], stop: a migration that breaks this release waits for the process}.
 -- A process that is not alive must stop what it runs.
 create or replace function beat(
   p_orchestrator uuid, p_stopping boolean default false, p_now timestamptz default null, p_places json default null,
-  p_steps json default null
+  p_steps json default null, p_blocked json default null
 ) returns json
 language plpgsql volatile set search_path from current set enable_seqscan = off set enable_mergejoin = off set jit = off set plan_cache_mode = force_generic_plan as $$
 declare
@@ -18,7 +17,7 @@ declare
   v_stop boolean;
 begin
   update orchestrator
-  set beat_at = v_now, places = p_places, steps = p_steps,
+  set beat_at = v_now, places = p_places, steps = p_steps, blocked = p_blocked,
       stopping_at = case when p_stopping then coalesce(stopping_at, v_now) end
   where id = p_orchestrator
   returning stop_requested_at is not null into v_stop;

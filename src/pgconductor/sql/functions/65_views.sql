@@ -47,5 +47,5 @@ select o.id, o.name, o.version, o.host, o.pid, o.queues, o.started_at, o.beat_at
        (select count(*) from lease l where l.orchestrator_id = o.id) as running_count,
        case when o.task_ids is not null then
          array(select t.name from task t where t.id = any(o.task_ids) order by t.name) end as tasks,
-       o.stop_requested_at
+       o.stop_requested_at, (o.blocked ->> 'seconds')::float8 as blocked_seconds, o.blocked ->> 'by' as blocked_by
 from orchestrator o;

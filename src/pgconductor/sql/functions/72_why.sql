@@ -12,6 +12,7 @@
 --   window_closed         opens_at                            concurrency_limit     max, key, holders
 --   rate_limit            max, key, opens_at                  unknown_task          no code ever registered it
 --   no_worker_for_queue   no live process works on it         no_worker_for_task    those that do lack its code
+--   worker_blocked        processes: the event loops of all that would run it are blocked
 --   next                  nothing: ahead, how many go first
 
 create or replace function reason(p_code text, p_text text, p_facts jsonb default '{}') returns jsonb
@@ -191,6 +192,7 @@ begin
       jsonb_build_object('opens_at', opens_at(v_task, p_now)));
   end if;
   v_reasons := v_reasons || why_limited(v_run, v_task, p_now);
+  v_reasons := v_reasons || why_blocked(v_task, v_queue, p_expiry, p_now);
   return case when v_reasons = '[]' then jsonb_build_array(why_next(v_run)) else v_reasons end;
 end $$;
 
@@ -220,6 +222,19 @@ language sql stable set search_path from current as $$
                count(*) filter (where o.task_ids is null or p_task.id = any(o.task_ids)) as knowing
         from orchestrator o
         where o.beat_at > p_now - p_expiry and o.stopping_at is null and p_queue.name = any(o.queues)) w
+$$;
+
+-- That the event loop of each process which would run it is blocked, if it is; of which one, and by what.
+create or replace function why_blocked(p_task task, p_queue queue, p_expiry interval, p_now timestamptz) returns jsonb
+language sql stable set search_path from current as $$
+  select case when count(*) > 0 and count(*) = count(o.blocked) then jsonb_build_array(reason('worker_blocked',
+    format('the event loop of %s has been blocked for %s s by %s', (array_agg(o.host || ':' || o.pid order by o.id))[1],
+      (array_agg(o.blocked ->> 'seconds' order by o.id))[1], (array_agg(o.blocked ->> 'by' order by o.id))[1])
+      || case when count(*) > 1 then format(', and those of %s more that work on it are, too', count(*) - 1) else '' end,
+    jsonb_build_object('processes', jsonb_agg(o.id order by o.id)))) else '[]' end
+  from orchestrator o
+  where o.beat_at > p_now - p_expiry and o.stopping_at is null and p_queue.name = any(o.queues)
+    and (o.task_ids is null or p_task.id = any(o.task_ids))
 $$;
 
 -- The limits that let nothing in for this execution now.

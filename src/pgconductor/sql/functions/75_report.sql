@@ -80,6 +80,7 @@ language sql stable set search_path from current as $$
     'paused', (select coalesce(json_agg(name order by name), '[]') from queue where paused_at is not null),
     'workers', (select coalesce(json_agg(row_to_json(w) order by w.started_at), '[]') from (
       select w.id, w.name, w.version, w.host, w.pid, w.queues, w.started_at, w.beat_at, w.stopping_at, w.running_count,
+             w.blocked_seconds, w.blocked_by,
              w.beat_at > clock_timestamp() - p_expiry as live
       from workers w limit 1000) w),
     'stranded', (select coalesce(json_agg(json_build_object('task', t.name, 'queue', q.name,

@@ -169,7 +169,8 @@ create table orchestrator (
   -- how far its claims have come, while it is dear to begin at the heads of lanes: {head_in: seconds, last: [[lane, place]]}
   places json,
   -- what it runs for longer than a moment, as of beat_at: [[execution, step, seconds | null, try, tries, error, next_in]]
-  steps json
+  steps json,
+  blocked json  -- what blocks its event loop, as of beat_at: {seconds, by}
 ) with (fillfactor = 50, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500);
 
 -- What a process must be told of an execution it runs; read and removed by its heartbeat.
