@@ -15,7 +15,7 @@ from pgconductor.task import Call, payloads_of
 from pgconductor.written import AlikeChildren, Children
 
 
-def children_of(calls: Sequence[Call[Any]], place: str) -> Children:
+def new_children(calls: Sequence[Call[Any]], place: str) -> Children:
     """Make the children that calls ask for, with new ids.
 
     Raises:

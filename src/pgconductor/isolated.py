@@ -44,6 +44,8 @@ from pgconductor.written import Completion, Outcome
 
 log = logging.getLogger("pgconductor.isolated")
 LINE_BYTES_MAX = 256 * 1024 * 1024
+CRASH_SECONDS: Final = 1.0
+"""How long an execution goes back when its process has died under it first; each further time twice as long."""
 START_RETRY_SECONDS: Final = 5.0
 """How long an execution goes back when its process cannot start."""
 END_SECONDS_MAX: Final = 1.0
@@ -389,8 +391,10 @@ class IsolatedAttempt(Attempt):
     def _crashed(self) -> Outcome:
         count = self.claimed.crashes + 1
         most = self.task.config.max_crashes
-        log.error("%s: its process died (%s), crash %d of %d", self.label, self._end, count, most)
-        return Outcome(self.claimed.id, self.token, "crashed")
+        delay = CRASH_SECONDS * 2 ** min(count - 1, 6)
+        again = f"; again in {delay:g}s" if count < most else ""
+        log.error("%s: its process died (%s), crash %d of %d%s", self.label, self._end, count, most, again)
+        return Outcome(self.claimed.id, self.token, "crashed", delay=delay)
 
     # ------------------------------------------------------------ how long it may take
 

@@ -24,7 +24,7 @@ from msgspec import Raw
 
 from pgconductor.calls import BYTES_MAX
 from pgconductor.checks import INT_MAX, check_flag, check_integer, check_name
-from pgconductor.children import check_children, children_of, gathered, value_of
+from pgconductor.children import check_children, gathered, new_children, value_of
 from pgconductor.claimed import NULL, Claimed, Recorded, StepKind, StepStatus
 from pgconductor.codec import codec_for
 from pgconductor.durations import Duration, seconds
@@ -444,7 +444,7 @@ class Journal:
         if self._claimed.depth >= DEPTH_MAX:
             raise DepthExceeded(calls[0].task, DEPTH_MAX)
         operation = Operation(self._claimed.id, name, self.round_of(name), kind)
-        operation.children = children_of(calls, f"{kind} {name!r}")
+        operation.children = new_children(calls, f"{kind} {name!r}")
         if timeout is not None:
             operation.due_in = seconds(timeout, f"{kind} {name!r}: timeout")
             operation.timeout_error = _stored_timeout(ChildTimeout(timeout), timeout)

@@ -177,6 +177,21 @@ def test_a_process_whose_loop_is_blocked_is_shown_as_that_and_keeps_its_work_wai
     assert "blocked" not in run(database, "doctor").stdout
 
 
+def test_the_doctor_tells_of_what_somebody_stopped_and_may_have_forgotten(database: str, db: Db) -> None:
+    register(db, "work")
+    db.execute("insert into task_limit (task_id, kind, operator_max) select id, 'concurrency', 0 from task")
+    db.execute(
+        """insert into schedule
+             (deployment, task_id, name, expr, zone, catch_up, payload, next_at, decided_at, created_at, paused_at)
+           select 'd', id, 'nightly', '0 3 * * *', 'UTC', 'skip', '{}', null, now(), now(), now()
+           from task"""
+    )
+
+    text = run(database, "doctor").stdout
+    assert re.search(r"! closed task +work has a limit of 0, so", text)
+    assert re.search(r"! paused schedule +work nightly\n +→ `pgconductor schedules resume work nightly`", text)
+
+
 def test_what_an_earlier_run_did_is_not_told_of_the_next(database: str, db: Db) -> None:
     id = enqueue(db)
     register(db, "work")

@@ -3,7 +3,7 @@
 import pytest
 
 from pgconductor import Conductor, Context
-from pgconductor.children import children_of
+from pgconductor.children import new_children
 from pgconductor.errors import ConfigurationError
 from pgconductor.written import AlikeChildren
 
@@ -24,7 +24,7 @@ def test_children_in_a_row_that_are_called_alike_are_one_entry() -> None:
     urgent = [child.with_options(priority=2).bind(number) for number in (2, 3)]  # options of their own, but the same
     calls = [child.bind(0), child.bind(1), *urgent, child.bind(4), other.bind("ä")]
 
-    children = children_of(calls, "invoke_all 'all'")
+    children = new_children(calls, "invoke_all 'all'")
 
     assert children.alike == [
         AlikeChildren(0, 2, "child"),
@@ -40,7 +40,7 @@ def test_children_in_a_row_that_are_called_alike_are_one_entry() -> None:
 
 
 def test_children_of_one_task_say_so_once() -> None:
-    children = children_of([child.bind(0), child.with_options(priority=2).bind(1)], "invoke_all 'all'")
+    children = new_children([child.bind(0), child.with_options(priority=2).bind(1)], "invoke_all 'all'")
 
     assert children.task == "child"
     assert [(each.status, each.child_task) for each in children.pending()] == [("pending", None)] * 2
@@ -48,4 +48,4 @@ def test_children_of_one_task_say_so_once() -> None:
 
 def test_an_option_that_an_attached_child_cannot_have_is_named_wherever_it_stands() -> None:
     with pytest.raises(ConfigurationError, match="invoke_all 'all': dedupe_key: cannot be given to a child"):
-        children_of([child.bind(0), child.with_options(dedupe_key="k").bind(1)], "invoke_all 'all'")
+        new_children([child.bind(0), child.with_options(dedupe_key="k").bind(1)], "invoke_all 'all'")

@@ -28,6 +28,7 @@ from tests.sql.support import (
     register,
     retry,
     save,
+    settle,
 )
 
 OTHER = UUID(int=2)
@@ -103,6 +104,16 @@ def test_what_waits_between_two_attempts(db: Db) -> None:
     retry(db, claim_one(db), delay=30)
     reason = only(db, id)
     assert (reason["code"], reason["failures"], reason["error"]) == ("backing_off", 1, "again")
+
+
+def test_what_waits_after_its_process_died(db: Db) -> None:
+    register(db, "work")
+    id = enqueue(db)
+    claim(db)
+    settle(db, {"id": id, "outcome": "crashed", "token": 1, "delay": 2})
+    reason = only(db, id)
+    assert reason["code"] == "backing_off"
+    assert reason["text"] == "its process died; it runs again at 2040-01-01 00:00:02 UTC"
 
 
 def test_a_child_that_a_window_of_its_fan_out_holds_back(db: Db) -> None:

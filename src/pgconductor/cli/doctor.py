@@ -201,6 +201,12 @@ def _judge_work(found: dict[str, Any]) -> Iterator[Check]:
         yield Check("work", "ok", f"{found['ready']:,} ready, {found['running']:,} running")
     for name in found["paused"]:
         yield Check("paused queue", "warning", line(name), f"`pgconductor queues resume {line(name)}`")
+    for each in found["paused_schedules"]:
+        place = f"{line(each['task'])} {line(each['name'])}"
+        yield Check("paused schedule", "warning", place, f"`pgconductor schedules resume {place}`")
+    for name in found["closed"]:
+        remedy = f"`pgconductor tasks limit {line(name)} --reset`, or another limit in the code"
+        yield Check("closed task", "warning", f"{line(name)} has a limit of 0, so that none may start", remedy)
 
 
 def _print(checks: list[Check]) -> None:

@@ -109,7 +109,8 @@ language sql stable set search_path from current as $$
       'max_in_flight of step %L of its parent lets it begin when one before it has ended', e.parent_step),
       jsonb_build_object('parent', e.parent_id, 'step', e.parent_step))
     when e.failures + e.crashes > 0 then reason('backing_off',
-      format('attempt %s failed; the next one is due at %s', e.failures, words_for(m.due_at)),
+      format(case when e.failures > 0 then 'attempt %s failed; the next one is due at %s'
+                  else 'its process died; it runs again at %2$s' end, e.failures, words_for(m.due_at)),
       jsonb_build_object('due_at', m.due_at, 'failures', e.failures, 'error', e.error ->> 'message'))
     else reason('not_due', format('it is due at %s', words_for(m.due_at)), jsonb_build_object('due_at', m.due_at)) end)
   from timer m join execution e on e.id = m.execution_id where m.execution_id = p_id

@@ -67,7 +67,7 @@ language sql stable set search_path from current as $$
 $$;
 
 -- Where everything stands: counts of what has not ended, processes, and work that nobody alive can run.
--- stranded: tasks with ready work that no live process would run, and why.
+-- stranded: tasks with ready work that no live process would run, and why. closed: tasks with a limit of none.
 create or replace function overview(p_expiry interval default '20 seconds') returns json
 language sql stable set search_path from current as $$
   select json_build_object(
@@ -78,6 +78,10 @@ language sql stable set search_path from current as $$
     'oldest_ready_at', (select min(e.created_at) from execution e
       where e.id in (select execution_id from ready order by ord limit 100)),
     'paused', (select coalesce(json_agg(name order by name), '[]') from queue where paused_at is not null),
+    'paused_schedules', (select coalesce(json_agg(json_build_object('task', s.task, 'name', s.name) order by s.task, s.name), '[]')
+      from (select * from schedules where paused_at is not null limit 20) s),
+    'closed', (select coalesce(json_agg(distinct t.name), '[]') from task_limit m join task t on t.id = m.task_id
+      where coalesce(m.operator_max, m.declared_max) = 0),
     'workers', (select coalesce(json_agg(row_to_json(w) order by w.started_at), '[]') from (
       select w.id, w.name, w.version, w.host, w.pid, w.queues, w.started_at, w.beat_at, w.stopping_at, w.running_count,
              w.blocked_seconds, w.blocked_by,
