@@ -92,6 +92,7 @@ class Crew:
         settler: Takes outcomes.
         on_slot_free: Told that a worker can take more.
         on_busy: Told that the first run began.
+        on_idle: Told that the last one has ended, and that nothing is buffered.
     """
 
     def __init__(

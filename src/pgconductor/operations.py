@@ -323,7 +323,7 @@ class Trying(Marked):
         self._steps = attempt.host.steps
 
     def __enter__(self) -> None:
-        super().__enter__()
+        self._entered = inside_step.set(self._name)
         self._steps.begin(self._key)
 
     def __exit__(self, type_: object, error: BaseException | None, traceback: object) -> None:

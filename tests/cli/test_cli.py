@@ -265,6 +265,17 @@ def test_an_unknown_execution_is_an_error(database: str) -> None:
     assert run(database, "runs", "show", "no-uuid").exit_code == 2
 
 
+def test_a_cancel_says_that_the_run_has_not_ended_yet(database: str, db: Db) -> None:
+    id = enqueue(db)
+    register(db, "work")
+    claim(db)
+    db.execute("update orchestrator set beat_at = clock_timestamp()")
+
+    text = run(database, "runs", "cancel", id).stdout
+    assert text.startswith("✓ cancelled ")
+    assert "it runs still, and ends at its next operation" in text
+
+
 def test_cancel_and_retry_exit_by_their_success(database: str, db: Db) -> None:
     id = enqueue(db)
 

@@ -196,7 +196,8 @@ def _judge_workers(found: dict[str, Any]) -> Iterator[Check]:
 def _judge_work(found: dict[str, Any]) -> Iterator[Check]:
     stranded = found["stranded"]
     for each in stranded[:20]:
-        yield Check("stranded work", "warning", stranded_reason(each), "start a worker that has the task's code")
+        remedy = f"`pgconductor worker module:app -q {line(each['queue'])}`, with the code of the task"
+        yield Check("stranded work", "warning", stranded_reason(each), remedy)
     if not stranded:
         yield Check("work", "ok", f"{found['ready']:,} ready, {found['running']:,} running")
     for name in found["paused"]:

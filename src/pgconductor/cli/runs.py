@@ -115,6 +115,20 @@ def cancel(settings: Settings, execution: UUID, reason: str, as_json: bool) -> N
     """Ask for the end of an execution and its children."""
     stays = settings.conduct(lambda app: _state_if_unmoved(app, execution, app.cancel(execution, reason=reason)))
     _report(execution, stays, "cancelled", as_json=as_json)
+    if not as_json and asyncio.run(_is_unwinding(settings, execution)):
+        _add("it runs still, and ends at its next operation")
+
+
+async def _is_unwinding(settings: Settings, execution: UUID) -> bool:
+    """Tell whether an execution that was cancelled has not ended; False where that cannot be learnt soon."""
+    found = await settings.ask_aside(
+        lambda client, engine: client.run(engine.why_not_running(str(execution))), ASIDE_SECONDS
+    )
+    return found is not None and any(reason["code"] == "cancelling" for reason in found["reasons"])
+
+
+def _add(text: str) -> None:
+    console().print(Text(f"  {text}", style="dim"), soft_wrap=True)
 
 
 @runs.command()
@@ -126,8 +140,7 @@ def retry(settings: Settings, execution: UUID, as_json: bool) -> None:
     stays = settings.conduct(lambda app: _state_if_unmoved(app, execution, app.retry(execution)))
     _report(execution, stays, "retried", as_json=as_json)
     if not as_json and (failed := asyncio.run(_failed_children(settings, execution))):
-        note = f"it goes on from what it has recorded, and sees again that {', '.join(failed)} failed"
-        console().print(Text(f"  {note}", style="dim"), soft_wrap=True)
+        _add(f"it goes on from what it has recorded, and sees again that {', '.join(failed)} failed")
 
 
 async def _failed_children(settings: Settings, execution: UUID) -> list[str]:

@@ -2,8 +2,8 @@
 -- Called by the claimer of a worker process. States: ready -> running. Locks: the caller's orchestrator row; what timers
 -- need; the limits of limited tasks that are to be looked at; the rows it takes, skipping those that another process is
 -- taking. The commit is asynchronous: a claim that is lost in a crash of the server is simply claimed again.
--- Returns null when the process was declared dead, else {next_due, schedules, closing, more, claimed: [[...]]}; closing:
--- for tasks with a window, in how many seconds it closes; schedules: those that are due, as due_schedules tells of them;
+-- Returns null when the process was declared dead, else {next_due, schedules, closing, more, last, seconds, search_seconds,
+-- claimed: [[...]]}; closing: for tasks with a window, in how many seconds it closes; schedules: those that are due, as due_schedules tells of them;
 -- more: queues that it did not come to, since it had enough (2,000) before, or whose limited work was not all looked at;
 -- last: [[lane, place]], how far this claim came in either kind of each priority; seconds: how long it looked for work and
 -- took it; search_seconds: how much of that it took to find the first row of each range.

@@ -384,7 +384,8 @@ begin
   return v_effects;
 end $$;
 
--- Has the server plan what a settle does to parents and children: all of it for an execution that is not there.
+-- Has the server plan most of what a settle does to parents and children: for an execution that is not there, and which so
+-- has neither children nor timers to read of.
 create or replace function plan_settle(p_orchestrator uuid, p_now timestamptz) returns void
 language plpgsql volatile set search_path from current as $$
 declare
