@@ -3,10 +3,10 @@
 -- need; the limits of limited tasks that are to be looked at; the rows it takes, skipping those that another process is
 -- taking. The commit is asynchronous: a claim that is lost in a crash of the server is simply claimed again.
 -- Returns null when the process was declared dead, else {next_due, schedules, closing, more, last, seconds, search_seconds,
--- claimed: [[...]]}; closing: for tasks with a window, in how many seconds it closes; schedules: those that are due, as due_schedules tells of them;
--- more: queues that it did not come to, since it had enough (2,000) before, or whose limited work was not all looked at;
--- last: [[lane, place]], how far this claim came in either kind of each priority; seconds: how long it looked for work and
--- took it; search_seconds: how much of that it took to find the first row of each range.
+-- claimed: [[...]]}; closing: for tasks with a window, in how many seconds it closes; schedules: those that are due, as
+-- due_schedules tells of them; more: queues that it did not come to, since it had enough (2,000) before, or whose limited
+-- work was not all looked at; last: [[lane, place]], how far this claim came in either kind of each priority; seconds: how
+-- long it looked for work and took it; search_seconds: how much of that it took to find the first row of each range.
 --
 -- A claim looks through its lanes from their heads, past the rows of what others have claimed, until vacuum removes them.
 -- That may be never: while a snapshot is held open, or vacuum is late. So a process that sees its claims become slow
