@@ -152,8 +152,8 @@ class Journal:
     ) -> Recorded | None:
         """Use a name, and return what is recorded under it. One of ours may be a little longer than a user's.
 
-        It stays used where the operation is refused behind this: were it free again, the next run would give the refused
-        operation what the second one of that name has recorded.
+        It stays used where the operation is refused behind this: were it free again, the next run would give the
+        refused operation what the second one of that name has recorded.
 
         Raises:
             ConfigurationError: It is not a name.
