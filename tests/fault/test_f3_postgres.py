@@ -109,13 +109,24 @@ async def test_f3_30_a_call_after_a_silence_is_there_when_postgres_is_killed_as_
     for number in range(3):
         await program.invoke([step(f"before {number}")])  # connects
         await asyncio.sleep(20 * hints.SILENCE_SECONDS)  # its hint has gone out, too
-        writer = world.one("select pid from pg_stat_activity where backend_type = 'walwriter'")
-        os.kill(writer, signal.SIGSTOP)  # nobody else brings it to the disk
+        await until(partial(stop_idle_walwriter, world))  # nobody else brings it to the disk
         run = await program.invoke([step(f"a{number}")])
         await asyncio.to_thread(world.server.kill)
         await asyncio.to_thread(world.server.start)
         assert world.one("select count(*) from execution where id = %s", run.id) == 1
     world.worker()
+
+
+def stop_idle_walwriter(world: World) -> bool:
+    """Stop the process that writes the log behind commits, unless it writes: it would keep all others from it then."""
+    find = "select pid, wait_event from pg_stat_activity where backend_type = 'walwriter'"
+    (found,) = world.rows(find)
+    os.kill(found["pid"], signal.SIGSTOP)
+    (stopped,) = world.rows(find)
+    if stopped["wait_event"] == "WalWriterMain":
+        return True
+    os.kill(found["pid"], signal.SIGCONT)
+    return False
 
 
 def undo_claim(world: World, id: UUID, cached_by: UUID | None = None, cached_seq: int | None = None) -> None:
