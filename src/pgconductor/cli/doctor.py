@@ -12,7 +12,7 @@ from rich.text import Text
 from pgconductor import schema
 from pgconductor.cli.session import Settings, json_option, pass_settings, print_json
 from pgconductor.cli.status import stranded_reason
-from pgconductor.cli.text import console, counted, elapsed, line, redacted, redacted_dsn, safe
+from pgconductor.cli.text import console, counted, elapsed, line, place_of, redacted, redacted_dsn, safe
 from pgconductor.client import LoopClient
 from pgconductor.engine import Engine
 from pgconductor.errors import ConductorError, ServerError
@@ -188,9 +188,9 @@ def _judge_workers(found: dict[str, Any]) -> Iterator[Check]:
         yield Check("lost workers", "warning", f"{dead} stopped beating", remedy)
     for each in live:
         if each["blocked_seconds"] is not None:
-            place, by = f"{line(each['host'])}:{each['pid']}", line(each["blocked_by"])
-            found_out = f"{place}: its event loop has been blocked for {each['blocked_seconds']:.0f}s by {by}"
-            yield Check("blocked worker", "warning", found_out, "await something there, or make it a plain `def` task")
+            by = f"for {each['blocked_seconds']:.0f}s by {line(each['blocked_by'])}"
+            blocked = f"{place_of(each)}: its event loop has been blocked {by}"
+            yield Check("blocked worker", "warning", blocked, "await something there, or make it a plain `def` task")
 
 
 def _judge_work(found: dict[str, Any]) -> Iterator[Check]:

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from pgconductor.cli.text import MARKS, STYLES, ago, counted, elapsed, instant, line, safe, span, state
+from pgconductor.cli.text import MARKS, STYLES, ago, counted, elapsed, instant, line, place_of, safe, span, state
 from pgconductor.stored_error import error_from_json
 
 Json = dict[str, Any]
@@ -73,7 +73,7 @@ def _rows(run: Json, running: Json | None) -> Iterator[tuple[str, str | Text]]:
     if run["started_at"]:
         yield "started", f"{_clock(run['started_at'])}  after {span(run['created_at'], run['started_at'])}"
     if running:
-        yield "runs on", f"{line(running['host'])}:{running['pid']}  since {_clock(running['since'])}"
+        yield "runs on", f"{place_of(running)}  since {_clock(running['since'])}"
     if run["finished_at"]:
         yield (
             "finished",

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pgconductor.cli.session import Settings, json_option, pass_settings, print_json
-from pgconductor.cli.text import STYLES, ago, console, line, redacted_dsn
+from pgconductor.cli.text import STYLES, ago, console, line, place_of, redacted_dsn
 from pgconductor.cli.workers import sign_of_life
 
 
@@ -56,7 +56,7 @@ def _print_workers(out: Console, workers: list[dict[str, Any]]) -> None:
         table.add_column(name, justify="right" if name == "running" else "left")
     for each in workers:
         table.add_row(
-            line(f"{each['host']}:{each['pid']}"), line(each["version"]), line(", ".join(each["queues"]), 60),
+            place_of(each), line(each["version"]), line(", ".join(each["queues"]), 60),
             str(each["running_count"]), ago(each["started_at"]), sign_of_life(each, each["stopping_at"]),
         )  # fmt: skip
     out.print(table)

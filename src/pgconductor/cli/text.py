@@ -1,8 +1,9 @@
 """How things look: times, states, and text from elsewhere made harmless for a terminal."""
 
 import re
+from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Final
+from typing import Any, Final
 
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.pq import Conninfo
@@ -60,6 +61,11 @@ def safe(text: object, length_max: int = 0) -> str:
 def line(text: object, length_max: int = 0) -> str:
     """Write text as `safe` does, on one line."""
     return safe(" ".join(str(text).split()), length_max)
+
+
+def place_of(process: Mapping[str, Any]) -> str:
+    """Write where a process runs, as the server tells of it."""
+    return line(f"{process['host']}:{process['pid']}")
 
 
 def _escaped(char: str) -> str:

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pgconductor.cli.session import Settings, json_option, pass_settings, print_json
-from pgconductor.cli.text import ago, console, line
+from pgconductor.cli.text import ago, console, line, place_of
 
 
 @click.group()
@@ -30,7 +30,7 @@ def list_(settings: Settings, as_json: bool) -> None:
     for each in found:
         tasks = "not told" if each["tasks"] is None else line(", ".join(each["tasks"]), 60)
         table.add_row(
-            line(f"{each['host']}:{each['pid']}"), line(each["version"]), line(", ".join(each["queues"]), 60),
+            place_of(each), line(each["version"]), line(", ".join(each["queues"]), 60),
             tasks, str(each["running_count"]), ago(each["started_at"]),
             sign_of_life(each, each["stop_requested_at"] or each["stopping_at"]),
         )  # fmt: skip

@@ -217,8 +217,9 @@ begin
       order by c.place) c);
 end $$;
 
--- p_steps: [{id, token, name, round, kind, value, event?: {id, name, payload}, seconds?: how long it took}]; p_ops and what goes with them: as
--- open_operations takes them, operations with token. A step with an event emits it: the two are there together, once.
+-- p_steps: [{id, token, name, round, kind, value, event?: {id, name, payload}, seconds?: how long it took}]; p_ops and what
+-- goes with them: as open_operations takes them, operations with token. A step with an event emits it: the two are there
+-- together, once.
 create or replace function save(
   p_orchestrator uuid, p_steps json, p_ops json, p_now timestamptz default null, p_alike json default null,
   p_children uuid[] default null, p_payloads json default null

@@ -244,6 +244,7 @@ create or replace function requeue(p_again settlement[], p_now timestamptz) retu
 language plpgsql volatile set search_path from current as $$
 declare
   v_fresh record;
+  v_later uuid[] := array(select id from unnest(p_again) where outcome = 'unstarted' and delay > 0);
 begin
   update execution e
   set failures = e.failures + (a.outcome = 'retried')::int, error = coalesce(a.error, e.error),
@@ -262,8 +263,9 @@ begin
   perform put_unseen_behind(array(select id from unnest(p_again) where outcome <> 'unstarted'));
   insert into timer (execution_id, due_at)
   select id, p_now + make_interval(secs => delay) from unnest(p_again) where delay > 0;
-  perform forget_starts(array(select unstarted_of(array(
-    select id from unnest(p_again) where outcome = 'unstarted' and delay > 0))));
+  if cardinality(v_later) > 0 then  -- put_back does so for those that go back at once
+    perform forget_starts(array(select unstarted_of(v_later)));
+  end if;
   return row(put_back(array(
     select id from unnest(p_again) where coalesce(delay, 0) <= 0)), '{}')::effects;
 end $$;
